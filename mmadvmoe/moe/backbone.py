@@ -1,0 +1,209 @@
+"""Any MMPretrain backbone as a sparsely gated mixture of experts."""
+
+from __future__ import annotations
+
+import copy
+from difflib import get_close_matches
+from typing import Any, Optional, Sequence, Union
+
+import torch
+from mmpretrain.models.backbones.base_backbone import BaseBackbone
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+from .convert import convert_layers, match_layers
+from .expert_layers import ExpertLayer
+from .routers import BaseRouter
+from .routing import RouteContext, Routing, as_routes
+
+ROUTING_LEVELS = ('image', 'layer')
+
+
+@MODELS.register_module()
+class MoEBackbone(BaseBackbone):
+    """Turn any MMPretrain backbone into a mixture of experts with hard routing.
+
+    The dense backbone is built from its own config and the layers whose names match become expert layers; norm
+    layers and everything that does not match are shared by all experts. Only the chosen expert of each image is
+    computed. A dense checkpoint named in the inner ``init_cfg`` (``dict(type='Pretrained', ...)``) is copied
+    into every expert ("upcycling").
+
+    Args:
+        backbone (dict): Config of the dense backbone, with the widths of one pathway.
+        num_experts (int): N >= 1. 1 is the plain backbone, without any router.
+        include (Sequence[str]): Regular expressions, searched in layer names: the layers to convert.
+        exclude (Sequence[str]): Regular expressions for layers not to convert. Defaults to ().
+        routing (str): ``'image'``: one router reads the input of the backbone and chooses for all layers.
+            ``'layer'``: every expert layer has its own router on its own input. Defaults to ``'image'``.
+        router (dict, optional): Config of the router(s). Defaults to ``dict(type='ResNetRouter')`` for image-level
+            and ``dict(type='LayerRouter')`` for layer-level routing.
+        gate (str): ``'softmax'`` (bounded) or ``'logit'`` (the reference code's); see :meth:`Routing.decide`.
+            Defaults to ``'softmax'``.
+        init_cfg (dict, optional): As in MMEngine.
+
+    Raises:
+        ValueError: ``num_experts``, ``routing``, ``gate`` or a pattern is not allowed, or the router is set to give a
+            number of logits other than ``num_experts``.
+
+    Example:
+        >>> model = dict(type='ImageClassifier', backbone=dict(
+        ...     type='MoEBackbone', num_experts=2, include=[r'layer\\d.*conv\\d'],
+        ...     backbone=dict(type='ResNet_CIFAR', depth=18, base_channels=32)), ...)
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        num_experts: int,
+        include: Sequence[str],
+        exclude: Sequence[str] = (),
+        routing: str = 'image',
+        router: Optional[dict] = None,
+        gate: str = 'softmax',
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if not isinstance(num_experts, int) or num_experts < 1:
+            raise ValueError(f'backbone.num_experts={num_experts!r} must be an integer of at least 1')
+        if routing not in ROUTING_LEVELS:
+            near = get_close_matches(str(routing), ROUTING_LEVELS, n=1)
+            hint = f' (did you mean {near[0]!r}?)' if near else ''
+            raise ValueError(f'backbone.routing={routing!r} is unknown{hint}; allowed: {ROUTING_LEVELS}')
+        self.num_experts = num_experts
+        self.routing = routing
+        self._dense_cfg = copy.deepcopy(backbone)
+        self.network: nn.Module = MODELS.build(backbone)
+        self.context = RouteContext(num_experts, gate)
+        self.router: Optional[BaseRouter] = None
+        names = match_layers(self.network, include, exclude)
+        if num_experts == 1:
+            self.expert_layer_names: tuple[str, ...] = ()
+            return
+        self.expert_layer_names = tuple(names)
+        router_cfg = self._checked_router_cfg(router)
+        if routing == 'image':
+            self.router = MODELS.build(router_cfg)
+            convert_layers(self.network, names, num_experts, self.context)
+        else:
+            convert_layers(
+                self.network,
+                names,
+                num_experts,
+                self.context,
+                lambda dense: MODELS.build({**router_cfg, **_layer_input(dense)}),
+            )
+
+    def _checked_router_cfg(self, router: Optional[dict]) -> dict:
+        default = dict(type='ResNetRouter' if self.routing == 'image' else 'LayerRouter')
+        cfg = dict(copy.deepcopy(router)) if router is not None else default
+        given = cfg.setdefault('num_experts', self.num_experts)
+        if given != self.num_experts:
+            raise ValueError(
+                f'backbone.router.num_experts={given} must equal backbone.num_experts={self.num_experts}, or be left out'
+            )
+        return cfg
+
+    @property
+    def num_routers(self) -> int:
+        """L: 0 without routing, 1 for image-level, one per expert layer for layer-level routing."""
+        if self.num_experts == 1:
+            return 0
+        return 1 if self.routing == 'image' else len(self.expert_layer_names)
+
+    def init_weights(self) -> None:
+        """Initialise every expert as the dense network initialises that layer.
+
+        The dense network is built and initialised once per expert, so fans are those of one expert, any backbone's
+        own scheme holds, and a pretrained dense checkpoint ends up in every expert.
+        """
+        if self.num_experts == 1 or self.init_cfg:
+            super().init_weights()
+            return
+        layers = {name: self.network.get_submodule(name) for name in self.expert_layer_names}
+        with torch.no_grad():
+            for expert in range(self.num_experts):
+                dense: nn.Module = MODELS.build(copy.deepcopy(self._dense_cfg))
+                dense._dump_init_info = lambda: None  # one report for the whole model is enough
+                dense.init_weights()
+                source = dense.state_dict()
+                for name, layer in layers.items():
+                    for key, view in layer.expert_parameters(expert).items():
+                        view.copy_(source.pop(f'{name}.{key}'))
+                if expert == 0:
+                    shared = self.network.state_dict()
+                    for key, value in source.items():
+                        shared[key].copy_(value)
+        for router in (self.router, *(layer.router for layer in layers.values())):
+            if router is not None:
+                router.init_weights()
+        self._is_init = True
+
+    def forward(self, x: Tensor) -> tuple:
+        """Features of the wrapped backbone.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            tuple: What the dense backbone returns, in the order of the batch.
+        """
+        return self.forward_routed(x)[0]
+
+    def forward_routed(
+        self, x: Tensor, route: Optional[Tensor] = None, with_logits: bool = False
+    ) -> tuple[Any, tuple[Routing, ...]]:
+        """Features, and the decisions that led to them.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+            route (Tensor, optional): Experts to take instead of the routers' choice: (B,) for all routers or (B, L).
+                There is no gate then, so no gradient reaches the input through the choice.
+            with_logits (bool): Ask the routers for their logits although a route is given. Defaults to False.
+
+        Returns:
+            tuple: The features, and one :class:`Routing` per router.
+        """
+        if self.num_experts == 1:
+            return self.network(x), ()
+        given = None if route is None else as_routes(route, self.num_routers)
+        with self.context.run(given, with_logits) as context:
+            if self.routing == 'image':
+                routing = context.route(self.router, x)
+                features = _map_tensors(routing.unsort, self.network(routing.sort(x)))
+            else:
+                features = self.network(x)
+            return features, context.taken
+
+    def route_logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Logits of the routers: one (B, N) tensor per router. Image-level routing runs the router alone."""
+        if self.routing == 'image' and self.router is not None:
+            return (self.router(x),)
+        return tuple(routing.logits for routing in self.forward_routed(x)[1])
+
+    def expert_layers(self) -> list[ExpertLayer]:
+        """The converted layers, in the order of the network."""
+        return [self.network.get_submodule(name) for name in self.expert_layer_names]
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter as the wrapped backbone tells it; routers count with the last layers.
+
+        See MMPretrain's ``LearningRateDecayOptimWrapperConstructor``.
+        """
+        own = f'{prefix}network.'
+        if param_name.startswith(own):
+            return self.network.get_layer_depth(prefix + param_name[len(own) :], prefix)
+        _, depth = self.network.get_layer_depth(prefix, prefix)
+        return depth - 1, depth
+
+
+def _layer_input(dense: nn.Module) -> dict:
+    """What a layer's own router must know of the layer's input."""
+    if isinstance(dense, nn.Linear):
+        return dict(in_channels=dense.in_features, channels_last=True)
+    return dict(in_channels=dense.in_channels)
+
+
+def _map_tensors(function, value: Union[Tensor, Sequence]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)(_map_tensors(function, item) for item in value)

@@ -1,0 +1,169 @@
+"""Layers that hold N experts and compute, for each image, the chosen one alone."""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence, Type
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .routers import BaseRouter
+from .routing import RouteContext, Routing
+
+
+class _GatedConcat(torch.autograd.Function):
+    """Concatenate the experts' outputs and let the straight-through gate see its gradient.
+
+    The gate is 1 in the forward pass, so nothing is multiplied: the only price of the gate is one dot product
+    per image in the backward pass. The parts are kept, not the result, so that an in-place activation may follow.
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.gate_dtype = gate.dtype
+        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        parts = ctx.saved_tensors
+        grads = grad.split([len(part) for part in parts])
+        grad_gate = None
+        if ctx.needs_input_grad[0]:
+            dots = [
+                torch.linalg.vecdot(g.flatten(1).float(), part.flatten(1).float()) for g, part in zip(grads, parts)
+            ]
+            grad_gate = torch.cat(dots).to(ctx.gate_dtype)
+        return (grad_gate, *grads)
+
+
+class ExpertLayer(nn.Module):
+    """Base of the layers with N experts.
+
+    The experts' parameters are stacked expert by expert along dim 0 of ``weight`` and ``bias``, under the names of
+    the dense layer, so an expert that no image chose has a zero gradient rather than none.
+
+    Args:
+        dense (nn.Module): The layer to make N experts of. Expert 0 gets its parameters, the others are drawn
+            afresh as the dense layer would draw its own.
+        num_experts (int): N >= 2.
+        context (RouteContext): Shared with the backbone.
+        router (BaseRouter, optional): The layer's own router. Without one the layer expects a batch that the backbone
+            has sorted by expert.
+    """
+
+    def __init__(
+        self, dense: nn.Module, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.context = context
+        self.router = router
+        draws = [self._parameters_of(dense)]
+        for _ in range(num_experts - 1):
+            draws.append(self._redraw(dense))
+        for name, parameter in dense.named_parameters(recurse=False):
+            stacked = torch.cat([draw[name] for draw in draws])
+            self.register_parameter(name, nn.Parameter(stacked, requires_grad=parameter.requires_grad))
+        if 'bias' not in dict(dense.named_parameters(recurse=False)):
+            self.register_parameter('bias', None)
+
+    @staticmethod
+    def _parameters_of(dense: nn.Module) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in dense.named_parameters(recurse=False)}
+
+    @classmethod
+    def _redraw(cls, dense: nn.Module) -> dict[str, Tensor]:
+        dense.reset_parameters()
+        return cls._parameters_of(dense)
+
+    def expert_parameters(self, expert: int) -> dict[str, Tensor]:
+        """Views of one expert's parameters, under the dense layer's names and in its shapes."""
+        return {
+            name: p.chunk(self.num_experts)[expert]
+            for name, p in self.named_parameters(recurse=False)
+            if p is not None
+        }
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        """One expert's output for its own slice of the batch; x: (b, ...)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to each image the expert it is routed to.
+
+        Args:
+            x (Tensor): (B, ...) as the dense layer takes it; sorted by expert unless the layer has a router.
+
+        Returns:
+            Tensor: (B, ...) as the dense layer gives it, in the order of ``x``.
+        """
+        if self.router is None:
+            return self._run(x, self.context.current)
+        routing = self.context.route(self.router, x)
+        return routing.unsort(self._run(routing.sort(x), routing))
+
+    def _run(self, x: Tensor, routing: Routing) -> Tensor:
+        weights = self.weight.chunk(self.num_experts)
+        biases: Sequence[Optional[Tensor]] = (
+            self.bias.chunk(self.num_experts) if self.bias is not None else [None] * self.num_experts
+        )
+        parts = [
+            self.compute(part, weights[n], biases[n])
+            for n, part in enumerate(x.split(routing.counts))
+            if routing.counts[n]
+        ]
+        if routing.gate is not None and torch.is_grad_enabled():
+            return _GatedConcat.apply(routing.sort(routing.gate), *parts)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def extra_repr(self) -> str:
+        return f'num_experts={self.num_experts}, weight={tuple(self.weight.shape)}'
+
+
+class MoEConv2d(ExpertLayer):
+    """A convolution with N experts: x (B, C_in, H, W) -> (B, C_out, H', W'), weight (N*C_out, C_in/groups, k, k)."""
+
+    def __init__(
+        self, dense: nn.Conv2d, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+    ) -> None:
+        super().__init__(dense, num_experts, context, router)
+        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
+        self.stride, self.padding, self.dilation = dense.stride, dense.padding, dense.dilation
+        self.groups, self.padding_mode = dense.groups, dense.padding_mode
+        self._edge_padding = dense._reversed_padding_repeated_twice
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        """x: (b, C_in, H, W) -> (b, C_out, H', W')."""
+        padding = self.padding
+        if self.padding_mode != 'zeros':
+            x, padding = F.pad(x, self._edge_padding, mode=self.padding_mode), 0
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class MoELinear(ExpertLayer):
+    """A linear layer with N experts: x (B, ..., C_in) -> (B, ..., C_out), weight (N*C_out, C_in)."""
+
+    def __init__(
+        self, dense: nn.Linear, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+    ) -> None:
+        super().__init__(dense, num_experts, context, router)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        """x: (b, ..., C_in) -> (b, ..., C_out)."""
+        return F.linear(x, weight, bias)
+
+
+#: Dense layers that can become expert layers. Exact classes: a subclass may compute something else.
+EXPERT_LAYERS: dict[Type[nn.Module], Type[ExpertLayer]] = {
+    nn.Conv2d: MoEConv2d,
+    MMCVConv2d: MoEConv2d,
+    nn.Linear: MoELinear,
+    MMCVLinear: MoELinear,
+}

@@ -1,0 +1,153 @@
+"""Routers: they read an input and score the experts. Their parameters are ψ."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+
+class BaseRouter(BaseModule):
+    """Base of everything that decides routes.
+
+    A parameter belongs to the router group ψ exactly when it lies below a ``BaseRouter``.
+
+    Args:
+        num_experts (int): N >= 2, the number of logits.
+        init_cfg (dict, optional): As in MMEngine.
+    """
+
+    def __init__(self, num_experts: int, init_cfg: Optional[dict] = None) -> None:
+        super().__init__(init_cfg)
+        if num_experts < 2:
+            raise ValueError(f'router.num_experts={num_experts}: a router chooses between at least 2 experts')
+        self.num_experts = num_experts
+
+
+class _RouterBlock(nn.Module):
+    """Basic residual block whose shortcut has no parameters: strided and padded with zero channels.
+
+    x: (B, C_in, H, W) -> (B, C_out, H/stride, W/stride).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.extra_channels = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1 or self.extra_channels:
+            before = self.extra_channels // 2
+            x = x[:, :, :: self.stride, :: self.stride]
+            x = F.pad(x, (0, 0, 0, 0, before, self.extra_channels - before))
+        return F.relu(out + x, inplace=True)
+
+
+@MODELS.register_module()
+class ResNetRouter(BaseRouter):
+    """The image-level router of AdvMoE: a small CIFAR ResNet on the input image.
+
+    Three stages of three basic blocks with 16, 32 and 64 channels and parameter-free shortcuts (He et al.,
+    arXiv:1512.03385, section 4.2, option A), global average pooling and a linear layer to the experts, as in
+    arXiv:2308.10110.
+
+    Args:
+        num_experts (int): N >= 2.
+        in_channels (int): Channels of the image. Defaults to 3.
+        base_channels (int): Channels of the first stage; each later stage doubles them. Defaults to 16.
+        num_blocks (int): Blocks of a stage. Defaults to 3.
+        num_stages (int): Each but the first halves height and width. Defaults to 3.
+        stem_stride (int): Stride of the first convolution; above 1 for large images. Defaults to 1.
+        init_cfg (dict, optional): Defaults to He initialisation of convolutions and the linear layer.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_channels: int = 3,
+        base_channels: int = 16,
+        num_blocks: int = 3,
+        num_stages: int = 3,
+        stem_stride: int = 1,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(num_experts, init_cfg or dict(type='Kaiming', layer=['Conv2d', 'Linear']))
+        self.conv1 = nn.Conv2d(in_channels, base_channels, 3, stem_stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(base_channels)
+        blocks, channels = [], base_channels
+        for stage in range(num_stages):
+            out_channels = base_channels * 2**stage
+            for block in range(num_blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(_RouterBlock(channels, out_channels, stride))
+                channels = out_channels
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(channels, num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) -> logits (B, N)."""
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.blocks(x)
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+@MODELS.register_module()
+class LayerRouter(BaseRouter):
+    """A light router for one expert layer: average over all positions, then one linear layer.
+
+    Args:
+        num_experts (int): N >= 2.
+        in_channels (int): C, channels of the layer's input; given by :class:`MoEBackbone`.
+        channels_last (bool): Whether the input is (B, ..., C) rather than (B, C, ...). Defaults to False.
+        init_cfg (dict, optional): Defaults to a normal distribution of standard deviation 0.01.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_channels: int,
+        channels_last: bool = False,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(num_experts, init_cfg or dict(type='Normal', layer='Linear', std=0.01))
+        self.channels_last = channels_last
+        self.fc = nn.Linear(in_channels, num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, ...) or (B, ..., C) -> logits (B, N)."""
+        if x.dim() > 2:
+            x = x.flatten(1, -2).mean(dim=1) if self.channels_last else x.flatten(2).mean(dim=2)
+        return self.fc(x)
+
+
+def router_modules(model: nn.Module) -> list[BaseRouter]:
+    """The routers of a model, outermost only, in the order of its modules."""
+    routers: list[BaseRouter] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, BaseRouter) and id(module) not in inside:
+            routers.append(module)
+            inside.update(id(child) for child in module.modules())
+    return routers
+
+
+def split_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Split the parameters into experts θ and router ψ, each parameter in exactly one group.
+
+    Returns:
+        dict[str, list[tuple[str, nn.Parameter]]]: ``'experts'`` and ``'router'``, with the full parameter names.
+    """
+    router_ids = {id(p) for router in router_modules(model) for p in router.parameters()}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {'experts': [], 'router': []}
+    for name, parameter in model.named_parameters():
+        groups['router' if id(parameter) in router_ids else 'experts'].append((name, parameter))
+    return groups
