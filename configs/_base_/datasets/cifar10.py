@@ -1,0 +1,53 @@
+# CIFAR-10: 45,000 images to train on, 5,000 of the training set to select on, the 10,000 official
+# test images for the result.
+data_root = 'data/cifar10'
+
+train_dataloader = dict(
+    batch_size=128,
+    num_workers=4,
+    # With persistent workers, a resumed run could not draw the augmentations that an uninterrupted
+    # one draws.
+    persistent_workers=False,
+    worker_init_fn=dict(type='seed_worker'),
+    # A last batch of one image would leave batch norm without a variance.
+    drop_last=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='CIFAR10Split',
+        data_root=data_root,
+        split='train',
+        pipeline=[
+            dict(type='RandomCrop', crop_size=32, padding=4),
+            dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+            dict(type='PackInputs'),
+        ],
+    ),
+)
+
+val_dataloader = dict(
+    batch_size=250,
+    num_workers=2,
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CIFAR10Split',
+        data_root=data_root,
+        split='val',
+        pipeline=[dict(type='PackInputs')],
+    ),
+)
+val_evaluator = dict(type='Accuracy', topk=(1,))
+
+test_dataloader = dict(
+    batch_size=250,
+    num_workers=2,
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CIFAR10Split',
+        data_root=data_root,
+        split='test',
+        pipeline=[dict(type='PackInputs')],
+    ),
+)
+test_evaluator = val_evaluator

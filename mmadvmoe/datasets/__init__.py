@@ -1,0 +1,8 @@
+"""Data sets that MMPretrain lacks, and the samplers of robust evaluation."""
+
+from .cifar import CIFAR10Split, CIFAR100Split
+from .digits import Digits
+from .samplers import ChunkSampler
+from .splits import stratified_split
+
+__all__ = ['CIFAR10Split', 'CIFAR100Split', 'ChunkSampler', 'Digits', 'stratified_split']
