@@ -24,7 +24,8 @@ class _HeldOutCIFAR:
         self.part = split
         self.num_val = num_val
         kwargs.setdefault('download', False)
-        super().__init__(data_root=data_root, split='test' if split == 'test' else 'train', **kwargs)
+        official = 'test' if split == 'test' else 'train'
+        super().__init__(data_root=data_root, split=official, **kwargs)
 
     def load_data_list(self) -> list[dict]:
         """Load the official files and give the images of the split, in their order."""
