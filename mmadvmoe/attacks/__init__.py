@@ -1,0 +1,24 @@
+"""How a model is attacked."""
+
+from .autoattack import AutoAttack
+from .bound import BoundAttack
+from .builder import build_attack
+from .kl import kl_divergence
+from .library import JSMA, register_torchattacks
+from .route_pgd import RoutePGD
+from .trades import TRADESAttack
+from .victim import Victim
+
+# After this package's own, which take precedence over classes of the same name.
+register_torchattacks()
+
+__all__ = [
+    'JSMA',
+    'AutoAttack',
+    'BoundAttack',
+    'RoutePGD',
+    'TRADESAttack',
+    'Victim',
+    'build_attack',
+    'kl_divergence',
+]

@@ -1,0 +1,141 @@
+"""AutoAttack as published, for any number of classes."""
+
+from __future__ import annotations
+
+import torch
+import torchattacks
+from torch import Tensor
+from torchattacks.attack import Attack
+
+from mmadvmoe.registry import ATTACKS
+
+from . import steps as ball
+from .victim import Victim
+
+VERSIONS = ('standard', 'plus', 'rand')
+
+# The targeted attacks of AutoAttack try the 9 most likely wrong classes.
+_MOST_CLASSES = 10
+
+
+@ATTACKS.register_module()
+class AutoAttack(Attack):
+    """The ensemble of parameter-free attacks of Croce & Hein, arXiv:2003.01690.
+
+    torchattacks has a class of this name with 10 iterations and as many targets as there are
+    classes. This one has the published 100 iterations, at most 9 targets and Square's unscaled
+    schedule, and each attack of the ensemble sees only the images that are still standing:
+
+    * ``'standard'``: APGD on the cross entropy, targeted APGD, targeted FAB, Square;
+    * ``'plus'``: APGD on the cross entropy and on DLR and FAB, with 5 restarts each, Square,
+      targeted APGD, targeted FAB;
+    * ``'rand'``, for models with random parts: APGD on the cross entropy and on DLR, each gradient
+      averaged over 20 passes.
+
+    The DLR loss divides by a difference to the third largest logit and its targeted form by one to
+    the fourth, so they do not exist for few classes. With 3 classes APGD on DLR takes the place of
+    targeted APGD; with 2 classes the attacks on DLR are left out.
+
+    Args:
+        model (Victim): The attacked model.
+        norm (str): ``'Linf'`` or ``'L2'``. Defaults to ``'Linf'``.
+        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
+        version (str): See above. Defaults to ``'standard'``.
+        n_classes (int): K; ``build_attack`` knows it. Defaults to 10.
+        steps (int): Iterations of APGD and FAB. Defaults to 100.
+        n_queries (int): Queries of Square. Defaults to 5000.
+        seed (int): Where random starts come from. A seed given in the call overrules it.
+        verbose (bool): Print the progress of each attack. Defaults to False.
+
+    Raises:
+        ValueError: ``norm`` or ``version`` is unknown, or there are fewer than 2 classes.
+    """
+
+    def __init__(
+        self,
+        model: Victim,
+        norm: str = 'Linf',
+        eps: float = 8 / 255,
+        version: str = 'standard',
+        n_classes: int = 10,
+        steps: int = 100,
+        n_queries: int = 5000,
+        seed: int = 0,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__('AutoAttack', model)
+        if version not in VERSIONS:
+            raise ValueError(f'version={version!r} is unknown; allowed: {VERSIONS}')
+        if n_classes < 2:
+            raise ValueError(f'n_classes={n_classes} must be at least 2')
+        self.norm = ball.check_norm(norm)
+        self.eps = eps
+        self.version = version
+        self.attacks = _ensemble(
+            model,
+            version,
+            n_classes,
+            dict(norm=norm, eps=eps, seed=seed, verbose=verbose),
+            steps,
+            n_queries,
+        )
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """An adversarial image for each image that some attack fools; the others as they are.
+
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+            labels (Tensor): (B,) int64.
+        """
+        images, labels = images.detach().to(self.device), labels.to(self.device)
+        adversarial = images.clone()
+        standing = self._correct(images, labels).nonzero().squeeze(1)
+        for attack in self.attacks:
+            if not len(standing):
+                break
+            candidates = attack(images[standing], labels[standing])
+            correct = self._correct(candidates, labels[standing])
+            adversarial[standing[~correct]] = candidates[~correct]
+            standing = standing[correct]
+        return adversarial
+
+    @torch.no_grad()
+    def _correct(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.get_logits(images).argmax(1) == labels
+
+
+def _ensemble(
+    model: Victim, version: str, n_classes: int, common: dict, steps: int, n_queries: int
+) -> list[Attack]:
+    """The attacks of one version, in the published order."""
+    targets = dict(n_classes=min(n_classes, _MOST_CLASSES))
+
+    def apgd(loss: str, **kwargs) -> Attack:
+        return torchattacks.APGD(model, loss=loss, steps=steps, **common, **kwargs)
+
+    def apgd_targeted() -> list[Attack]:
+        if n_classes >= 4:
+            return [torchattacks.APGDT(model, steps=steps, **common, **targets)]
+        return dlr() if version == 'standard' else []
+
+    def dlr(**kwargs) -> list[Attack]:
+        return [apgd('dlr', **kwargs)] if n_classes >= 3 else []
+
+    def fab(**kwargs) -> Attack:
+        return torchattacks.FAB(model, steps=steps, **common, **targets, **kwargs)
+
+    def square() -> Attack:
+        return torchattacks.Square(model, n_queries=n_queries, resc_schedule=False, **common)
+
+    if version == 'standard':
+        return [apgd('ce'), *apgd_targeted(), fab(multi_targeted=True), square()]
+    if version == 'rand':
+        return [apgd('ce', eot_iter=20), *dlr(eot_iter=20)]
+    return [
+        apgd('ce', n_restarts=5),
+        *dlr(n_restarts=5),
+        fab(n_restarts=5),
+        square(),
+        *apgd_targeted(),
+        fab(multi_targeted=True),
+    ]

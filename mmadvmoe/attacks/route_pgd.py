@@ -1,0 +1,186 @@
+"""The honest judge of a mixture of experts: PGD that knows about routes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchattacks.attack import Attack
+
+from mmadvmoe.registry import ATTACKS
+
+from . import steps as ball
+from .victim import Victim
+
+
+@ATTACKS.register_module()
+class RoutePGD(Attack):
+    """PGD with the route held, and PGD at every route in turn.
+
+    The gate of a hard router adds a gradient that says nothing about the image and can drown the
+    one that does. So no gradient goes through a gate here. The runs are:
+
+    1. the route held at the clean one: the cross entropy of that pathway is maximised;
+    2. for each expert j: the cross entropy of pathway j is maximised *and* the routers are pushed
+       to j (with layer-level routing, pathway j is expert j in every layer).
+
+    The push maximises the margin of j's logit over the best other one, of each router that does
+    not choose j yet. Margin and cross entropy are made comparable image by image, each gradient
+    divided by its own L1 norm, so that neither huge nor tiny router logits hide anything.
+
+    What counts is the prediction of the whole model with its own routers. Where all of them choose
+    the given route the pathway's logits *are* that prediction, which is looked up at each step for
+    free; the last point of each run is checked with a forward pass of its own. An image is robust
+    when it survives all runs; a fooled one is not attacked any further. Images that are
+    misclassified as they are come back unchanged. N + 1 runs of ``steps`` steps; on a model
+    without routers it is one run of PGD (arXiv:1706.06083).
+
+    Args:
+        model (Victim): The attacked model.
+        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
+        alpha (float): Step size. Defaults to 2/255.
+        steps (int): Steps of each run. Defaults to 50.
+        random_start (bool): Start each run at a random point of the ball. Defaults to True.
+        norm (str): ``'Linf'`` or ``'L2'``. Defaults to ``'Linf'``.
+
+    Raises:
+        TypeError: The model is not a :class:`Victim`, or does not tell its routes as one does.
+        ValueError: ``norm`` is unknown.
+    """
+
+    def __init__(
+        self,
+        model: Victim,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 50,
+        random_start: bool = True,
+        norm: str = 'Linf',
+    ) -> None:
+        super().__init__('RoutePGD', model)
+        if not hasattr(model, 'forward_routed'):
+            raise TypeError(f'RoutePGD attacks a Victim, got {type(model).__name__}')
+        self.eps = eps
+        self.alpha = alpha
+        self.steps = steps
+        self.random_start = random_start
+        self.norm = ball.check_norm(norm)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The first adversarial image found for each image, or where the last run ended.
+
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+            labels (Tensor): (B,) int64.
+        """
+        images, labels = images.detach().to(self.device), labels.to(self.device)
+        with torch.no_grad():
+            logits, routings = self.model.forward_routed(images)
+        adversarial = images.clone()
+        standing = (logits.argmax(1) == labels).nonzero().squeeze(1)
+        for route, push in self._runs(routings, len(images)):
+            # Drawn for all images, so that the start of one does not depend on the fate of others.
+            start = ball.random_start(images, self.eps, self.norm) if self.random_start else images
+            if not len(standing):
+                break
+            found, fooled = self._run(
+                start[standing],
+                images[standing],
+                labels[standing],
+                None if route is None else route[standing],
+                push,
+            )
+            adversarial[standing] = found
+            standing = standing[~fooled]
+        return adversarial
+
+    def _runs(self, routings: tuple, batch: int) -> Iterator[tuple[Tensor | None, bool]]:
+        """The route of each run, (B,), (B, L) or None, and whether to push the routers there."""
+        if not routings:
+            yield None, False
+            return
+        yield torch.stack([routing.expert for routing in routings], dim=1), False
+        for expert in range(self.model.num_experts):
+            yield torch.full((batch,), expert, device=self.device), True
+
+    def _run(
+        self, points: Tensor, images: Tensor, labels: Tensor, route: Tensor | None, push: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One run of PGD: the adversarial images, and which of them fool the model (B,)."""
+        result = images.clone()
+        fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        active = torch.arange(len(images), device=images.device)
+        for _ in range(self.steps):
+            points.requires_grad_()
+            logits, routings = self.model.forward_routed(points, route=route)
+            # Column i: does router i choose the given route?
+            followed = _followed(routings, route, logits)
+            hit = (logits.argmax(1) != labels) & followed.all(1)
+            result[active[hit]], fooled[active[hit]] = points.detach()[hit], True
+            keep = ~hit
+            if not keep.any():
+                return result, fooled
+            (grad,) = torch.autograd.grad(
+                F.cross_entropy(logits, labels, reduction='sum'), points, retain_graph=push
+            )
+            if push and not followed.all():
+                (to_route,) = torch.autograd.grad(_margins(routings, route, followed), points)
+                grad = _unit(grad) + _unit(to_route)
+            points = ball.ascend(points.detach(), grad, self.alpha, self.norm)
+            points = ball.project(points, images, self.eps, self.norm)
+            if not keep.all():
+                points, images, labels, active = (
+                    points[keep],
+                    images[keep],
+                    labels[keep],
+                    active[keep],
+                )
+                route = None if route is None else route[keep]
+        with torch.no_grad():
+            result[active] = points
+            fooled[active] = self.model(points).argmax(1) != labels
+        return result, fooled
+
+
+def _given(route: Tensor, router: int) -> Tensor:
+    return route if route.dim() == 1 else route[:, router]
+
+
+def _followed(routings: tuple, route: Tensor | None, logits: Tensor) -> Tensor:
+    """(B, L): whether each router's own choice is the given route; (B, 1) True without a route."""
+    if route is None:
+        return torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
+    choices = [
+        routing.logits.argmax(1) == _given(route, router) for router, routing in enumerate(routings)
+    ]
+    return torch.stack(choices, dim=1)
+
+
+def _margins(routings: tuple, route: Tensor, followed: Tensor) -> Tensor:
+    """Sum of the margins by which routers that do not follow prefer another expert, negated.
+
+    Each is divided by the (constant) spread of its logits: logits of 1e18 times a weight of 1e18
+    would not fit a float32 gradient.
+    """
+    total = 0.0
+    for router, routing in enumerate(routings):
+        logits = routing.logits.float()
+        target = _given(route, router)[:, None]
+        spread = (logits.amax(1) - logits.amin(1)).detach()
+        wanted = logits.gather(1, target).squeeze(1)
+        rival = logits.scatter(1, target, -torch.inf).amax(1)
+        margin = (wanted - rival) / torch.where(spread > 0, spread, torch.ones_like(spread))
+        total = total + margin[~followed[:, router]].sum()
+    return total
+
+
+def _unit(grad: Tensor) -> Tensor:
+    """Each image's gradient at L1 norm 1; zero stays zero."""
+    flat = grad.flatten(1)
+    # By the largest entry first: the sum of many could overflow, or its reciprocal.
+    peak = flat.abs().amax(1, keepdim=True)
+    flat = flat / torch.where(peak > 0, peak, torch.ones_like(peak))
+    norm = flat.abs().sum(1, keepdim=True)
+    return (flat / norm.clamp(min=1)).view_as(grad)

@@ -1,0 +1,107 @@
+"""The training attack of TRADES and AdvMoE."""
+
+from __future__ import annotations
+
+import torch
+from mmengine.dist import get_rank, get_world_size
+from torch import Tensor
+from torchattacks.attack import Attack
+
+from mmadvmoe.registry import ATTACKS
+
+from . import steps as ball
+from .kl import kl_divergence
+from .victim import Victim
+
+
+@ATTACKS.register_module()
+class TRADESAttack(Attack):
+    """Maximise the divergence of the prediction from the clean one, and that of the routes.
+
+    From x + ``start_noise`` · N(0, I), steps of steepest ascent on KL(f(x) ‖ f(x')), plus
+    ``router_weight`` times the sum over routers of KL(router(x) ‖ router(x')) where the model has
+    any; back into the ball and [0, 1] after each. Labels are not used. The routers decide, and the
+    gradient passes through their gate.
+
+    In distributed training the noise is drawn for the batch of all processes and each takes the
+    rows of its own images (MMEngine's ``DefaultSampler`` gives rank r the samples r, r + W, ...).
+    With the same random state on every rank, W processes therefore attack as one with W times the
+    batch does.
+
+    TRADES: arXiv:1901.08573, algorithm 1. AdvMoE: arXiv:2308.10110, whose attack has 2 steps of
+    5/255 at eps 8/255.
+
+    Args:
+        model (Victim): The attacked model.
+        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
+        alpha (float): Step size. Defaults to 5/255.
+        steps (int): Number of steps. Defaults to 2.
+        norm (str): ``'Linf'`` or ``'L2'``. Defaults to ``'Linf'``.
+        start_noise (float): Standard deviation of the start noise; above 0, because the gradient
+            of the divergence vanishes at x itself. Defaults to 0.001.
+        router_weight (float): Weight of the routers' divergence. Defaults to 1.
+
+    Raises:
+        ValueError: ``norm`` is unknown, or ``start_noise`` or ``router_weight`` out of range.
+    """
+
+    #: Labels are not read, so any kind will do.
+    soft_labels = True
+
+    def __init__(
+        self,
+        model: Victim,
+        eps: float = 8 / 255,
+        alpha: float = 5 / 255,
+        steps: int = 2,
+        norm: str = 'Linf',
+        start_noise: float = 0.001,
+        router_weight: float = 1.0,
+    ) -> None:
+        super().__init__('TRADESAttack', model)
+        if not start_noise > 0:
+            raise ValueError(f'start_noise={start_noise!r} must be above 0')
+        if not router_weight >= 0:
+            raise ValueError(f'router_weight={router_weight!r} must be at least 0')
+        self.eps = eps
+        self.alpha = alpha
+        self.steps = steps
+        self.norm = ball.check_norm(norm)
+        self.start_noise = start_noise
+        self.router_weight = router_weight
+        # Set for the length of a call that is given a seed; see _noise.
+        self.seed: int | None = None
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Adversarial images for ``images`` (B, C, H, W) in [0, 1]."""
+        images = images.detach().to(self.device)
+        with torch.no_grad():
+            clean, clean_routes = self._outputs(images)
+        points = images + self.start_noise * self._noise(images)
+        for _ in range(self.steps):
+            points.requires_grad_()
+            logits, routes = self._outputs(points)
+            divergence = kl_divergence(clean, logits).sum()
+            for clean_route, route in zip(clean_routes, routes, strict=True):
+                divergence = (
+                    divergence + self.router_weight * kl_divergence(clean_route, route).sum()
+                )
+            (grad,) = torch.autograd.grad(divergence, points)
+            points = ball.ascend(points.detach(), grad, self.alpha, self.norm)
+            points = ball.project(points, images, self.eps, self.norm)
+        return points
+
+    def _outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Class logits, and router logits where they count."""
+        if not self.router_weight:
+            return self.model(images), ()
+        logits, routings = self.model.forward_routed(images)
+        return logits, tuple(routing.logits for routing in routings)
+
+    def _noise(self, images: Tensor) -> Tensor:
+        # A given seed belongs to these images alone, whichever process attacks them.
+        world = get_world_size() if self.seed is None else 1
+        if world == 1:
+            return torch.randn_like(images)
+        noise = images.new_empty(world * len(images), *images.shape[1:]).normal_()
+        return noise[get_rank() :: world]
