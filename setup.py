@@ -1,0 +1,54 @@
+from pathlib import Path
+from runpy import run_path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def openmmlab(module: str, distribution: str = '') -> str:
+    """The requirement on an OpenMMLab package, in the range that the import checks as well."""
+    _, allowed = run_path(str(ROOT / 'mmadvmoe' / '_requirements.py'))['REQUIREMENTS'][module]
+    return (distribution or module) + allowed
+
+
+setup(
+    name='mmadvmoe',
+    version=run_path(str(ROOT / 'mmadvmoe' / 'version.py'))['__version__'],
+    description='Adversarial training of mixture-of-experts networks, a plugin for MMPretrain',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    keywords='adversarial robustness, mixture of experts, image classification, OpenMMLab',
+    packages=find_packages(include=['mmadvmoe', 'mmadvmoe.*']),
+    python_requires='>=3.10',
+    install_requires=[
+        # Neither mmcv nor mmcv-lite stands here. Both provide the module `mmcv` and overwrite each
+        # other's files, so a requirement on either would damage an installation of the other; and
+        # mmcv has no wheel for current PyTorch versions and does not build with current
+        # setuptools. Whoever has none asks for the extra `lite`; the import checks what is there.
+        openmmlab('mmengine'),
+        openmmlab('mmpretrain'),
+        # The first version that loads with weights_only=True by default and lets a reader name
+        # the few further globals a checkpoint of MMEngine needs.
+        'torch>=2.6.0',
+        'torchvision>=0.21.0',
+        'torchattacks>=3.5.1',
+        # The first version with numpy.dtypes, whose classes are such globals.
+        'numpy>=1.25.0',
+        'scikit-learn>=1.2.0',
+        'matplotlib>=3.6.0',
+        'packaging>=21.0',
+    ],
+    extras_require={
+        'lite': [openmmlab('mmcv', 'mmcv-lite')],
+        # Ruff is held to one minor version: the next may format differently.
+        'tests': ['pytest>=7.4', 'ruff>=0.17.0,<0.18.0'],
+    },
+    classifiers=[
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)
