@@ -1,0 +1,129 @@
+"""Test a checkpoint, with the arguments of MMPretrain's tool of the same name."""
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+
+import mmengine
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.evaluator import DumpResults
+
+from mmadvmoe.engine.dist import finish_distributed, prepare_distributed
+from mmadvmoe.engine.launch import (
+    add_common_arguments,
+    build_runner,
+    check_checkpoint,
+    load_config,
+    merge_common_arguments,
+)
+
+OUT_SUFFIXES = {
+    'pred': ('.pkl', '.pickle'),
+    'metrics': ('.json', '.yaml', '.yml', '.pkl', '.pickle'),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='test config file')
+    parser.add_argument('checkpoint', help='checkpoint file or address')
+    add_common_arguments(parser)
+    parser.add_argument('--out', help='file to write metrics or predictions to')
+    parser.add_argument(
+        '--out-item',
+        choices=tuple(OUT_SUFFIXES),
+        help='what --out gets: metrics, or predictions (those of the worst case where the model '
+        'is tested under attacks) [pred]',
+    )
+    parser.add_argument('--show-dir', help='directory to save pictures of predictions in')
+    parser.add_argument('--show', action='store_true', help='show predictions in a window')
+    parser.add_argument('--interval', type=int, default=1, help='draw every INTERVAL-th image [1]')
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds to show a window for [2]'
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation: tta_model and tta_pipeline of the config, or, without '
+        'them, the mean score over an image and its mirror image',
+    )
+    args = parser.parse_args()
+    if args.out is None:
+        if args.out_item is not None:
+            parser.error('--out-item says what goes into the file that --out names: add --out')
+    else:
+        args.out_item = args.out_item or 'pred'
+        allowed = OUT_SUFFIXES[args.out_item]
+        if not args.out.endswith(allowed):
+            parser.error(
+                f'--out {args.out!r} for --out-item {args.out_item} must end in '
+                f'{" or ".join(allowed)}'
+            )
+    return args
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> None:
+    """Write the arguments into the config."""
+    check_checkpoint(args.checkpoint, 'CHECKPOINT')
+    cfg.load_from = args.checkpoint
+    # A config made for going on with training must not turn the test into that.
+    cfg.resume = False
+    if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
+        raise ValueError('the config must set test_dataloader, test_cfg and test_evaluator')
+    if args.amp:
+        cfg.test_cfg.fp16 = True
+    if args.show or args.show_dir is not None:
+        _enable_visualization(cfg, args)
+    if args.tta:
+        _enable_tta(cfg)
+    merge_common_arguments(cfg, args, ('test_dataloader',))
+
+
+def _enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
+    if 'visualization' not in cfg.get('default_hooks', {}):
+        raise ValueError(
+            '--show and --show-dir need default_hooks.visualization in the config: add '
+            "default_hooks=dict(visualization=dict(type='VisualizationHook'))"
+        )
+    cfg.default_hooks.visualization.update(
+        enable=True,
+        show=args.show,
+        wait_time=args.wait_time,
+        out_dir=args.show_dir,
+        interval=args.interval,
+    )
+
+
+def _enable_tta(cfg: Config) -> None:
+    if 'attacks' in cfg.test_cfg:
+        raise ValueError(
+            '--tta cannot be used with test_cfg.attacks: they attack the model itself, not the '
+            'mean over augmentations that would be tested then'
+        )
+    if 'tta_pipeline' not in cfg:
+        *transforms, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        cfg.tta_pipeline = [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+    tta_model = cfg.get('tta_model', dict(type='mmpretrain.AverageClsScoreTTA'))
+    cfg.model = dict(**tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args.config)
+    merge_args(cfg, args)
+    prepare_distributed(cfg, args.launcher)
+    runner = build_runner(cfg)
+    if args.out_item == 'pred':
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    metrics = runner.test()
+    if args.out_item == 'metrics' and is_main_process():
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        mmengine.dump(metrics, args.out)
+    finish_distributed()
+
+
+if __name__ == '__main__':
+    main()

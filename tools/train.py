@@ -1,0 +1,82 @@
+"""Train a model from a config, with the arguments of MMPretrain's tool of the same name."""
+
+import argparse
+
+from mmengine.config import Config
+
+from mmadvmoe.engine.dist import finish_distributed, prepare_distributed
+from mmadvmoe.engine.launch import (
+    add_common_arguments,
+    build_runner,
+    check_checkpoint,
+    enable_amp,
+    load_config,
+    merge_common_arguments,
+)
+from mmadvmoe.engine.preflight import check_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='train config file')
+    add_common_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint; without a path, from the latest in the work directory',
+    )
+    parser.add_argument(
+        '--no-validate', action='store_true', help='do not evaluate checkpoints during training'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rates by the actual over the base batch size of the config',
+    )
+    parser.add_argument(
+        '--no-persistent-workers',
+        action='store_true',
+        help='set persistent_workers=False in all data loaders',
+    )
+    return parser.parse_args()
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> None:
+    """Write the arguments into the config."""
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.amp:
+        enable_amp(cfg)
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+        if cfg.load_from is not None:
+            check_checkpoint(cfg.load_from, '--resume')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ValueError(
+                '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config: '
+                'the batch size that its learning rates are meant for'
+            )
+        cfg.auto_scale_lr.enable = True
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    for key in loaders:
+        if args.no_persistent_workers and cfg.get(key) is not None:
+            cfg[key].persistent_workers = False
+    merge_common_arguments(cfg, args, loaders)
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args.config)
+    merge_args(cfg, args)
+    check_config(cfg)
+    prepare_distributed(cfg, args.launcher)
+    build_runner(cfg).train()
+    finish_distributed()
+
+
+if __name__ == '__main__':
+    main()
