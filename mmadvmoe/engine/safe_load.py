@@ -1,0 +1,265 @@
+"""Loading checkpoints without running what is in them.
+
+A pickle can call any function when it is read. PyTorch's ``weights_only=True`` calls none but those
+on a list, and MMEngine's own checkpoints need a few that are not on it: its
+:class:`~mmengine.logging.HistoryBuffer`, and NumPy arrays of numbers. They are added here in the
+narrowest form that loads such a checkpoint, and MMEngine's loaders are led through one function.
+"""
+
+import os
+import os.path as osp
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, Optional, Union
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.model import is_model_wrapper
+from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from numpy.core.multiarray import _reconstruct as numpy_reconstruct
+from numpy.core.multiarray import scalar as numpy_scalar
+from torch import nn
+
+MapLocation = Union[str, torch.device, Callable, None]
+
+_STATISTICS = ('min', 'max', 'current', 'mean')
+_NUMBER_KINDS = 'biufc'
+_SHOWN = 5
+_ADVICE = (
+    'Copy or download it again, or resume from an earlier checkpoint with '
+    '`--resume <work_dir>/epoch_<n>.pth`.'
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; says which file, what is wrong with it and what to do."""
+
+
+def enable_safe_loading() -> None:
+    """Make MMEngine load its own and OpenMMLab's checkpoints with ``weights_only=True``.
+
+    ``Runner.resume``, ``Runner.load_checkpoint``, ``init_cfg=dict(type='Pretrained')`` and
+    ``mmengine.runner.load_checkpoint`` read local files by :func:`load_from_local` from then on,
+    and so do MMEngine's loaders for URLs and model zoos, which download first. Calling it again
+    changes nothing.
+    """
+    torch.serialization.add_safe_globals(_safe_globals())
+    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+    # The loaders for http(s), torchvision, open-mmlab and mmcls all end in this one function.
+    # Its original, of torch.hub, unpickles whatever the file asks for.
+    mmengine_checkpoint.load_url = _load_url
+
+
+def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
+    """Load a checkpoint file with ``weights_only=True``.
+
+    Args:
+        filename (str): Path of the file. ``~`` is expanded.
+        map_location: As in :func:`torch.load`.
+
+    Returns:
+        dict: The checkpoint: MMEngine's, or a bare state dict as torchvision publishes it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is empty, cut off, not a checkpoint, holds no weights, or holds
+            objects that a checkpoint does not need. Nothing of such an object is executed.
+    """
+    filename = osp.expanduser(os.fspath(filename))
+    if not osp.exists(filename):
+        raise FileNotFoundError(
+            f'There is no checkpoint {filename!r}. Check `load_from`, `init_cfg.checkpoint` or the '
+            'path on the command line.'
+        )
+    _check_container(filename)
+    # A buffer that is loaded merges its methods into those of its class. A file has no say there.
+    HistoryBuffer()
+    methods = dict(HistoryBuffer._statistics_methods)
+    try:
+        checkpoint = torch.load(filename, map_location=map_location, weights_only=True)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise _explain(filename, error) from error
+    finally:
+        HistoryBuffer._statistics_methods.clear()
+        HistoryBuffer._statistics_methods.update(methods)
+    _check_content(filename, checkpoint)
+    return checkpoint
+
+
+def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: str) -> None:
+    """Check that a checkpoint fits a model tensor for tensor.
+
+    MMEngine loads with ``strict=False``: a tensor that does not fit stays as it was initialised,
+    and only the log says so. ``num_batches_tracked`` may be missing, as in MMEngine. What the
+    model's own load hooks convert (a position embedding of another size, say) fits.
+
+    Args:
+        model (nn.Module): The model, or its wrapper for distributed training.
+        checkpoint (Mapping): A loaded checkpoint with a ``state_dict``.
+        filename (str): Its file, for the message.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or of another shape; names the first
+            few of each.
+    """
+    if 'state_dict' not in checkpoint:
+        raise CheckpointError(
+            f'Checkpoint {filename!r} has no `state_dict`, only {_some(checkpoint)}. It is not a '
+            'checkpoint of MMEngine; convert it, or load it with `init_cfg=dict(type="Pretrained", '
+            'checkpoint=...)` of the backbone.'
+        )
+    model = model.module if is_model_wrapper(model) else model
+    given = {
+        re.sub(r'^module\.', '', name): value for name, value in checkpoint['state_dict'].items()
+    }
+    wanted = model.state_dict()
+    missing = [k for k in wanted if k not in given and not k.endswith('num_batches_tracked')]
+    unexpected = [name for name in given if name not in wanted]
+    shapes = [
+        f'{name} {tuple(given[name].shape)} in the file, {tuple(value.shape)} in the model'
+        for name, value in wanted.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    problems = {'missing': missing, 'unexpected': unexpected, 'of another shape': shapes}
+    problems = [f'{what} {_some(names)}' for what, names in problems.items() if names]
+    if not problems:
+        return
+    try:
+        model.load_state_dict(given, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f'Checkpoint {filename!r} does not fit the model. Tensors {"; ".join(problems)}. Use '
+            'the config that the checkpoint was trained with. To start training from the tensors '
+            'that do fit, set `load_from` and `resume=False`.'
+        ) from error
+
+
+def _check_container(filename: str) -> None:
+    """Refuse what is visibly no checkpoint, without unpickling anything."""
+    if not osp.isfile(filename):
+        raise CheckpointError(f'{filename!r} is not a file. Name the checkpoint inside it.')
+    with open(filename, 'rb') as file:
+        magic = file.read(4)
+    if not magic:
+        raise CheckpointError(f'Checkpoint {filename!r} is empty. {_ADVICE}')
+    if zipfile.is_zipfile(filename):
+        with zipfile.ZipFile(filename) as archive:
+            names = archive.namelist()
+        if not any(name.endswith('/data.pkl') for name in names):
+            raise CheckpointError(
+                f'{filename!r} is a zip file but not a checkpoint: it holds {_some(names)}.'
+            )
+    elif magic == b'PK\x03\x04':
+        raise CheckpointError(f'Checkpoint {filename!r} is cut off: its end is missing. {_ADVICE}')
+    elif magic[:1] != b'\x80':
+        raise CheckpointError(
+            f'{filename!r} is not a checkpoint: it is neither of the formats that PyTorch writes.'
+        )
+
+
+def _check_content(filename: str, checkpoint: Any) -> None:
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(
+            f'{filename!r} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict '
+            'with a `state_dict`.'
+        )
+    # Weights of other libraries may lie under another name ("model") or bare at the top.
+    weights = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(
+            f'The `state_dict` of {filename!r} does not map names to tensors. {_ADVICE}'
+        )
+    nested = [value for value in weights.values() if isinstance(value, Mapping)]
+    if not any(isinstance(v, torch.Tensor) for group in (weights, *nested) for v in group.values()):
+        raise CheckpointError(
+            f'{filename!r} holds no weights: no `state_dict`, only {_some(checkpoint)}. Choose a '
+            'file that a training run has saved, such as `epoch_*.pth`.'
+        )
+
+
+def _explain(filename: str, error: Exception) -> CheckpointError:
+    # Before that mark, PyTorch's message recommends to load without safety.
+    text = str(error).split('WeightsUnpickler error:')[-1].strip()
+    refused = re.search(r'GLOBAL (\S+)|recognized function (.+)|Refused (.+)|but got (.+)', text)
+    if isinstance(error, pickle.UnpicklingError) and refused:
+        culprit = next(group for group in refused.groups() if group)
+        return CheckpointError(
+            f'Checkpoint {filename!r} was refused: it asks for {culprit}, which no checkpoint '
+            'needs and which could run foreign code. Nothing of it was executed. If you trust the '
+            'file and know why it holds that object, allow it by '
+            '`torch.serialization.add_safe_globals`.'
+        )
+    first_line = text.splitlines()[0] if text else type(error).__name__
+    return CheckpointError(
+        f'Checkpoint {filename!r} is damaged or was not written by PyTorch: {first_line} {_ADVICE}'
+    )
+
+
+def _some(names: Any) -> str:
+    names = [str(name) for name in names]
+    more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+    return (', '.join(names[:_SHOWN]) or 'nothing') + more
+
+
+def _load_url(
+    url: str,
+    model_dir: Optional[str] = None,
+    map_location: MapLocation = None,
+    progress: bool = True,
+) -> dict:
+    """Download a checkpoint once into PyTorch's cache and load it as a local file."""
+    model_dir = model_dir or osp.join(torch.hub.get_dir(), 'checkpoints')
+    filename = osp.join(model_dir, osp.basename(urlparse(url).path))
+    if not osp.exists(filename):
+        os.makedirs(model_dir, exist_ok=True)
+        torch.hub.download_url_to_file(url, filename, progress=progress)
+    return load_from_local(filename, map_location)
+
+
+def _safe_globals() -> list:
+    """What a checkpoint of MMEngine is made of beyond tensors and plain Python values."""
+    dtypes = [np.dtype(code) for code in np.typecodes['All']]
+    numbers = {type(dtype) for dtype in dtypes if dtype.kind in _NUMBER_KINDS}
+    # NumPy 2 moved its core, so that a file names it by the old or the new place.
+    places = ('numpy.core.multiarray', 'numpy._core.multiarray')
+    return [
+        HistoryBuffer,
+        np.ndarray,
+        *numbers,
+        (_history_buffer_method, 'builtins.getattr'),
+        (_number_dtype, 'numpy.dtype'),
+        *((_empty_array, f'{place}._reconstruct') for place in places),
+        *((numpy_scalar, f'{place}.scalar') for place in places),
+    ]
+
+
+def _history_buffer_method(owner: Any, name: str) -> Callable:
+    """All that HistoryBuffer's pickle asks of ``getattr``: its four statistics."""
+    if owner is not HistoryBuffer or name not in _STATISTICS:
+        raise pickle.UnpicklingError(f'Refused getattr({owner!r}, {name!r})')
+    return getattr(HistoryBuffer, name)
+
+
+def _number_dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype:
+    """``numpy.dtype`` for numbers.
+
+    A pickle asks for a copy, whose fields and flags it may then set at will, and so make NumPy take
+    its bytes for pointers to objects. NumPy's own instance of a number type ignores such states.
+    """
+    if not isinstance(code, str) or not re.fullmatch(rf'[{_NUMBER_KINDS}]\d+', code):
+        raise pickle.UnpicklingError(f'Refused numpy.dtype({code!r})')
+    return np.dtype(code)
+
+
+def _empty_array(kind: type, shape: tuple, code: bytes) -> np.ndarray:
+    """The empty array that a pickle fills next; of no subclass and no other type than numbers."""
+    if kind is not np.ndarray or shape != (0,) or code not in (b'b', 'b'):
+        raise pickle.UnpicklingError(f'Refused numpy _reconstruct({kind!r}, {shape!r}, {code!r})')
+    return numpy_reconstruct(kind, shape, code)
