@@ -1,4 +1,5 @@
 from .backbone import MoEBackbone
+from .classify import forward_routed
 from .convert import convert_layers, match_layers
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .routers import BaseRouter, LayerRouter, ResNetRouter, router_modules, split_parameters
@@ -14,6 +15,7 @@ __all__ = [
     'ResNetRouter',
     'Routing',
     'convert_layers',
+    'forward_routed',
     'match_layers',
     'router_modules',
     'split_parameters',

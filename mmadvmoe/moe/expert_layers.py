@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Type
+from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,7 @@ class _GatedConcat(torch.autograd.Function):
         grads = grad.split([len(part) for part in parts])
         grad_gate = None
         if ctx.needs_input_grad[0]:
-            dots = [
-                torch.linalg.vecdot(g.flatten(1).float(), part.flatten(1).float()) for g, part in zip(grads, parts)
-            ]
+            dots = [torch.linalg.vecdot(g.flatten(1).float(), part.flatten(1).float()) for g, part in zip(grads, parts)]
             grad_gate = torch.cat(dots).to(ctx.gate_dtype)
         return (grad_gate, *grads)
 
@@ -58,7 +57,11 @@ class ExpertLayer(nn.Module):
     """
 
     def __init__(
-        self, dense: nn.Module, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+        self,
+        dense: nn.Module,
+        num_experts: int,
+        context: RouteContext,
+        router: Optional[BaseRouter] = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -85,9 +88,7 @@ class ExpertLayer(nn.Module):
     def expert_parameters(self, expert: int) -> dict[str, Tensor]:
         """Views of one expert's parameters, under the dense layer's names and in its shapes."""
         return {
-            name: p.chunk(self.num_experts)[expert]
-            for name, p in self.named_parameters(recurse=False)
-            if p is not None
+            name: p.chunk(self.num_experts)[expert] for name, p in self.named_parameters(recurse=False) if p is not None
         }
 
     def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -130,7 +131,11 @@ class MoEConv2d(ExpertLayer):
     """A convolution with N experts: x (B, C_in, H, W) -> (B, C_out, H', W'), weight (N*C_out, C_in/groups, k, k)."""
 
     def __init__(
-        self, dense: nn.Conv2d, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+        self,
+        dense: nn.Conv2d,
+        num_experts: int,
+        context: RouteContext,
+        router: Optional[BaseRouter] = None,
     ) -> None:
         super().__init__(dense, num_experts, context, router)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
@@ -150,7 +155,11 @@ class MoELinear(ExpertLayer):
     """A linear layer with N experts: x (B, ..., C_in) -> (B, ..., C_out), weight (N*C_out, C_in)."""
 
     def __init__(
-        self, dense: nn.Linear, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+        self,
+        dense: nn.Linear,
+        num_experts: int,
+        context: RouteContext,
+        router: Optional[BaseRouter] = None,
     ) -> None:
         super().__init__(dense, num_experts, context, router)
         self.in_features, self.out_features = dense.in_features, dense.out_features
@@ -161,7 +170,7 @@ class MoELinear(ExpertLayer):
 
 
 #: Dense layers that can become expert layers. Exact classes: a subclass may compute something else.
-EXPERT_LAYERS: dict[Type[nn.Module], Type[ExpertLayer]] = {
+EXPERT_LAYERS: dict[type[nn.Module], type[ExpertLayer]] = {
     nn.Conv2d: MoEConv2d,
     MMCVConv2d: MoEConv2d,
     nn.Linear: MoELinear,

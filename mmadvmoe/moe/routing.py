@@ -7,8 +7,9 @@ Dimension letters used in this package::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor

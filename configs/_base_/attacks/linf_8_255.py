@@ -1,0 +1,18 @@
+# L-inf, eps 8/255 on images in [0, 1]: the threat model of the paper on CIFAR, Tiny-ImageNet and ImageNet.
+train_attack = dict(type='TRADESAttack', eps=8 / 255, alpha=5 / 255, steps=2)
+
+val_cfg = dict(
+    type='RobustValLoop',
+    attacks=dict(
+        pgd10=dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=10),
+        routepgd10=dict(type='RoutePGD', eps=8 / 255, alpha=2 / 255, steps=10),
+    ),
+)
+test_cfg = dict(
+    type='RobustTestLoop',
+    attacks=dict(
+        pgd50=dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=50),
+        routepgd50=dict(type='RoutePGD', eps=8 / 255, alpha=2 / 255, steps=50),
+        autoattack=dict(type='AutoAttack', eps=8 / 255),
+    ),
+)

@@ -1,0 +1,18 @@
+# L-inf, eps 0.2 on 8x8 digits: a fifth of the range of a pixel, at which the methods differ.
+train_attack = dict(type='TRADESAttack', eps=0.2, alpha=0.125, steps=2)
+
+val_cfg = dict(
+    type='RobustValLoop',
+    attacks=dict(
+        pgd10=dict(type='PGD', eps=0.2, alpha=0.05, steps=10),
+        routepgd10=dict(type='RoutePGD', eps=0.2, alpha=0.05, steps=10),
+    ),
+)
+test_cfg = dict(
+    type='RobustTestLoop',
+    attacks=dict(
+        pgd50=dict(type='PGD', eps=0.2, alpha=0.05, steps=50),
+        routepgd50=dict(type='RoutePGD', eps=0.2, alpha=0.05, steps=50),
+        autoattack=dict(type='AutoAttack', eps=0.2),
+    ),
+)

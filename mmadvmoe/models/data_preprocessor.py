@@ -1,0 +1,170 @@
+"""Data preprocessing that crafts the adversarial batch of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Optional
+
+import torch
+from mmpretrain.models.utils import ClsDataPreprocessor
+from mmpretrain.registry import MODELS
+from torch import Tensor
+
+from mmadvmoe.attacks import BoundAttack, Victim, build_attack
+
+MODES = ('pair', 'replace')
+_MAX_PIXEL = 255.0
+
+
+@MODELS.register_module()
+class AdvDataPreprocessor(ClsDataPreprocessor):
+    """MMPretrain's data preprocessor, with an attack on the training batch.
+
+    Images are collated and augmented as by ``ClsDataPreprocessor``, brought to [0, 1], attacked there, and only then
+    normalised, so a threat model is always in the scale of the images. The attack runs on the bare model, never on
+    a distributed wrapper around it.
+
+    Args:
+        attack (dict, optional): Config of the attack of a training step, built from ``ATTACKS``. Defaults to None:
+            no attack, for evaluation only.
+        mode (str): ``'pair'`` adds ``adv_inputs`` beside ``inputs`` (TRADES, AdvMoE), ``'replace'`` gives adversarial
+            ``inputs`` alone, to any classifier. Defaults to ``'pair'``.
+        mean (Sequence[float], optional): Of R, G, B in 0..255, as everywhere in MMPretrain. Defaults to None: the
+            network sees images in [0, 1].
+        std (Sequence[float], optional): In 0..255. Defaults to None.
+        **kwargs: As for ``ClsDataPreprocessor``: to_rgb, num_classes, batch_augments, ...
+
+    Raises:
+        ValueError: ``mode`` is unknown, or ``mean`` and ``std`` are not in the scale 0..255.
+    """
+
+    def __init__(
+        self,
+        attack: Optional[dict] = None,
+        mode: str = 'pair',
+        mean: Optional[Sequence[float]] = None,
+        std: Optional[Sequence[float]] = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if mode not in MODES:
+            near = get_close_matches(str(mode), MODES, n=1)
+            hint = f' (did you mean {near[0]!r}?)' if near else ''
+            raise ValueError(f'data_preprocessor.mode={mode!r} is unknown{hint}; allowed: {MODES}')
+        _check_scale(mean, std)
+        self.mode = mode
+        self.attack_cfg = attack
+        self.register_buffer('mean', torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(std or [_MAX_PIXEL]).view(-1, 1, 1), persistent=False)
+        # A tuple keeps the victim out of the submodules: it refers back to the model that owns this preprocessor.
+        self._bound: tuple[BoundAttack, ...] = ()
+        self._victim: tuple[Victim, ...] = ()
+
+    def bind_victim(self, victim: Victim) -> None:
+        """Name the model that training attacks.
+
+        Args:
+            victim (Victim): The bare model as a function of images in [0, 1].
+        """
+        self._victim = (victim,)
+        self._bound = (build_attack(self.attack_cfg, victim),) if self.attack_cfg is not None else ()
+
+    @property
+    def has_victim(self) -> bool:
+        """Whether a victim was bound."""
+        return bool(self._victim)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bring images in [0, 1], (B, C, H, W), to what the network expects."""
+        return (images * _MAX_PIXEL - self.mean) / self.std
+
+    def to_unit(self, inputs: Tensor) -> Tensor:
+        """Bring network inputs, (B, C, H, W), back to images in [0, 1], exact for 8-bit images."""
+        pixels = inputs * self.std + self.mean
+        nearest = pixels.round()
+        exact = torch.where((pixels - nearest).abs() < 1e-2, nearest, pixels)
+        return (exact / _MAX_PIXEL).clamp(0, 1)
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        """Collate, and in training craft adversarial images.
+
+        Args:
+            data (dict): ``inputs``, images in 0..255, and ``data_samples``, as the data loader gives them.
+            training (bool): Whether this is a training step.
+
+        Returns:
+            dict: ``inputs``, ``data_samples`` and, in training with ``mode='pair'``, ``adv_inputs``; inputs are
+            (B, C, H, W).
+
+        Raises:
+            ValueError: Images differ in size, are not in 0..255, or a training batch holds a single image.
+            RuntimeError: There is an attack but no victim.
+        """
+        _check_images(data['inputs'])
+        batch = super().forward(data, training)
+        images = batch['inputs'] / _MAX_PIXEL
+        if not training or self.attack_cfg is None:
+            batch['inputs'] = self.normalize(images)
+            return batch
+        if len(images) < 2:
+            raise ValueError(
+                'a training batch holds a single image, on which batch statistics do not exist: set '
+                'train_dataloader.batch_size to at least 2 and train_dataloader.drop_last=True'
+            )
+        adversarial = self.normalize(self._attack(images, batch['data_samples']))
+        if self.mode == 'replace':
+            batch['inputs'] = adversarial
+        else:
+            batch['inputs'] = self.normalize(images)
+            batch['adv_inputs'] = adversarial
+        return batch
+
+    def _attack(self, images: Tensor, data_samples: Sequence) -> Tensor:
+        if not self._bound:
+            raise RuntimeError(
+                'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
+                "dict(type='BindVictimHook') to custom_hooks"
+            )
+        if 'gt_score' in data_samples[0]:
+            labels = torch.stack([sample.gt_score for sample in data_samples])
+        else:
+            labels = torch.cat([sample.gt_label for sample in data_samples])
+        return self._bound[0](images, labels.to(images.device))
+
+
+def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> None:
+    if (mean is None) != (std is None):
+        raise ValueError(f'data_preprocessor.mean={mean} and data_preprocessor.std={std} must be given together')
+    if std is None:
+        return
+    if len(mean) != len(std):
+        raise ValueError(f'data_preprocessor.mean={mean} and data_preprocessor.std={std} differ in length')
+    if min(std) <= 0 or max(std) > _MAX_PIXEL or min(mean) < 0 or max(mean) > _MAX_PIXEL:
+        raise ValueError(
+            f'data_preprocessor.mean={mean}, std={std} must lie in the scale of the images: mean in [0, 255], std in '
+            '(0, 255]'
+        )
+    if max(std) <= 1:
+        raise ValueError(
+            f'data_preprocessor.std={std} is in the scale 0..1, but images come in 0..255: multiply mean and std by 255'
+        )
+
+
+def _check_images(inputs) -> None:
+    images = list(inputs)
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(
+            f'images of one batch differ in size: {sorted(shapes)}; add a Resize or a Crop to the pipeline of the data '
+            'set'
+        )
+    first = images[0]
+    if not first.is_floating_point():
+        return
+    low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
+    if low < 0 or high > _MAX_PIXEL or 0 < high <= 1:
+        raise ValueError(
+            f'images lie in [{low:.3g}, {high:.3g}], but data_preprocessor expects 0..255: remove the scaling or '
+            'normalisation from the pipeline of the data set'
+        )

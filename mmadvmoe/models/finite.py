@@ -1,0 +1,58 @@
+"""Stops training on numbers that are not finite, before they reach the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Union
+
+import torch
+from mmengine.logging import MessageHub
+from torch import Tensor
+
+from mmadvmoe.moe import Routing
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, a router logit or a gradient is NaN or infinite.
+
+    Args:
+        what (str): The names of the values that are not finite.
+    """
+
+    def __init__(self, what: str) -> None:
+        iteration = MessageHub.get_current_instance().get_info('iter')
+        where = '' if iteration is None else f' at iteration {iteration + 1}'
+        super().__init__(
+            f'not finite{where}: {what}. Training was stopped before the weights were touched. Try '
+            'a smaller learning rate of the group concerned (optim_wrapper.router.optimizer.lr), '
+            'gradient clipping (optim_wrapper.router.clip_grad=dict(max_norm=...)), or '
+            'gate="softmax" in MoEBackbone'
+        )
+
+
+def check_finite(
+    losses: Mapping[str, Union[Tensor, Sequence[Tensor]]],
+    routings: Sequence[Routing] = (),
+) -> None:
+    """Raise if a loss term or a router logit is NaN or infinite.
+
+    Costs one transfer from the device, whatever the number of terms and routers.
+
+    Args:
+        losses (Mapping[str, Tensor | Sequence[Tensor]]): Named loss terms, as a ``loss()`` returns
+            them.
+        routings (Sequence[Routing]): What the routers decided; those without logits are skipped.
+
+    Raises:
+        NonFiniteError: Naming the iteration and all values concerned.
+    """
+    values = [
+        (name, value) for name, term in losses.items() for value in ([term] if isinstance(term, Tensor) else term)
+    ]
+    values += [('router logits', r.logits) for r in routings if r.logits is not None]
+    if not values:
+        return
+    finite = torch.stack([value.detach().isfinite().all() for _, value in values]).tolist()
+    wrong = [name for (name, _), is_finite in zip(values, finite) if not is_finite]
+    if wrong:
+        raise NonFiniteError(', '.join(dict.fromkeys(wrong)))

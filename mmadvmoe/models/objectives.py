@@ -1,0 +1,202 @@
+"""What a training step minimises: TRADES, adversarial cross entropy, and the reference code's router objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+import torch.nn.functional as F
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+from mmadvmoe.attacks import kl_divergence
+from mmadvmoe.moe import Routing
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the network gave for one version of a batch.
+
+    Attributes:
+        logits (Tensor, optional): Class logits, (B, K); None when only the routers were run.
+        routings (tuple[Routing]): One per router; empty for a dense network.
+    """
+
+    logits: Optional[Tensor]
+    routings: tuple[Routing, ...] = ()
+
+
+@dataclass(frozen=True)
+class RobustBatch:
+    """A batch as an objective sees it.
+
+    Attributes:
+        clean (Outputs): For the images as they are.
+        adversarial (Outputs): For their adversarial versions.
+        target (Tensor): Labels (B,) int64, or (B, K) class probabilities after batch augmentations.
+        classification_loss (Callable): Maps class logits (B, K) to the loss of the classifier's head, a scalar.
+    """
+
+    clean: Outputs
+    adversarial: Outputs
+    target: Tensor
+    classification_loss: Callable[[Tensor], Tensor]
+
+
+def _positive(name: str, value: float) -> float:
+    if value < 0:
+        raise ValueError(f'{name}={value} must not be negative')
+    return value
+
+
+class Objective(nn.Module):
+    """Base of the objectives.
+
+    Attributes:
+        needs_classes (bool): Whether class logits are used. An objective of router logits alone saves running
+            the experts.
+        needs_routers (bool): Whether router logits are used, so that a dense network cannot serve.
+    """
+
+    needs_classes = True
+    needs_routers = False
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Loss terms by name; names that contain ``loss`` are summed up and minimised."""
+        raise NotImplementedError
+
+
+@MODELS.register_module()
+class TRADESLoss(Objective):
+    r"""Classification loss of the clean images plus a weighted KL between clean and adversarial predictions.
+
+    .. math:: L = L_{CE}(f(x), y) + \beta \cdot KL(f(x) \,\|\, f(x'))
+
+    Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", arXiv:1901.08573, equation 5.
+    Both levels of AdvMoE minimise it (arXiv:2308.10110, equation 4).
+
+    Args:
+        beta (float): Weight of the KL, at least 0. Defaults to 6.
+    """
+
+    def __init__(self, beta: float = 6.0) -> None:
+        super().__init__()
+        self.beta = _positive('TRADESLoss.beta', beta)
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_natural`` and ``loss_robust``."""
+        divergence = kl_divergence(batch.clean.logits, batch.adversarial.logits).mean()
+        return dict(
+            loss_natural=batch.classification_loss(batch.clean.logits),
+            loss_robust=self.beta * divergence,
+        )
+
+
+@MODELS.register_module()
+class AdversarialCrossEntropyLoss(Objective):
+    """The head's classification loss on the adversarial images alone.
+
+    Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", arXiv:1706.06083, equation 2.1.
+    """
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_adversarial``."""
+        return dict(loss_adversarial=batch.classification_loss(batch.adversarial.logits))
+
+
+@MODELS.register_module()
+class RouterLabelLoss(Objective):
+    r"""The router objective of the AdvMoE reference code, which differs from the paper's.
+
+    .. math:: L = \alpha \cdot CE(r(x), y \bmod N) + \beta \cdot KL(r(x) \,\|\, r(x'))
+
+    with r(x) the router's logits, averaged over the routers. The first term asks for a fixed expert per class, so
+    every expert is used; the second keeps the route under attack.
+
+    Args:
+        alpha (float): Weight of the cross entropy, at least 0. Defaults to 6.
+        beta (float): Weight of the KL, at least 0. Defaults to 6.
+    """
+
+    needs_classes = False
+    needs_routers = True
+
+    def __init__(self, alpha: float = 6.0, beta: float = 6.0) -> None:
+        super().__init__()
+        self.alpha = _positive('RouterLabelLoss.alpha', alpha)
+        self.beta = _positive('RouterLabelLoss.beta', beta)
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_route_label`` and ``loss_route_robust``.
+
+        Raises:
+            ValueError: The targets are class probabilities, which name no expert.
+        """
+        if batch.target.dim() != 1:
+            raise ValueError(
+                'RouterLabelLoss needs hard labels: it cannot serve batch augmentations that mix them '
+                '(train_cfg.augments) or gt_score; use TRADESLoss as router_loss'
+            )
+        pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
+        label = sum(
+            F.cross_entropy(clean.logits.float(), batch.target % clean.num_experts) for clean, _ in pairs
+        ) / len(pairs)
+        robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs) / len(pairs)
+        return dict(loss_route_label=self.alpha * label, loss_route_robust=self.beta * robust)
+
+
+@MODELS.register_module()
+class RouterKLLoss(Objective):
+    r"""Keep the router's decision under attack: ``weight * KL(r(x) || r(x'))``, averaged over the routers.
+
+    The second term of :class:`RouterLabelLoss` alone, to be added to any other objective.
+
+    Args:
+        weight (float): At least 0. Defaults to 1.
+    """
+
+    needs_classes = False
+    needs_routers = True
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = _positive('RouterKLLoss.weight', weight)
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_route_robust``."""
+        pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
+        robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs) / len(pairs)
+        return dict(loss_route_robust=self.weight * robust)
+
+
+@MODELS.register_module()
+class RouterBalanceLoss(Objective):
+    r"""Ask a router to use all of its experts.
+
+    .. math:: L = w \cdot N \sum_n f_n P_n
+
+    with f_n the share of the images routed to expert n and P_n the mean probability of expert n; the sum is 1/N, its
+    minimum, when both are uniform. Averaged over the routers and over clean and adversarial images. Fedus et al.,
+    "Switch Transformers", arXiv:2101.03961, equation 4.
+
+    Args:
+        weight (float): w, at least 0. Defaults to 1.
+    """
+
+    needs_classes = False
+    needs_routers = True
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = _positive('RouterBalanceLoss.weight', weight)
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_balance``; it is at least ``weight``."""
+        terms = []
+        for routing in (*batch.clean.routings, *batch.adversarial.routings):
+            share = routing.logits.new_tensor(routing.counts, dtype=routing.logits.float().dtype)
+            share = share / share.sum()
+            probability = routing.logits.float().softmax(dim=1).mean(dim=0)
+            terms.append(routing.num_experts * (share * probability).sum())
+        return dict(loss_balance=self.weight * sum(terms) / len(terms))
