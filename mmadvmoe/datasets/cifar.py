@@ -17,9 +17,7 @@ class _HeldOutCIFAR:
     SPLITS = ('train', 'val', 'trainval', 'test')
     page = 'https://www.cs.toronto.edu/~kriz/cifar.html'
 
-    def __init__(
-        self, data_root: str = '', split: str = 'train', num_val: int = 5000, **kwargs
-    ) -> None:
+    def __init__(self, data_root: str = '', split: str = 'train', num_val: int = 5000, **kwargs) -> None:
         check_split(split, self.SPLITS)
         self.part = split
         self.num_val = num_val
@@ -45,11 +43,7 @@ class _HeldOutCIFAR:
         files = [*self.train_list, *self.test_list, (self.meta['filename'], self.meta['md5'])]
         missing = [name for name, _ in files if not osp.isfile(osp.join(folder, name))]
         # Never unpickled when altered: the files are pickles, and a pickle can run code.
-        damaged = [
-            name
-            for name, md5 in files
-            if name not in missing and not check_md5(osp.join(folder, name), md5)
-        ]
+        damaged = [name for name, md5 in files if name not in missing and not check_md5(osp.join(folder, name), md5)]
         if not missing and not damaged:
             return
         if len(missing) == len(files):

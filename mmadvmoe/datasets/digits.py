@@ -49,9 +49,7 @@ class Digits(BaseDataset):
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         images = np.repeat(images[..., None], 3, axis=-1)
         trainval, test = stratified_split(digits.target, _NUM_TEST)
-        train, val = (
-            trainval[part] for part in stratified_split(digits.target[trainval], _NUM_VAL)
-        )
+        train, val = (trainval[part] for part in stratified_split(digits.target[trainval], _NUM_VAL))
         chosen = {'train': train, 'val': val, 'trainval': trainval, 'test': test}[self.split]
         return [{'img': images[i], 'gt_label': int(digits.target[i])} for i in chosen]
 

@@ -54,9 +54,7 @@ def test_val_is_held_out_of_train_class_by_class(cifar10: type, tmp_path: Path) 
         split: cifar10(data_root=str(tmp_path), split=split, num_val=50)
         for split in ('train', 'val', 'trainval', 'test')
     }
-    assert {split: len(part) for split, part in parts.items()} == dict(
-        train=150, val=50, trainval=200, test=20
-    )
+    assert {split: len(part) for split, part in parts.items()} == dict(train=150, val=50, trainval=200, test=20)
     train, val, trainval, test = (set(_images(part)) for part in parts.values())
     assert not train & val and train | val == trainval and not trainval & test
     assert np.bincount(parts['val'].get_gt_labels()).tolist() == [5] * 10
@@ -66,9 +64,7 @@ def test_val_is_held_out_of_train_class_by_class(cifar10: type, tmp_path: Path) 
 
 def test_cifar100_reads_fine_labels(tmp_path: Path) -> None:
     names = {'fine_label_names': [str(i) for i in range(100)]}
-    dataset = _small(tmp_path, CIFAR100Split, 'fine_labels', names)(
-        data_root=str(tmp_path), split='val', num_val=10
-    )
+    dataset = _small(tmp_path, CIFAR100Split, 'fine_labels', names)(data_root=str(tmp_path), split='val', num_val=10)
     assert sorted(dataset.get_gt_labels()) == list(range(10))
     assert len(dataset.metainfo['classes']) == 100
 

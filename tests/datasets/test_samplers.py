@@ -5,15 +5,11 @@ from mmadvmoe.datasets import ChunkSampler
 
 @pytest.mark.parametrize('world_size', [1, 2, 3, 7])
 @pytest.mark.parametrize('size', [1, 12, 13, 15])
-def test_processes_share_whole_chunks(
-    monkeypatch: pytest.MonkeyPatch, size: int, world_size: int
-) -> None:
+def test_processes_share_whole_chunks(monkeypatch: pytest.MonkeyPatch, size: int, world_size: int) -> None:
     """Every image once, over all processes, and never a chunk cut in two."""
     seen = []
     for rank in range(world_size):
-        monkeypatch.setattr(
-            'mmadvmoe.datasets.samplers.get_dist_info', lambda rank=rank: (rank, world_size)
-        )
+        monkeypatch.setattr('mmadvmoe.datasets.samplers.get_dist_info', lambda rank=rank: (rank, world_size))
         sampler = ChunkSampler(range(size), chunk_size=4)
         indices = list(sampler)
         assert len(indices) == len(sampler)

@@ -1,0 +1,183 @@
+"""Validation and test under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmengine.evaluator import Evaluator
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner, TestLoop, ValLoop
+from mmpretrain.registry import LOOPS
+
+from mmadvmoe.attacks import Victim
+from mmadvmoe.datasets import ChunkSampler
+from mmadvmoe.evaluation import (
+    CLEAN,
+    as_data_samples,
+    compute_metrics,
+    gather_outcomes,
+    route_metrics,
+)
+
+from .robust_evaluation import build_attacks, evaluate_chunk, unit_batch
+from .seeding import preserve_rng_state
+
+
+class _RobustLoop:
+    """What :class:`RobustValLoop` and :class:`RobustTestLoop` add to MMEngine's loops."""
+
+    #: 'val' or 'test', as in the names of config keys and of hook methods.
+    mode: str
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: Mapping,
+        evaluator: Evaluator | Mapping | Sequence,
+        attacks: Mapping[str, dict],
+        chunk_size: int = 128,
+        seed: int = 0,
+        fp16: bool = False,
+    ) -> None:
+        if fp16:
+            raise ValueError(
+                f'{self.mode}_cfg.fp16=True (or --amp) is not for robust evaluation: in half '
+                'precision an attack loses its gradient and the model looks more robust than it '
+                'is. Set it to False.'
+            )
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self.data_preprocessor = model.data_preprocessor
+        self.victim = Victim.from_classifier(model)
+        self.attacks = build_attacks(attacks, self.victim, f'{self.mode}_cfg.attacks')
+        self.seed = seed
+        super().__init__(runner, self._in_chunks(dataloader, chunk_size), evaluator)
+
+    def _in_chunks(self, dataloader: Mapping, chunk_size: int) -> dict:
+        """Rewrite the config of a loader so that each of its batches is one chunk."""
+        key = f'{self.mode}_dataloader'
+        if not isinstance(dataloader, Mapping):
+            raise TypeError(
+                f'{key} must be a config for robust evaluation, which brings its own sampler, '
+                f'but got a {type(dataloader).__name__}.'
+            )
+        if dataloader.get('drop_last'):
+            raise ValueError(f'{key}.drop_last=True leaves images out of the result; remove it.')
+        if dataloader.get('batch_sampler') is not None:
+            raise ValueError(
+                f'{key}.batch_sampler={dataloader["batch_sampler"]!r} cannot be kept: robust '
+                'evaluation goes through the data set in order. Remove it.'
+            )
+        batch_size = dataloader.get('batch_size')
+        if batch_size not in (None, chunk_size):
+            print_log(
+                f'Robust evaluation takes {chunk_size} images at a time ({self.mode}_cfg.'
+                f'chunk_size) in place of {key}.batch_size={batch_size}: what an attack draws '
+                'belongs to its chunk.',
+                logger='current',
+            )
+        return dict(
+            dataloader,
+            batch_size=chunk_size,
+            sampler=dict(type=ChunkSampler, chunk_size=chunk_size),
+        )
+
+    def run(self) -> dict:
+        """Attack the whole data set and compute all metrics.
+
+        Returns:
+            Metrics under ``'clean/'``, under the name of each attack and under ``'worst/'``.
+        """
+        call_hook = self.runner.call_hook
+        call_hook(f'before_{self.mode}')
+        call_hook(f'before_{self.mode}_epoch')
+        self.runner.model.eval()
+        # Hooks stay outside: the ones after an epoch save the random state of training.
+        with preserve_rng_state():
+            metrics = self._evaluate()
+        call_hook(f'after_{self.mode}_epoch', metrics=metrics)
+        call_hook(f'after_{self.mode}')
+        return metrics
+
+    def _evaluate(self) -> dict:
+        sampler = self.dataloader.sampler
+        parts = []
+        for idx, (chunk_index, batch) in enumerate(zip(sampler.chunks(), self.dataloader)):
+            self.runner.call_hook(f'before_{self.mode}_iter', batch_idx=idx, data_batch=batch)
+            place = sampler.chunk(chunk_index)
+            images, labels = unit_batch(self.data_preprocessor, batch, place)
+            part = evaluate_chunk(
+                self.victim,
+                self.attacks,
+                images,
+                labels,
+                chunk_index=chunk_index,
+                place=place,
+                seed=self.seed,
+            )
+            parts.append(part)
+            self.runner.call_hook(
+                f'after_{self.mode}_iter',
+                batch_idx=idx,
+                data_batch=batch,
+                outputs=as_data_samples(part.by_name[CLEAN], part.place, part.label),
+            )
+        outcomes = gather_outcomes(parts, len(self.dataloader.dataset))
+        metrics = compute_metrics(self.evaluator, outcomes)
+        metrics.update(route_metrics(outcomes, self.victim.num_experts))
+        return metrics
+
+
+@LOOPS.register_module()
+class RobustValLoop(_RobustLoop, ValLoop):
+    """Validation under named attacks, through ordinary MMEngine evaluators.
+
+    Every metric of ``val_evaluator`` is reported without an attack (``'clean/accuracy/top1'``),
+    under each attack (``'pgd10/accuracy/top1'``) and in the worst case of each image over all of
+    them (``'worst/accuracy/top1'``). For a mixture of experts, the worst case means something only
+    when :class:`~mmadvmoe.attacks.RoutePGD` is among the attacks; the loop warns when it is not. It
+    also reports the share of images per expert and of routes that an attack changed, in [0, 1].
+
+    The images are attacked in chunks of ``chunk_size``, in data set order, with a seed made from
+    ``seed``, the name of the attack and the number of the chunk. So the result does not depend on
+    the batch size or the sampler of ``val_dataloader`` (both are replaced), nor on the number of
+    processes, which take whole chunks in turn. The random state of training is left as it was.
+
+    Args:
+        runner: The runner.
+        dataloader: Config of the data loader.
+        evaluator: Evaluator, or the config of its metrics.
+        attacks: Config of each attack under its name; names may not be ``'clean'`` or ``'worst'``.
+        chunk_size: Images attacked at a time by one process.
+        seed: Seed of the attacks.
+        fp16: Must be False; there because MMEngine's loops and ``--amp`` know it.
+
+    Raises:
+        TypeError: If the data loader or an attack is not given as a config.
+        ValueError: If there is no attack, a name or an attack's setting is not allowed, or the data
+            loader would leave images out.
+
+    Examples:
+        >>> val_cfg = dict(
+        ...     type='RobustValLoop',
+        ...     attacks=dict(
+        ...         pgd10=dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=10),
+        ...         routepgd10=dict(type='RoutePGD', eps=8 / 255, alpha=2 / 255, steps=10)))
+    """
+
+    mode = 'val'
+
+
+@LOOPS.register_module()
+class RobustTestLoop(_RobustLoop, TestLoop):
+    """Test under named attacks; see :class:`RobustValLoop`, whose arguments and metrics it has.
+
+    Examples:
+        >>> test_cfg = dict(
+        ...     type='RobustTestLoop',
+        ...     attacks=dict(
+        ...         pgd50=dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=50),
+        ...         routepgd50=dict(type='RoutePGD', eps=8 / 255, alpha=2 / 255, steps=50)))
+    """
+
+    mode = 'test'

@@ -1,0 +1,185 @@
+"""What became of every image under every attack.
+
+Dimension letters: B images, K classes, L routers of the network (0 for a dense one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from mmengine.dist import all_gather_object, get_dist_info
+from mmengine.evaluator import Evaluator
+from mmpretrain.structures import DataSample
+from torch import Tensor
+
+#: The outcome without an attack, and the worst outcome of each image.
+CLEAN, WORST = 'clean', 'worst'
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the model made of B images, under one attack or none. All tensors are on the CPU.
+
+    Attributes:
+        logits: Class logits, (B, K) float32.
+        expert: Expert that each router chose, (B, L) int64.
+        distance: Largest change of a pixel channel, (B,), for images in [0, 1].
+    """
+
+    logits: Tensor
+    expert: Tensor
+    distance: Tensor
+
+    @property
+    def prediction(self) -> Tensor:
+        """The predicted class of each image, (B,)."""
+        return self.logits.argmax(dim=1)
+
+    def where(self, mask: Tensor, other: Outcome) -> Outcome:
+        """Take the images of ``mask`` (B,) from here, and all others from ``other``."""
+        return Outcome(
+            logits=torch.where(mask[:, None], self.logits, other.logits),
+            expert=torch.where(mask[:, None], self.expert, other.expert),
+            distance=torch.where(mask, self.distance, other.distance),
+        )
+
+    def take(self, rows: Tensor) -> Outcome:
+        """Pick images by their row."""
+        return Outcome(self.logits[rows], self.expert[rows], self.distance[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class RobustOutcomes:
+    """The outcomes of B images under several attacks.
+
+    Attributes:
+        place: Place of each image in its data set, (B,) int64.
+        label: True class, (B,) int64.
+        by_name: The outcome without an attack under ``'clean'``, then that of each attack under its
+            name, in the order of the config.
+    """
+
+    place: Tensor
+    label: Tensor
+    by_name: Mapping[str, Outcome]
+
+    def worst(self) -> Outcome:
+        """Give each image the outcome of the first attack that fools the model, else the clean one.
+
+        An image counts as robust in it exactly when it is classified rightly without an attack and
+        under each of them. An image that is wrong without an attack keeps its clean outcome.
+        """
+        worst = self.by_name[CLEAN]
+        for outcome in self.by_name.values():
+            still_right = worst.prediction == self.label
+            fooled = still_right & (outcome.prediction != self.label)
+            worst = outcome.where(fooled, worst)
+        return worst
+
+    @classmethod
+    def merge(cls, parts: Sequence[RobustOutcomes]) -> RobustOutcomes:
+        """Join the outcomes of disjoint sets of images, in data set order."""
+        place = torch.cat([part.place for part in parts])
+        order = place.argsort()
+        by_name = {}
+        for name in parts[0].by_name:
+            outcomes = [part.by_name[name] for part in parts]
+            by_name[name] = Outcome(
+                logits=torch.cat([outcome.logits for outcome in outcomes]),
+                expert=torch.cat([outcome.expert for outcome in outcomes]),
+                distance=torch.cat([outcome.distance for outcome in outcomes]),
+            ).take(order)
+        return cls(place[order], torch.cat([part.label for part in parts])[order], by_name)
+
+
+def gather_outcomes(parts: Sequence[RobustOutcomes], num_images: int) -> RobustOutcomes:
+    """Collect the outcomes of all processes; every process gets all of them.
+
+    Args:
+        parts: The outcomes of the chunks of this process, possibly none.
+        num_images: Size of the data set.
+
+    Raises:
+        RuntimeError: If the processes together do not hold every image exactly once.
+    """
+    gathered = [part for of_rank in all_gather_object(list(parts)) for part in of_rank]
+    if not gathered:
+        raise RuntimeError('no image was evaluated: the data set is empty.')
+    outcomes = RobustOutcomes.merge(gathered)
+    if not torch.equal(outcomes.place, torch.arange(num_images)):
+        raise RuntimeError(
+            f'robust evaluation needs each of the {num_images} images of the data set exactly '
+            f'once, but the processes hold {len(outcomes.place)} outcomes of '
+            f'{len(outcomes.place.unique())} different images.'
+        )
+    return outcomes
+
+
+def compute_metrics(evaluator: Evaluator, outcomes: RobustOutcomes) -> dict:
+    """Run an MMEngine evaluator once without an attack, once per attack and once on the worst case.
+
+    The metrics see labels and predictions as MMPretrain's heads give them; they do not see images.
+    To be called by all processes, with the same outcomes.
+
+    Args:
+        evaluator: Evaluator with any metrics.
+        outcomes: The outcomes of the whole data set.
+
+    Returns:
+        Each metric under the name of the attack, such as ``'pgd50/accuracy/top1'``, and under
+        ``'clean/'`` and ``'worst/'``.
+    """
+    num_images = len(outcomes.place)
+    rank, world_size = get_dist_info()
+    # Metrics collect results by taking one from each process in turn, and drop what exceeds the
+    # size of the data set: dealt out like this, every image comes back once and in order.
+    rows = torch.arange(rank, rank + -(-num_images // world_size) * world_size, world_size)
+    rows %= num_images
+    metrics = {}
+    for name, outcome in [*outcomes.by_name.items(), (WORST, outcomes.worst())]:
+        mine = outcome.take(rows)
+        samples = as_data_samples(mine, outcomes.place[rows], outcomes.label[rows])
+        evaluator.process(data_samples=samples)
+        for key, value in evaluator.evaluate(num_images).items():
+            metrics[f'{name}/{key}'] = value
+    return metrics
+
+
+def as_data_samples(outcome: Outcome, place: Tensor, label: Tensor) -> list[DataSample]:
+    """Write an outcome as the data samples that MMPretrain's heads predict."""
+    scores = outcome.logits.softmax(dim=1)
+    samples = []
+    for i, score, prediction, truth in zip(place, scores, outcome.prediction, label):
+        sample = DataSample(metainfo=dict(sample_idx=int(i)))
+        sample.set_gt_label(int(truth)).set_pred_score(score).set_pred_label(int(prediction))
+        samples.append(sample)
+    return samples
+
+
+def route_metrics(outcomes: RobustOutcomes, num_experts: int) -> dict[str, float]:
+    """Summarise the routes of an MoE: how experts share the images, and what attacks change.
+
+    Args:
+        outcomes: The outcomes of the whole data set.
+        num_experts: N.
+
+    Returns:
+        Shares in [0, 1]: ``'<name>/expert_share/<n>'`` of the images that went to expert n (mean
+        over the routers when there are several), without an attack and under each, and
+        ``'<attack>/route_changed'`` of those that the attack sent elsewhere in at least one router.
+        Empty for a dense model.
+    """
+    clean = outcomes.by_name[CLEAN]
+    if clean.expert.shape[1] == 0:
+        return {}
+    metrics = {}
+    for name, outcome in outcomes.by_name.items():
+        for n in range(num_experts):
+            share = (outcome.expert == n).double().mean()
+            metrics[f'{name}/expert_share/{n}'] = float(share)
+        if name != CLEAN:
+            changed = (outcome.expert != clean.expert).any(dim=1).double().mean()
+            metrics[f'{name}/route_changed'] = float(changed)
+    return metrics
