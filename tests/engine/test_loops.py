@@ -1,6 +1,7 @@
 """Robust validation and test, through a real Runner on real digits."""
 
 import copy
+import itertools
 import logging
 import random
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ ATTACKS = dict(
     pgd=dict(type='PGD', eps=0.15, alpha=0.05, steps=3),
     fgsm=dict(type='FGSM', eps=0.1),
 )
+# MMEngine keeps one logger for each name of an experiment.
+_RUNS = itertools.count()
 NAMES = ('clean', 'pgd', 'fgsm', 'worst')
 
 
@@ -99,7 +102,7 @@ def _config(work_dir: Path, model: dict, mode: str = 'val', num_images: int = 30
     return {
         'work_dir': str(work_dir),
         'default_scope': 'mmpretrain',
-        'experiment_name': f'loops_{work_dir.name}_{id(loop)}',
+        'experiment_name': f'loops_{work_dir.name}_{next(_RUNS)}',
         'log_level': 'WARNING',
         'default_hooks': dict(logger=dict(type='LoggerHook', interval=1)),
         'randomness': dict(seed=0),
@@ -171,20 +174,24 @@ def test_outcomes_depend_neither_on_batch_size_nor_on_the_sampler(tmp_path: Path
     assert not torch.equal(scores['pgd'], _run(reseeded)[1]['pgd'])
 
 
-def _one_of_two(rank: int, directory: Path) -> None:
+def _one_of_two(rank: int, directory: Path, num_images: int) -> None:
     torch.set_num_threads(1)
     store = f'file://{directory / "store"}'
     torch.distributed.init_process_group('gloo', init_method=store, rank=rank, world_size=2)
-    metrics, scores = _run(_config(directory / 'two', _moe_model(), num_images=27))
+    metrics, scores = _run(_config(directory / 'two', _moe_model(), num_images=num_images))
     torch.save((metrics, scores), directory / f'{rank}.pt')
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_give_the_outcomes_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('num_images', [27, 5])
+def test_two_processes_give_the_outcomes_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int
+) -> None:
+    """Also when there is a chunk for one of them alone."""
     # MMEngine's metrics leave a folder where the processes run.
     monkeypatch.chdir(tmp_path)
-    metrics, scores = _run(_config(tmp_path / 'one', _moe_model(), num_images=27))
-    mp.start_processes(_one_of_two, (tmp_path,), nprocs=2, start_method='fork')
+    metrics, scores = _run(_config(tmp_path / 'one', _moe_model(), num_images=num_images))
+    mp.start_processes(_one_of_two, (tmp_path, num_images), nprocs=2, start_method='fork')
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in (0, 1))
     assert first[0] == second[0] == metrics
     assert all(torch.equal(first[1][name], scores[name]) for name in NAMES)
