@@ -104,9 +104,7 @@ class AutoAttack(Attack):
         return self.get_logits(images).argmax(1) == labels
 
 
-def _ensemble(
-    model: Victim, version: str, n_classes: int, common: dict, steps: int, n_queries: int
-) -> list[Attack]:
+def _ensemble(model: Victim, version: str, n_classes: int, common: dict, steps: int, n_queries: int) -> list[Attack]:
     """The attacks of one version, in the published order."""
     targets = dict(n_classes=min(n_classes, _MOST_CLASSES))
 

@@ -58,9 +58,7 @@ class BoundAttack:
     def __repr__(self) -> str:
         return f'BoundAttack({self._attack!r})'
 
-    def __call__(
-        self, images: Tensor, labels: Tensor | None = None, seed: int | None = None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor | None = None, seed: int | None = None) -> Tensor:
         """Attack a batch.
 
         Args:
@@ -95,8 +93,7 @@ class BoundAttack:
     def _checked_images(self, images: Tensor) -> Tensor:
         if not torch.is_floating_point(images) or images.dim() != 4:
             raise TypeError(
-                'an attack needs floating point images (B, C, H, W), '
-                f'got {images.dtype} of shape {tuple(images.shape)}'
+                f'an attack needs floating point images (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}'
             )
         images = images.detach().clone()
         low, high = images.amin().item(), images.amax().item()

@@ -112,9 +112,7 @@ def _fill_in_class_count(name: str, arguments: dict, parameters: Mapping, victim
     count = victim.num_classes
     given = arguments.get(key, count)
     if given is None:
-        raise ValueError(
-            f'attack type={name!r} needs {key}, which the head of the model does not tell'
-        )
+        raise ValueError(f'attack type={name!r} needs {key}, which the head of the model does not tell')
     if not _is_count(given) or given < 2 or (count is not None and given > count):
         most = 'any' if count is None else count
         raise ValueError(

@@ -13,8 +13,7 @@ from mmadvmoe.registry import ATTACKS
 #: Attacks that hand the labels to a cross entropy and to nothing else, so that class
 #: probabilities (B, K) do as well as class indices (B,).
 SOFT_LABEL_ATTACKS = frozenset(
-    'FGSM BIM RFGSM PGD EOTPGD FFGSM MIFGSM DIFGSM TIFGSM NIFGSM SINIFGSM VMIFGSM VNIFGSM '
-    'PGDL2 PIFGSM PIFGSMPP'.split()
+    'FGSM BIM RFGSM PGD EOTPGD FFGSM MIFGSM DIFGSM TIFGSM NIFGSM SINIFGSM VMIFGSM VNIFGSM PGDL2 PIFGSM PIFGSMPP'.split()
 )
 
 #: Attacks with an eps in another norm than L-inf and no argument that says so.
@@ -30,9 +29,7 @@ def attacks_a_model(cls: type) -> bool:
     """
     _, first, *others = inspect.signature(cls.__init__).parameters.values()
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return first.name == 'model' and all(
-        other.default is not other.empty or other.kind in optional for other in others
-    )
+    return first.name == 'model' and all(other.default is not other.empty or other.kind in optional for other in others)
 
 
 @ATTACKS.register_module()

@@ -122,9 +122,7 @@ class RoutePGD(Attack):
             keep = ~hit
             if not keep.any():
                 return result, fooled
-            (grad,) = torch.autograd.grad(
-                F.cross_entropy(logits, labels, reduction='sum'), points, retain_graph=push
-            )
+            (grad,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction='sum'), points, retain_graph=push)
             if push and not followed.all():
                 (to_route,) = torch.autograd.grad(_margins(routings, route, followed), points)
                 grad = _unit(grad) + _unit(to_route)
@@ -152,9 +150,7 @@ def _followed(routings: tuple, route: Tensor | None, logits: Tensor) -> Tensor:
     """(B, L): whether each router's own choice is the given route; (B, 1) True without a route."""
     if route is None:
         return torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
-    choices = [
-        routing.logits.argmax(1) == _given(route, router) for router, routing in enumerate(routings)
-    ]
+    choices = [routing.logits.argmax(1) == _given(route, router) for router, routing in enumerate(routings)]
     return torch.stack(choices, dim=1)
 
 

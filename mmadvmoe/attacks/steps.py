@@ -19,7 +19,7 @@ def check_norm(norm: str) -> str:
         ValueError: It is not.
     """
     if norm not in NORMS:
-        near = get_close_matches(str(norm), NORMS, n=1)
+        near = get_close_matches(str(norm), NORMS, n=1, cutoff=0.5)
         hint = f' (did you mean {near[0]!r}?)' if near else ''
         raise ValueError(f'norm={norm!r} is not supported{hint}; allowed: {NORMS}')
     return norm

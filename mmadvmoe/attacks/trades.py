@@ -83,9 +83,7 @@ class TRADESAttack(Attack):
             logits, routes = self._outputs(points)
             divergence = kl_divergence(clean, logits).sum()
             for clean_route, route in zip(clean_routes, routes, strict=True):
-                divergence = (
-                    divergence + self.router_weight * kl_divergence(clean_route, route).sum()
-                )
+                divergence = divergence + self.router_weight * kl_divergence(clean_route, route).sum()
             (grad,) = torch.autograd.grad(divergence, points)
             points = ball.ascend(points.detach(), grad, self.alpha, self.norm)
             points = ball.project(points, images, self.eps, self.norm)

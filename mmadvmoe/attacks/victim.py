@@ -9,6 +9,8 @@ from typing import Any
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
+from mmadvmoe.moe import Routing, forward_routed
+
 from .kl import full_precision
 
 
@@ -43,8 +45,7 @@ class Victim(nn.Module):
         super().__init__()
         if hasattr(classifier, 'backbone') and getattr(classifier, 'head', None) is None:
             raise TypeError(
-                f'{type(classifier).__name__} has no head, so there are no logits to attack; '
-                'set model.head'
+                f'{type(classifier).__name__} has no head, so there are no logits to attack; set model.head'
             )
         if preprocessor is not None and not (
             hasattr(preprocessor, 'normalize') or hasattr(preprocessor, '_enable_normalize')
@@ -117,7 +118,7 @@ class Victim(nn.Module):
 
     def forward_routed(
         self, images: Tensor, route: Tensor | None = None, with_logits: bool = True
-    ) -> tuple[Tensor, tuple[Any, ...]]:
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits, and the decisions of the routers that led to them.
 
         Args:
@@ -127,22 +128,16 @@ class Victim(nn.Module):
             with_logits (bool): With a given route, ask the routers for their logits all the same.
 
         Returns:
-            tuple: Logits (B, K), and a tuple of L :class:`mmadvmoe.moe.Routing`.
+            tuple: Logits (B, K), and one :class:`Routing` per router.
 
         Raises:
             ValueError: A route is given to a model without routers.
         """
-        if not self.num_routers:
-            if route is not None:
-                raise ValueError('route was given, but the model has no router')
+        if not self.num_routers and route is None:
             return self(images), ()
-        classifier = self.classifier
-        features, routings = classifier.backbone.forward_routed(
-            self.normalize(images), route=route, with_logits=with_logits
-        )
-        if getattr(classifier, 'neck', None) is not None:
-            features = classifier.neck(features)
-        return self._checked(classifier.head(features)), routings
+        inputs = self.normalize(images)
+        logits, routings = forward_routed(self.classifier, inputs, route, with_logits)
+        return self._checked(logits), routings
 
     def _checked(self, logits: Any) -> Tensor:
         if not isinstance(logits, Tensor) or logits.dim() != 2:

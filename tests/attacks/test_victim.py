@@ -1,0 +1,161 @@
+import copy
+
+import pytest
+import torch
+from mmengine.model import MMDistributedDataParallel
+from torch import nn
+
+from mmadvmoe.attacks import Victim
+from mmadvmoe.moe import Routing
+
+
+def flags(model):
+    return (
+        {name: module.training for name, module in model.named_modules()},
+        {name: p.requires_grad for name, p in model.named_parameters()},
+    )
+
+
+def test_normalises_like_the_data_preprocessor(make_moe):
+    stats = dict(mean=[120.0, 110.0, 100.0], std=[50.0, 60.0, 70.0])
+    model = make_moe(data_preprocessor=stats).eval()
+    pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    inputs = model.data_preprocessor(dict(inputs=pixels))['inputs']
+    logits = Victim.from_classifier(model)(pixels / 255)
+    torch.testing.assert_close(logits, model(inputs))
+
+
+def test_unnormalised_preprocessor_keeps_the_scale_of_pixels(make_moe):
+    model = make_moe(data_preprocessor=dict()).eval()
+    images = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(Victim.from_classifier(model)(images), model(images * 255))
+
+
+def test_own_normalize_takes_precedence(make_tiny):
+    class Halving(nn.Module):
+        def normalize(self, images):
+            return images / 2
+
+    victim, images, _ = make_tiny()
+    halved = Victim(victim.classifier, Halving())
+    torch.testing.assert_close(halved(images), victim(images / 2))
+
+
+@pytest.mark.parametrize(('routing', 'routers'), [('image', 1), ('layer', 16)])
+def test_routes_are_read_held_and_forced(make_moe, routing, routers):
+    model = make_moe(routing).eval()
+    victim = Victim.from_classifier(model)
+    assert (victim.num_classes, victim.num_experts, victim.num_routers) == (4, 2, routers)
+    images = torch.rand(6, 3, 8, 8)
+    logits, routings = victim.forward_routed(images)
+    assert len(routings) == routers
+    assert all(isinstance(routing, Routing) for routing in routings)
+    torch.testing.assert_close(logits, victim(images))
+    route = torch.stack([routing.expert for routing in routings], dim=1)
+    held, held_routings = victim.forward_routed(images, route)
+    torch.testing.assert_close(held, logits)
+    for ours, theirs in zip(held_routings, routings, strict=True):
+        torch.testing.assert_close(ours.logits, theirs.logits)
+    forced, _ = victim.forward_routed(images, 1 - route)
+    assert not torch.allclose(forced, logits, atol=1e-4)
+    assert victim.forward_routed(images, route, with_logits=False)[1][0].logits is None
+
+
+def test_dense_model_has_no_routes(make_tiny):
+    victim, images, _ = make_tiny()
+    assert (victim.num_experts, victim.num_routers, victim.num_classes) == (1, 0, 5)
+    logits, routings = victim.forward_routed(images)
+    assert routings == ()
+    torch.testing.assert_close(logits, victim(images))
+    with pytest.raises(ValueError, match='no router'):
+        victim.forward_routed(images, torch.zeros(4, dtype=torch.int64))
+
+
+def test_registers_nothing_but_answers_for_the_classifier(make_moe):
+    model = make_moe()
+    victim = Victim.from_classifier(model)
+    assert not victim.state_dict()
+    assert not list(victim.children())
+    assert [id(p) for p in victim.parameters()] == [id(p) for p in model.parameters()]
+    victim.eval()
+    assert not victim.training
+    assert not any(module.training for module in model.modules())
+    victim.train()
+    assert victim.training
+    assert model.head.training
+
+
+def test_frozen_restores_every_flag_after_an_exception(make_moe):
+    model = make_moe()
+    # A mixture that no call of train() would bring back.
+    model.backbone.network.layer2.eval()
+    model.backbone.network.layer1[0].bn1.eval()
+    model.backbone.router.requires_grad_(False)
+    before = flags(model)
+    victim = Victim.from_classifier(model)
+    with pytest.raises(KeyError, match='inside'), victim.frozen():
+        assert not any(flag for part in flags(model) for flag in part.values())
+        with victim.frozen():
+            pass
+        assert not any(flag for part in flags(model) for flag in part.values())
+        model.train()
+        model.requires_grad_(True)
+        raise KeyError('inside')
+    assert flags(model) == before
+
+
+def test_deep_copy_of_a_robust_classifier_attacks_the_copy(make_moe):
+    attack = dict(type='TRADESAttack')
+    model = make_moe(
+        classifier='RobustClassifier',
+        data_preprocessor=dict(type='AdvDataPreprocessor', attack=attack),
+    )
+    twin = copy.deepcopy(model)
+    (victim,) = twin.data_preprocessor._victim
+    assert victim.classifier is twin
+    assert victim.normalize.__self__._held[1] is twin.data_preprocessor
+    assert len(list(model.modules())) == len(list(twin.modules()))
+    assert not any('victim' in key for key in model.state_dict())
+
+
+def test_takes_a_distributed_wrapper_off(make_tiny, tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        victim, _, _ = make_tiny()
+        wrapped = MMDistributedDataParallel(victim.classifier)
+        assert Victim.from_classifier(wrapped).classifier is victim.classifier
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_logits_are_full_precision_under_autocast(make_tiny):
+    victim, images, _ = make_tiny()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert victim.classifier(images).dtype == torch.bfloat16
+        assert victim(images).dtype == torch.float32
+
+
+def test_class_count_of_a_classifying_backbone(make_tiny):
+    """MMPretrain's VGG with its own classifier, for one, has a head that knows no class count."""
+    victim, _, _ = make_tiny()
+    del victim.classifier.head.num_classes
+    assert victim.num_classes is None
+    victim.classifier.backbone.num_classes = 7
+    assert victim.num_classes == 7
+
+
+def test_refuses_what_gives_no_logits(make_tiny):
+    victim, images, _ = make_tiny()
+
+    class TwoHeads(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), super().forward(x)
+
+    victim.classifier.head = TwoHeads(64, 5)
+    with pytest.raises(TypeError, match='TwoHeads gives tuple'):
+        victim(images)
+    victim.classifier.head = None
+    with pytest.raises(TypeError, match='TinyClassifier has no head'):
+        Victim(victim.classifier)
+    with pytest.raises(TypeError, match='type Linear does not tell'):
+        Victim(nn.Flatten(), nn.Linear(1, 1))
