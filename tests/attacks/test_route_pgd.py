@@ -37,11 +37,12 @@ def test_equals_slow_pgd_on_a_dense_model(make_tiny, random_start):
 
 
 class MaskedMoE(nn.Module):
-    """Two linear experts on two pixels, and a router whose large common logit masks the small one.
+    """Two linear experts on three pixels, and a router whose common logit masks the small one.
 
     Expert 0 tells the class by pixel 0 and cannot be fooled within eps; expert 1 always says class
-    1. The route depends on pixel 1 alone, within reach of eps. ``scale`` times a common term of
-    both router logits, which decides nothing, dominates any gradient through the raw gate.
+    1, and is surest of it where pixel 1 is dark, by a gradient much larger than the router's. The
+    route depends on pixel 1 alone, which must be bright for expert 1. ``scale`` times a common term
+    of both router logits, which decides nothing, dominates any gradient through the raw gate.
     """
 
     num_experts, num_routers = 2, 1
@@ -63,9 +64,9 @@ class MaskedMoE(nn.Module):
         else:
             route = route[:, 0] if route.dim() == 2 else route
             routing = Routing.fixed(route, 2, logits if with_logits else None)
-        pixel = x.flatten(1)[:, 0]
-        sure = torch.stack([10 * (pixel - 0.5), -10 * (pixel - 0.5)], dim=1)
-        wrong = torch.stack([0 * pixel, 0 * pixel + 5], dim=1)
+        first, second, third = x.flatten(1).unbind(1)
+        sure = torch.stack([10 * (first - 0.5), -10 * (first - 0.5)], dim=1)
+        wrong = torch.stack([0 * first, 500 + 100 * (third - second)], dim=1)
         features = torch.where(routing.expert[:, None] == 0, sure, wrong)
         if routing.gate is not None:
             features = features * routing.gate[:, None]
@@ -90,9 +91,9 @@ class MaskedClassifier(nn.Module):
 @pytest.mark.parametrize('norm', ['Linf', 'L2'])
 def test_beats_a_masked_router(scale, norm):
     victim = Victim(MaskedClassifier(scale, 'logit'))
-    images = torch.full((5, 1, 1, 2), 0.5)
+    images = torch.full((5, 1, 1, 3), 0.5)
     images[:, 0, 0, 0] = 0.9
-    images[:, 0, 0, 1] = torch.tensor([0.30, 0.35, 0.40, 0.45, 0.10])
+    images[:, 0, 0, 1] = torch.tensor([0.36, 0.38, 0.40, 0.45, 0.10])
     labels = torch.zeros(5, dtype=torch.int64)
     common = dict(eps=0.25, alpha=0.02, steps=20)
     judge = build_attack(dict(type='RoutePGD', norm=norm, **common), victim)
