@@ -24,9 +24,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that training and testing share, named as MMPretrain's tools name them."""
     parser.add_argument('--work-dir', help='where logs and results go [work_dirs/<config name>]')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
-    parser.add_argument(
-        '--no-pin-memory', action='store_true', help='set pin_memory=False in all data loaders'
-    )
+    parser.add_argument('--no-pin-memory', action='store_true', help='set pin_memory=False in all data loaders')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -73,8 +71,10 @@ def check_checkpoint(path: str, argument: str) -> None:
 def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Sequence[str]) -> None:
     """Write the arguments of :func:`add_common_arguments` into a config, ``--amp`` excepted.
 
-    To be called last: ``--cfg-options`` wins over every other argument, and what MMPretrain takes
-    as default for data loaders is filled in where nothing else was said.
+    To be called last: ``--cfg-options`` wins over every other argument, and what MMPretrain's tools
+    take as default for data loaders is filled in where nothing else was said. Their
+    ``persistent_workers=True`` is not: the random state of such workers is in no checkpoint, so
+    that no resume could be exact.
 
     Args:
         cfg (Config): Changed in place.
@@ -93,9 +93,8 @@ def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Seque
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
     for loader in _present(cfg, loaders):
         loader.setdefault('collate_fn', dict(type='default_collate'))
-        # PyTorch warns when there is no GPU to pin for, and fails with no workers to keep.
+        # PyTorch warns when there is no GPU to pin for.
         loader.setdefault('pin_memory', is_cuda_available())
-        loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
 def _present(cfg: Config, loaders: Sequence[str]) -> list[dict]:

@@ -92,18 +92,22 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_loader_defaults_give_way_to_config_and_options():
-    loader = dict(batch_size=4, num_workers=2)
     cfg = merged(
-        dict(train_dataloader=dict(loader, pin_memory=True), val_dataloader=dict(loader)),
+        dict(
+            train_dataloader=dict(batch_size=4, pin_memory=True),
+            val_dataloader=dict(collate_fn=dict(type='pseudo_collate')),
+        ),
+        '--no-pin-memory',
         '--cfg-options',
-        'val_dataloader.num_workers=0',
+        'train_dataloader.pin_memory=True',
         'train_dataloader.batch_size=8',
     )
     train, val = cfg.train_dataloader, cfg.val_dataloader
-    assert (train.batch_size, train.pin_memory, train.persistent_workers) == (8, True, True)
-    # PyTorch refuses to keep workers when there are none.
-    assert val.persistent_workers is False
-    assert train.collate_fn == val.collate_fn == dict(type='default_collate')
+    assert (train.batch_size, train.pin_memory, val.pin_memory) == (8, True, False)
+    assert train.collate_fn == dict(type='default_collate')
+    assert val.collate_fn == dict(type='pseudo_collate')
+    # Workers that are kept would make an exact resume impossible.
+    assert not train.get('persistent_workers') and not val.get('persistent_workers')
 
 
 def test_no_pin_memory_and_absent_loaders():
