@@ -24,9 +24,10 @@ class ExactResumeHook(Hook):
     """Save and restore what MMEngine's checkpoints lack for an exact resume.
 
     MMEngine keeps weights, optimisers, schedulers and the log. This hook adds, for every process, the
-    random states of Python, NumPy and PyTorch, gradients that are still being accumulated, and
-    the seed of the sampler. On CPU the weights of a resumed run are then equal, bit for bit, to
-    those of an uninterrupted one. The number of processes must stay the same.
+    random states of Python, NumPy and PyTorch, gradients that are still being accumulated, buffers
+    such as norm statistics, and the seed of the sampler. On CPU the weights of a resumed run are
+    then equal, bit for bit, to those of an uninterrupted one. The number of processes must stay
+    the same.
 
     A validation that was due at the checkpoint, and that the kill did not let finish, is made up
     for first. Otherwise that epoch could never become the best.
@@ -114,9 +115,12 @@ class ExactResumeHook(Hook):
             )
             return
         own = state['ranks'][get_rank()]
-        for name, parameter in _bare_model(runner).named_parameters():
-            if name in own['gradients']:
-                parameter.grad = own['gradients'][name].to(parameter.device)
+        model = _bare_model(runner)
+        for name, gradient in own['gradients'].items():
+            parameter = model.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
+        for name, buffer in own['buffers'].items():
+            model.get_buffer(name).copy_(buffer)
         set_rng_state(own['rng'])
 
     @staticmethod
@@ -158,11 +162,16 @@ class _SkippingIterator:
 
 def _own_state(runner: Runner) -> dict:
     """What this process alone knows."""
-    parameters = _bare_model(runner).named_parameters()
+    model = _bare_model(runner)
+    buffers = model.named_buffers() if get_rank() > 0 else ()
     return dict(
         rng=get_rng_state(),
         # Nothing, unless gradients are being accumulated: every step ends by clearing them.
-        gradients={name: p.grad.cpu() for name, p in parameters if p.grad is not None},
+        gradients={
+            name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None
+        },
+        # The checkpoint has those of the first process. Norm statistics differ between processes.
+        buffers={name: buffer.cpu() for name, buffer in buffers},
     )
 
 
