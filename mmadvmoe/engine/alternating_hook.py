@@ -90,18 +90,13 @@ class AlternatingOptimHook(Hook):
                 f'AlternatingOptimHook cannot work with a {type(optim_wrapper).__name__}; set '
                 "optim_wrapper.constructor='AlternatingOptimWrapperConstructor'"
             )
-        if (
-            isinstance(runner.model, DistributedDataParallel)
-            and not runner.model.find_unused_parameters
-        ):
+        if isinstance(runner.model, DistributedDataParallel) and not runner.model.find_unused_parameters:
             raise ValueError(
                 'find_unused_parameters=False: distributed training in turns leaves one group out '
                 'of each step; set find_unused_parameters=True in the config (or in its '
                 'model_wrapper_cfg)'
             )
-        self.schedule = replace(
-            self.schedule, accumulative_counts=optim_wrapper.accumulative_counts
-        )
+        self.schedule = replace(self.schedule, accumulative_counts=optim_wrapper.accumulative_counts)
         if not self.schedule.count_before('router', runner.max_iters):
             raise ValueError(
                 f'AlternatingOptimHook: warmup_iters={self.schedule.warmup_iters} and '

@@ -28,8 +28,7 @@ class CPUAmpOptimWrapper(OptimWrapper):
     def __init__(self, dtype: str = 'bfloat16', **kwargs) -> None:
         if dtype != 'bfloat16':
             raise ValueError(
-                f"CPUAmpOptimWrapper: dtype={dtype!r}; allowed: 'bfloat16' (float16 would need "
-                'loss scaling)'
+                f"CPUAmpOptimWrapper: dtype={dtype!r}; allowed: 'bfloat16' (float16 would need loss scaling)"
             )
         super().__init__(**kwargs)
 

@@ -76,8 +76,7 @@ class RouterHealthHook(Hook):
         if self._watches and not hasattr(model, 'routing_record'):
             raise TypeError(
                 f'RouterHealthHook: a {type(model).__name__} does not tell where its routers send '
-                'images; set '
-                "model.type='RobustClassifier'"
+                "images; set model.type='RobustClassifier' or remove the hook"
             )
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         wrapper = runner.optim_wrapper
@@ -131,23 +130,23 @@ class RouterHealthHook(Hook):
             runner.message_hub.update_scalar(key, value)
         runner.visualizer.add_scalars(scalars, step=step)
         runner.logger.info(_summary(mean, tally.num_experts, len(per_router)))
-        self._warn_of_starving(runner, tally)
+        self._warn_of_starving(runner, tally, step)
 
-    def _warn_of_starving(self, runner: Runner, tally: _Tally) -> None:
+    def _warn_of_starving(self, runner: Runner, tally: _Tally, step: int) -> None:
         least = self.starve_below / tally.num_experts
         starving = [
-            f'expert {expert}' + (f' of router {router}' if len(tally.shares) > 1 else '') + f' '
-            f'({share:.2%})'
+            f'expert {expert} of router {router} ({share:.2%})'
             for router, shares in enumerate(tally.shares.tolist())
             for expert, share in enumerate(shares)
             if share < least
         ]
         if starving:
+            # With the iteration, as MMEngine's logger drops a warning that it has given before.
             runner.logger.warning(
-                f'starving: {", ".join(starving)} got less than {least:.2%} of the images, where '
-                f'an equal share is {1 / tally.num_experts:.2%}. The network is losing the '
-                'capacity of these experts; a router loss that balances them, a smaller learning '
-                'rate of the router or clipping its gradient may help'
+                f'Starving up to iteration {step}: {", ".join(starving)} got less than {least:.2%} of the images, '
+                f'where an equal share is {1 / tally.num_experts:.2%}. The network is losing the capacity of these '
+                'experts; a router loss that balances them, a smaller learning rate of the router or clipping of its '
+                'gradient may help'
             )
 
 

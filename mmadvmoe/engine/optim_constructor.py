@@ -61,13 +61,11 @@ class AlternatingOptimWrapperConstructor:
             group = optim_wrapper_cfg[name]
             if not isinstance(group, dict):
                 raise TypeError(
-                    f'optim_wrapper.{name} must be the config (dict) of an optimizer wrapper, got '
-                    f'{group!r}'
+                    f'optim_wrapper.{name} must be the config (dict) of an optimizer wrapper, got {group!r}'
                 )
             if 'optimizer' not in group:
                 raise ValueError(
-                    f"optim_wrapper.{name} has no 'optimizer'; give it one, such as "
-                    "optimizer=dict(type='SGD', lr=0.1)"
+                    f"optim_wrapper.{name} has no 'optimizer'; give it one, such as optimizer=dict(type='SGD', lr=0.1)"
                 )
         self.optim_wrapper_cfg = optim_wrapper_cfg
 

@@ -68,9 +68,7 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         """
         if name not in self.optim_wrappers:
             nearest = get_close_matches(str(name), GROUPS, n=1) or ['experts']
-            raise ValueError(
-                f'unknown parameter group {name!r}; did you mean {nearest[0]!r}? Allowed: {GROUPS}'
-            )
+            raise ValueError(f'unknown parameter group {name!r}; did you mean {nearest[0]!r}? Allowed: {GROUPS}')
         self._active_name = name
         for optim_wrapper in self.values():
             if optim_wrapper.inner_count % optim_wrapper._accumulative_counts == 0:

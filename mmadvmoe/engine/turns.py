@@ -41,10 +41,7 @@ class TurnSchedule:
         for key, least in (('k_experts', 1), ('k_router', 1), ('warmup_iters', 0)):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f'AlternatingOptimHook: {key}={value!r}; it must be an integer of at least '
-                    f'{least}'
-                )
+                raise ValueError(f'AlternatingOptimHook: {key}={value!r}; it must be an integer of at least {least}')
         experts, router = (self.accumulative_counts[group] for group in GROUPS)
         if self.reuse_batch and self.k_experts != self.k_router:
             raise ValueError(

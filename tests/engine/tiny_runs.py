@@ -3,6 +3,7 @@
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmpretrain.registry import DATASETS
 from mmpretrain.structures import DataSample
@@ -16,6 +17,7 @@ import mmadvmoe.engine.optim_constructor  # noqa: F401
 import mmadvmoe.models  # noqa: F401
 from mmadvmoe.moe import router_modules, split_parameters
 
+init_default_scope('mmpretrain')
 CLASSES = 3
 
 
@@ -39,37 +41,43 @@ class RandomImages(Dataset):
 
 def model_cfg(routing='image', num_experts=2, **overrides):
     router = dict(type='ResNetRouter', base_channels=2, num_blocks=1, num_stages=2)
-    return dict(
-        type='RobustClassifier',
-        backbone=dict(
-            type='MoEBackbone',
-            num_experts=num_experts,
-            include=[r'layer\d.*conv\d'],
-            routing=routing,
-            router=router if routing == 'image' else None,
+    return (
+        dict(
+            type='RobustClassifier',
             backbone=dict(
-                type='ResNet_CIFAR',
-                depth=18,
-                num_stages=2,
-                strides=(1, 2),
-                dilations=(1, 1),
-                out_indices=(1,),
-                base_channels=2,
-                stem_channels=2,
+                type='MoEBackbone',
+                num_experts=num_experts,
+                include=[r'layer\d.*conv\d'],
+                routing=routing,
+                router=router if routing == 'image' else None,
+                backbone=dict(
+                    type='ResNet_CIFAR',
+                    depth=18,
+                    num_stages=2,
+                    strides=(1, 2),
+                    dilations=(1, 1),
+                    out_indices=(1,),
+                    base_channels=2,
+                    stem_channels=2,
+                ),
             ),
-        ),
-        neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=4),
-        robust_loss=dict(type='TRADESLoss', beta=1.0),
-        data_preprocessor=dict(attack=dict(type='FGSM', eps=8 / 255)),
-    ) | overrides
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=4),
+            robust_loss=dict(type='TRADESLoss', beta=1.0),
+            data_preprocessor=dict(attack=dict(type='FGSM', eps=8 / 255)),
+        )
+        | overrides
+    )
 
 
 def group_cfg(**overrides):
-    return dict(
-        type='OptimWrapper',
-        optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-3),
-    ) | overrides
+    return (
+        dict(
+            type='OptimWrapper',
+            optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-3),
+        )
+        | overrides
+    )
 
 
 def turns_cfg(**both):
@@ -121,9 +129,7 @@ build_runner.count = 0
 
 def snapshot(model):
     """Copies of all that training may change: ``{group: {name: tensor}}``, buffers included."""
-    prefixes = tuple(
-        name + '.' for name, module in model.named_modules() if module in router_modules(model)
-    )
+    prefixes = tuple(name + '.' for name, module in model.named_modules() if module in router_modules(model))
     copies = {'experts': {}, 'router': {}}
     for name, tensor in model.state_dict().items():
         group = 'router' if name.startswith(prefixes) else 'experts'
@@ -133,25 +139,26 @@ def snapshot(model):
 
 
 class TurnRecorder(Hook):
-    """Notes for each iteration which group's state and which parameters changed."""
+    """Notes for each iteration which groups changed, in parameters or buffers."""
 
     # After every step, those of AlternatingOptimHook included.
     priority = 'VERY_LOW'
 
     def __init__(self):
-        self.changed, self.turns, self.moved = [], [], []
+        self.changed = []
 
     def before_train(self, runner):
         self.model = getattr(runner.model, 'module', runner.model)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
         self.last = snapshot(self.model)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         now = snapshot(self.model)
-        moved = {
-            group: {name for name in now[group] if not now[group][name].equal(before[name])}
-            for group, before in self.last.items()
-        }
-        self.changed.append({group for group, names in moved.items() if names})
-        self.moved.append(moved)
-        self.turns.append(runner.optim_wrapper.active_name)
-        self.last = now
+        self.changed.append(
+            {
+                group
+                for group, before in self.last.items()
+                if not all(now[group][name].equal(tensor) for name, tensor in before.items())
+            }
+        )
