@@ -42,13 +42,10 @@ def _problems(module: str, distributions: tuple[str, ...], allowed: str) -> list
 
     found = {name: version for name in distributions if (version := _version(name)) is not None}
     if not found:
-        return [
-            f'- {module} is not installed; {module}{allowed} is needed. {_cure(module, allowed)}'
-        ]
+        return [f'- {module} is not installed; {module}{allowed} is needed. {_cure(module, allowed)}']
     # Every distribution found is judged: two that provide one module overwrite each other's files.
     return [
-        f'- {name} {version} is installed, but {module}{allowed} is needed. '
-        f'{_cure(module, allowed, remove=name)}'
+        f'- {name} {version} is installed, but {module}{allowed} is needed. {_cure(module, allowed, remove=name)}'
         for name, version in found.items()
         if not SpecifierSet(allowed).contains(version, prereleases=True)
     ]

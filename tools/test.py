@@ -39,9 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show-dir', help='directory to save pictures of predictions in')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
     parser.add_argument('--interval', type=int, default=1, help='draw every INTERVAL-th image [1]')
-    parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds to show a window for [2]'
-    )
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds to show a window for [2]')
     parser.add_argument(
         '--tta',
         action='store_true',
@@ -56,10 +54,7 @@ def parse_args() -> argparse.Namespace:
         args.out_item = args.out_item or 'pred'
         allowed = OUT_SUFFIXES[args.out_item]
         if not args.out.endswith(allowed):
-            parser.error(
-                f'--out {args.out!r} for --out-item {args.out_item} must end in '
-                f'{" or ".join(allowed)}'
-            )
+            parser.error(f'--out {args.out!r} for --out-item {args.out_item} must end in {" or ".join(allowed)}')
     return args
 
 

@@ -27,9 +27,7 @@ def parse_args() -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='go on from this checkpoint; without a path, from the latest in the work directory',
     )
-    parser.add_argument(
-        '--no-validate', action='store_true', help='do not evaluate checkpoints during training'
-    )
+    parser.add_argument('--no-validate', action='store_true', help='do not evaluate checkpoints during training')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',

@@ -115,12 +115,8 @@ def _first_slurm_host() -> str:
     # The nodes of this step: a step may run on a part of its job's nodes.
     nodes = os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_NODELIST')
     if not nodes:
-        raise ValueError(
-            "launcher='slurm', but neither MASTER_ADDR nor SLURM_NODELIST is set in the environment"
-        )
-    hosts = subprocess.run(
-        ['scontrol', 'show', 'hostnames', nodes], check=True, capture_output=True, text=True
-    )
+        raise ValueError("launcher='slurm', but neither MASTER_ADDR nor SLURM_NODELIST is set in the environment")
+    hosts = subprocess.run(['scontrol', 'show', 'hostnames', nodes], check=True, capture_output=True, text=True)
     return hosts.stdout.split()[0]
 
 
