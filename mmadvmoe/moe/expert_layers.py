@@ -36,8 +36,11 @@ class _GatedConcat(torch.autograd.Function):
         grads = grad.split([len(part) for part in parts])
         grad_gate = None
         if ctx.needs_input_grad[0]:
-            dots = [torch.linalg.vecdot(g.flatten(1).float(), part.flatten(1).float()) for g, part in zip(grads, parts)]
-            grad_gate = torch.cat(dots).to(ctx.gate_dtype)
+            dots = [
+                torch.linalg.vecdot(g.flatten(1).to(ctx.gate_dtype), part.flatten(1).to(ctx.gate_dtype))
+                for g, part in zip(grads, parts)
+            ]
+            grad_gate = torch.cat(dots)
         return (grad_gate, *grads)
 
 

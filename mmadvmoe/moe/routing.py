@@ -66,7 +66,8 @@ class Routing:
             if gate not in GATES:
                 raise ValueError(f'gate={gate!r} is unknown; allowed: {GATES} or None')
             if logits.requires_grad:
-                scores = logits.float().softmax(dim=1) if gate == 'softmax' else logits
+                precise = torch.promote_types(logits.dtype, torch.float32)
+                scores = logits.softmax(dim=1, dtype=precise) if gate == 'softmax' else logits
                 chosen = scores.gather(1, expert[:, None]).squeeze(1)
                 factor = 1 + (chosen - chosen.detach())
         return replace(routing, logits=logits, gate=factor)

@@ -1,0 +1,247 @@
+import copy
+
+import pytest
+import torch
+from masked_oracle import MaskedMoE
+from mmpretrain.registry import MODELS
+
+from mmadvmoe.moe import MoEConv2d, MoELinear, router_modules, split_parameters
+
+RESNET = dict(
+    backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4), include=[r'layer\d\.\d\.conv\d']
+)
+VGG = dict(
+    backbone=dict(type='VGG', depth=11, num_classes=-1), include=[r'features\.\d+\.conv$'], exclude=[r'features\.0\.']
+)
+CONVNEXT = dict(
+    backbone=dict(type='ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 8]), drop_path_rate=0.0),
+    include=['depthwise_conv', 'pointwise_conv'],
+)
+SMALL_ROUTER = dict(type='ResNetRouter', base_channels=4, num_blocks=1)
+
+
+def build(network=RESNET, num_experts=3, training=False, **kwargs):
+    torch.manual_seed(0)
+    if kwargs.get('routing', 'image') == 'image':
+        kwargs.setdefault('router', SMALL_ROUTER)
+    cfg = dict(type='MoEBackbone', num_experts=num_experts, **copy.deepcopy(network), **kwargs)
+    model = MODELS.build(cfg)
+    model.init_weights()
+    for module in model.modules():  # a residual branch that starts at zero would hide every gradient inside
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    model.train(training)
+    spread_routes(model)
+    return model
+
+
+def spread_routes(model):
+    """Standardise each router's logits, for routers fresh from initialisation send all images one way."""
+
+    def standardise(router, _, logits):
+        router.fc.weight /= logits.std(dim=0).unsqueeze(1)
+        router.fc.bias.copy_((router.fc.bias - logits.mean(dim=0)) / logits.std(dim=0))
+        return (logits - logits.mean(dim=0)) / logits.std(dim=0)
+
+    hooks = [router.register_forward_hook(standardise) for router in router_modules(model)]
+    with torch.no_grad():
+        model(images())
+    for hook in hooks:
+        hook.remove()
+
+
+def images(batch=8, size=32):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch, 3, size, size, generator=generator) * torch.rand(batch, 3, 1, 1, generator=generator)
+
+
+def projection(features):
+    generator = torch.Generator().manual_seed(2)
+    return sum((f * torch.randn(f.shape, generator=generator)).sum() for f in features)
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('gate', ['softmax', 'logit'])
+@pytest.mark.parametrize('routing', ['image', 'layer'])
+@pytest.mark.parametrize('network', [RESNET, VGG, CONVNEXT], ids=['resnet', 'vgg', 'convnext'])
+def test_outputs_and_all_gradients_equal_compute_all_and_mask(network, routing, gate, training):
+    model = build(network, routing=routing, gate=gate, training=training).double()
+    oracle = MaskedMoE(model).double()
+    x, x_oracle = images().double().requires_grad_(), images().double().requires_grad_()
+    features, expected = model(x), oracle(x_oracle)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(features, expected))
+    projection(features).backward()
+    projection(expected).backward()
+    torch.testing.assert_close(x.grad, x_oracle.grad, rtol=1e-7, atol=1e-9)
+    gradients = oracle.named_gradients()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-6, atol=1e-8, msg=name)
+    routings = model.forward_routed(x)[1]
+    assert any(sum(c > 0 for c in r.counts) > 1 for r in routings), 'the test must use several experts'
+    assert any(p.grad.abs().sum() > 0 for r in router_modules(model) for p in r.parameters())
+
+
+def test_only_the_chosen_expert_is_computed(monkeypatch):
+    model = build()
+    seen = []
+    compute = MoEConv2d.compute
+    monkeypatch.setattr(MoEConv2d, 'compute', lambda self, x, *a: seen.append(len(x)) or compute(self, x, *a))
+    model(images(batch=8))
+    assert sum(seen) == 8 * len(model.expert_layer_names)
+
+
+def test_an_expert_without_images_has_a_zero_gradient():
+    model = build(num_experts=3, training=True)
+    route = torch.zeros(4, dtype=torch.long)
+    projection(model.forward_routed(images(4), route)[0]).backward()
+    for layer in model.expert_layers():
+        used, *unused = layer.weight.grad.chunk(3)
+        assert used.abs().sum() > 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in unused)
+
+
+@pytest.mark.parametrize('routing', ['image', 'layer'])
+def test_a_given_route_is_taken_and_hides_the_gate(routing):
+    model = build(routing=routing)
+    x = images().requires_grad_()
+    route = torch.arange(8) % 3
+    features, routings = model.forward_routed(x, route)
+    assert all(torch.equal(r.expert, route) and r.gate is None and r.logits is None for r in routings)
+    # Image by image, the pathway alone: the network with that expert's weights as its own.
+    for i in range(8):
+        alone = model.forward_routed(x[i : i + 1], route[i : i + 1])[0]
+        torch.testing.assert_close(features[0][i], alone[0][0], rtol=1e-4, atol=1e-5)
+    projection(features).backward()
+    assert all(p.grad is None for r in router_modules(model) for p in r.parameters())
+    with_logits = model.forward_routed(x, route, with_logits=True)[1]
+    assert all(r.logits.shape == (8, 3) and torch.equal(r.expert, route) for r in with_logits)
+
+
+def test_layer_routes_can_be_given_one_by_one():
+    model = build(routing='layer')
+    route = torch.randint(0, 3, (8, model.num_routers), generator=torch.Generator().manual_seed(3))
+    routings = model.forward_routed(images(), route)[1]
+    assert torch.equal(torch.stack([r.expert for r in routings], dim=1), route)
+
+
+def test_holding_the_own_route_changes_nothing():
+    model = build(routing='layer')
+    features, routings = model.forward_routed(images())
+    held = torch.stack([r.expert for r in routings], dim=1)
+    assert torch.equal(model.forward_routed(images(), held)[0][0], features[0])
+
+
+def test_one_expert_is_the_plain_backbone():
+    model = build(num_experts=1)
+    dense = MODELS.build(copy.deepcopy(RESNET['backbone']))
+    assert not router_modules(model) and model.num_routers == 0
+    assert set(model.network.state_dict()) == set(dense.state_dict())
+    dense.load_state_dict(model.network.state_dict())
+    dense.eval()
+    model.eval()
+    assert torch.equal(model(images())[0], dense(images())[0])
+    assert model.forward_routed(images())[1] == ()
+
+
+def test_experts_are_initialised_one_by_one_with_their_own_fan_out():
+    wide = dict(RESNET, backbone=dict(RESNET['backbone'], base_channels=32))
+    layer = build(wide, num_experts=4).network.layer4[0].conv2
+    experts = layer.weight.chunk(4)
+    expected = (2 / (256 * 9)) ** 0.5  # He et al., fan-out of one expert
+    for expert in experts:
+        assert abs(expert.std().item() / expected - 1) < 0.05
+    assert not torch.equal(experts[0], experts[1])
+
+
+def test_a_dense_checkpoint_is_upcycled_into_every_expert(tmp_path):
+    dense = MODELS.build(copy.deepcopy(RESNET['backbone']))
+    dense.init_weights()
+    state = {f'backbone.{k}': v for k, v in dense.state_dict().items()}
+    torch.save(dict(state_dict=state), tmp_path / 'dense.pth')
+    source = dict(type='Pretrained', checkpoint=str(tmp_path / 'dense.pth'), prefix='backbone.')
+    network = dict(RESNET, backbone=dict(RESNET['backbone'], init_cfg=source))
+    model = build(network)
+    for name, norm in dense.named_modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.load_state_dict(model.network.get_submodule(name).state_dict())
+    dense.eval()
+    for expert in range(3):
+        features = model.forward_routed(images(), torch.full((8,), expert))[0]
+        torch.testing.assert_close(features[0], dense(images())[0], rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_are_split_without_rest_or_overlap():
+    for routing in ('image', 'layer'):
+        model = build(routing=routing)
+        groups = {k: {n for n, _ in v} for k, v in split_parameters(model).items()}
+        assert groups['experts'] | groups['router'] == {n for n, _ in model.named_parameters()}
+        assert not groups['experts'] & groups['router']
+        assert all(('router' in n.split('.')) for n in groups['router'])
+        assert not any(('router' in n.split('.')) for n in groups['experts'])
+
+
+def test_several_outputs_come_back_in_the_order_of_the_batch():
+    network = dict(RESNET, backbone=dict(RESNET['backbone'], out_indices=(0, 1, 2, 3)))
+    model = build(network)
+    together = model(images())
+    assert len(together) == 4
+    for i in range(8):
+        for whole, alone in zip(together, model(images()[i : i + 1])):
+            torch.testing.assert_close(whole[i], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_deep_copy_is_independent():
+    model = build()
+    clone = copy.deepcopy(model)
+    assert clone.context is clone.network.layer1[0].conv1.context is not model.context
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert clone(images())[0].abs().sum() > 0
+
+
+def test_an_error_inside_the_forward_pass_leaves_the_backbone_usable():
+    model = build()
+    with pytest.raises(RuntimeError):
+        model(torch.rand(2, 5, 32, 32))
+    assert model(images())[0].shape[0] == 8
+
+
+def test_expert_layers_of_convnext_are_convolutions_and_linear_layers():
+    kinds = {type(layer) for layer in build(CONVNEXT).expert_layers()}
+    assert kinds == {MoEConv2d, MoELinear}
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(num_experts=0), 'num_experts=0'),
+        (dict(num_experts=2.0), 'num_experts=2.0'),
+        (dict(include=['block9']), r"pattern 'block9' matches no layer.*layer1\.0\.conv1"),
+        (dict(include=[r'layer1\.0']), r'layer1.0.bn1.*BatchNorm2d.*cannot hold experts'),
+        (dict(include=['conv']), "stem 'conv1'"),
+        (dict(include=['conv(']), r'no regular expression'),
+        (dict(include='conv'), 'list'),
+        (dict(routing='layers'), "did you mean 'layer'"),
+        (dict(gate='soft'), "gate='soft'"),
+        (dict(router=dict(type='ResNetRouter', num_experts=2)), 'router.num_experts=2.*num_experts=3'),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    cfg = dict(type='MoEBackbone', num_experts=3, **copy.deepcopy(RESNET))
+    with pytest.raises(ValueError, match=message):
+        MODELS.build({**cfg, **change})
+
+
+def test_a_bad_route_is_named():
+    model = build()
+    with pytest.raises(ValueError, match=r'experts in \[0, 3\)'):
+        model.forward_routed(images(), torch.full((8,), 3))
+    with pytest.raises(ValueError, match='shape'):
+        model.forward_routed(images(), torch.zeros(8, 2, dtype=torch.long))
+
+
+def test_an_expert_layer_outside_its_backbone_says_so():
+    with pytest.raises(RuntimeError, match='inside the forward pass'):
+        build().network.layer1[0].conv1(torch.rand(1, 4, 8, 8))
