@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch.nn.functional as F
+from mmengine.dist import all_reduce
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
@@ -197,6 +198,8 @@ class RouterBalanceLoss(Objective):
         for routing in (*batch.clean.routings, *batch.adversarial.routings):
             share = routing.logits.new_tensor(routing.counts, dtype=routing.logits.float().dtype)
             share = share / share.sum()
+            # The loss is linear in P, so with the global share its mean over processes is that of the global batch.
+            all_reduce(share, 'mean')
             probability = routing.logits.float().softmax(dim=1).mean(dim=0)
             terms.append(routing.num_experts * (share * probability).sum())
         return dict(loss_balance=self.weight * sum(terms) / len(terms))
