@@ -45,9 +45,10 @@ class RobustBatch:
     classification_loss: Callable[[Tensor], Tensor]
 
 
-def _positive(name: str, value: float) -> float:
-    if value < 0:
-        raise ValueError(f'{name}={value} must not be negative')
+def _weight(name: str, value: float) -> float:
+    # Written so that NaN fails too.
+    if not (isinstance(value, (int, float)) and value >= 0):
+        raise ValueError(f'{name}={value!r} must be a number of at least 0')
     return value
 
 
@@ -58,10 +59,13 @@ class Objective(nn.Module):
         needs_classes (bool): Whether class logits are used. An objective of router logits alone saves running
             the experts.
         needs_routers (bool): Whether router logits are used, so that a dense network cannot serve.
+        needs_hard_labels (bool): Whether labels must be class indices, not the class probabilities that batch
+            augmentations give.
     """
 
     needs_classes = True
     needs_routers = False
+    needs_hard_labels = False
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Loss terms by name; names that contain ``loss`` are summed up and minimised."""
@@ -83,7 +87,7 @@ class TRADESLoss(Objective):
 
     def __init__(self, beta: float = 6.0) -> None:
         super().__init__()
-        self.beta = _positive('TRADESLoss.beta', beta)
+        self.beta = _weight('TRADESLoss.beta', beta)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_natural`` and ``loss_robust``."""
@@ -122,11 +126,12 @@ class RouterLabelLoss(Objective):
 
     needs_classes = False
     needs_routers = True
+    needs_hard_labels = True
 
     def __init__(self, alpha: float = 6.0, beta: float = 6.0) -> None:
         super().__init__()
-        self.alpha = _positive('RouterLabelLoss.alpha', alpha)
-        self.beta = _positive('RouterLabelLoss.beta', beta)
+        self.alpha = _weight('RouterLabelLoss.alpha', alpha)
+        self.beta = _weight('RouterLabelLoss.beta', beta)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_route_label`` and ``loss_route_robust``.
@@ -136,8 +141,8 @@ class RouterLabelLoss(Objective):
         """
         if batch.target.dim() != 1:
             raise ValueError(
-                'RouterLabelLoss needs hard labels: it cannot serve batch augmentations that mix them '
-                '(train_cfg.augments) or gt_score; use TRADESLoss as router_loss'
+                'RouterLabelLoss needs class indices as labels, got class probabilities (gt_score) of shape '
+                f'{tuple(batch.target.shape)}; use TRADESLoss as router_loss'
             )
         pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
         label = sum(
@@ -162,7 +167,7 @@ class RouterKLLoss(Objective):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        self.weight = _positive('RouterKLLoss.weight', weight)
+        self.weight = _weight('RouterKLLoss.weight', weight)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_route_robust``."""
@@ -177,9 +182,10 @@ class RouterBalanceLoss(Objective):
 
     .. math:: L = w \cdot N \sum_n f_n P_n
 
-    with f_n the share of the images routed to expert n and P_n the mean probability of expert n; the sum is 1/N, its
-    minimum, when both are uniform. Averaged over the routers and over clean and adversarial images. Fedus et al.,
-    "Switch Transformers", arXiv:2101.03961, equation 4.
+    with f_n the share of the images routed to expert n and P_n the mean probability of expert n. Only P has a gradient:
+    it takes probability away from the experts with the largest shares. L is w when either is uniform, and near w N
+    when one expert takes all. Averaged over the routers and over clean and adversarial images. Fedus et al., "Switch
+    Transformers", arXiv:2101.03961, equation 4.
 
     Args:
         weight (float): w, at least 0. Defaults to 1.
@@ -190,10 +196,10 @@ class RouterBalanceLoss(Objective):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        self.weight = _positive('RouterBalanceLoss.weight', weight)
+        self.weight = _weight('RouterBalanceLoss.weight', weight)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
-        """Give ``loss_balance``; it is at least ``weight``."""
+        """Give ``loss_balance``, in [0, ``weight`` N]."""
         terms = []
         for routing in (*batch.clean.routings, *batch.adversarial.routings):
             share = routing.logits.new_tensor(routing.counts, dtype=routing.logits.float().dtype)
