@@ -154,15 +154,17 @@ class RouteContext:
         self._running = False
         self._given: Optional[Sequence[Tensor]] = None
         self._with_logits = False
+        self._gated = True
         self._taken: list[Routing] = []
 
     def run(
         self,
         given: Optional[Sequence[Tensor]] = None,
         with_logits: bool = False,
+        gated: bool = True,
     ) -> RouteContext:
-        """Open the context: ``with context.run(...) as routed: ...``."""
-        self._given, self._with_logits = given, with_logits
+        """Open the context: ``with context.run(...) as routed: ...``; see :meth:`MoEBackbone.forward_routed`."""
+        self._given, self._with_logits, self._gated = given, with_logits, gated
         return self
 
     def __enter__(self) -> RouteContext:
@@ -196,11 +198,19 @@ class RouteContext:
         Args:
             router (BaseRouter): Maps ``x`` to (B, N) logits.
             x (Tensor): The input of the router, (B, ...).
+
+        Raises:
+            ValueError: The router gives a number of logits other than N.
         """
+        logits = router(x) if self._given is None or self._with_logits else None
+        if logits is not None and logits.shape[-1] != self.num_experts:
+            raise ValueError(
+                f'backbone.num_experts={self.num_experts}, but {type(router).__name__} (backbone.router) gives '
+                f'{logits.shape[-1]} logits; it must give one for each expert'
+            )
         if self._given is None:
-            routing = Routing.decide(router(x), self.gate)
+            routing = Routing.decide(logits, self.gate if self._gated else None)
         else:
-            logits = router(x) if self._with_logits else None
             routing = Routing.fixed(self._given[len(self._taken)], self.num_experts, logits)
         self._taken.append(routing)
         return routing
