@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Optional
 
 from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
@@ -20,7 +21,7 @@ from mmadvmoe.evaluation import (
     route_metrics,
 )
 
-from .robust_evaluation import build_attacks, evaluate_chunk, unit_batch
+from .robust_evaluation import build_attacks, check_groups, evaluate_chunk, unit_batch
 from .seeding import preserve_rng_state
 
 
@@ -38,6 +39,8 @@ class _RobustLoop:
         attacks: Mapping[str, dict],
         chunk_size: int = 128,
         seed: int = 0,
+        survivors_only: Sequence[str] = (),
+        worst_of: Optional[Mapping[str, Sequence[str]]] = None,
         fp16: bool = False,
     ) -> None:
         if fp16:
@@ -51,6 +54,9 @@ class _RobustLoop:
         self.victim = Victim.from_classifier(model)
         self.attacks = build_attacks(attacks, self.victim, f'{self.mode}_cfg.attacks')
         self.seed = seed
+        self.survivors_only = survivors_only
+        self.worst_of = worst_of or {}
+        check_groups(self.attacks, self.survivors_only, self.worst_of, self.mode)
         super().__init__(runner, self._in_chunks(dataloader, chunk_size), evaluator)
 
     def _in_chunks(self, dataloader: Mapping, chunk_size: int) -> dict:
@@ -86,7 +92,8 @@ class _RobustLoop:
         """Attack the whole data set and compute all metrics.
 
         Returns:
-            Metrics under ``'clean/'``, under the name of each attack and under ``'worst/'``.
+            Metrics under ``'clean/'``, under the name of each attack and of each group of
+            ``worst_of``, and under ``'worst/'``.
         """
         call_hook = self.runner.call_hook
         call_hook(f'before_{self.mode}')
@@ -114,6 +121,7 @@ class _RobustLoop:
                 chunk_index=chunk_index,
                 place=place,
                 seed=self.seed,
+                survivors_only=self.survivors_only,
             )
             parts.append(part)
             self.runner.call_hook(
@@ -123,7 +131,7 @@ class _RobustLoop:
                 outputs=as_data_samples(part.by_name[CLEAN], part.place, part.label),
             )
         outcomes = gather_outcomes(parts, len(self.dataloader.dataset))
-        metrics = compute_metrics(self.evaluator, outcomes)
+        metrics = compute_metrics(self.evaluator, outcomes, self.worst_of)
         metrics.update(route_metrics(outcomes, self.victim.num_experts))
         return metrics
 
@@ -150,6 +158,11 @@ class RobustValLoop(_RobustLoop, ValLoop):
         attacks: Config of each attack under its name; names may not be ``'clean'`` or ``'worst'``.
         chunk_size: Images attacked at a time by one process.
         seed: Seed of the attacks.
+        survivors_only: Names of costly attacks that get only the images which are right without an
+            attack and under all attacks before them. An image counts as robust under such an attack
+            when it survives that one and all before; its accuracy is thus never above theirs.
+        worst_of: Further worst cases, each over the attacks it names and reported under its own
+            name: ``dict(ra=['pgd50', 'routepgd50'])`` gives ``'ra/accuracy/top1'``.
         fp16: Must be False; there because MMEngine's loops and ``--amp`` know it.
 
     Raises:
@@ -177,7 +190,10 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         ...     type='RobustTestLoop',
         ...     attacks=dict(
         ...         pgd50=dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=50),
-        ...         routepgd50=dict(type='RoutePGD', eps=8 / 255, alpha=2 / 255, steps=50)))
+        ...         routepgd50=dict(type='RoutePGD', eps=8 / 255, alpha=2 / 255, steps=50),
+        ...         autoattack=dict(type='AutoAttack', eps=8 / 255)),
+        ...     survivors_only=['autoattack'],
+        ...     worst_of=dict(ra=['pgd50', 'routepgd50']))
     """
 
     mode = 'test'

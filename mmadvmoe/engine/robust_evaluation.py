@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 
 import torch
 from mmengine.logging import print_log
@@ -64,6 +66,39 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
             level=logging.WARNING,
         )
     return built
+
+
+def check_groups(
+    attacks: Collection[str], survivors_only: Sequence[str], worst_of: Mapping[str, Sequence[str]], mode: str
+) -> None:
+    """Check that the settings which refer to attacks name attacks.
+
+    Args:
+        attacks: The names of the attacks.
+        survivors_only, worst_of: As in :class:`~mmadvmoe.engine.RobustValLoop`.
+        mode: ``'val'`` or ``'test'``, for errors.
+
+    Raises:
+        TypeError: If attacks are not given as a list of names.
+        ValueError: If there is no such attack, or a group has a name that is taken.
+    """
+    keys = {f'{mode}_cfg.survivors_only': survivors_only}
+    for group, members in worst_of.items():
+        key = f'{mode}_cfg.worst_of.{group}'
+        if group in (CLEAN, WORST, *attacks) or not group or '/' in group:
+            raise ValueError(
+                f"{key}: the worst case over some attacks needs a name of its own without '/'; taken are "
+                f'{", ".join((CLEAN, WORST, *attacks))}.'
+            )
+        keys[key] = members
+    for key, names in keys.items():
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f'{key} must be a list of names of attacks, but got {names!r}.')
+        for name in names:
+            if name not in attacks:
+                near = get_close_matches(str(name), attacks, n=1)
+                hint = f' (did you mean {near[0]!r}?)' if near else ''
+                raise ValueError(f'{key}: there is no attack {name!r}{hint}; allowed: {", ".join(attacks)}.')
 
 
 def _moves_routes(cfg: Mapping) -> bool:
@@ -132,6 +167,7 @@ def evaluate_chunk(
     chunk_index: int,
     place: Sequence[int],
     seed: int = 0,
+    survivors_only: Collection[str] = (),
 ) -> RobustOutcomes:
     """Classify one chunk of images without an attack and under each attack.
 
@@ -144,6 +180,9 @@ def evaluate_chunk(
             decides what the attack draws.
         place: Place of each image in the data set.
         seed: Seed of the evaluation.
+        survivors_only: Names of the attacks that get only the images which are right so far,
+            without an attack and under all attacks before. The others keep the outcome in which
+            they went wrong first.
 
     Returns:
         The outcomes, on the CPU.
@@ -162,17 +201,42 @@ def evaluate_chunk(
             f'image {place[i]} of the data set has label {int(labels[i])}, but the model has '
             f'classes 0 to {num_classes - 1}; set num_classes of the head to that of the data set.'
         )
-    by_name = {CLEAN: clean}
+    outcomes = RobustOutcomes(torch.as_tensor(place), labels.cpu(), {CLEAN: clean})
     for name, attack in attacks.items():
-        try:
-            adversarial = attack(images, labels, seed=chunk_seed(seed, name, chunk_index))
-        except Exception as error:
-            raise RuntimeError(
-                f'attack {name!r} failed on images {_span(place)} of the data set: {type(error).__name__}: {error}'
-            ) from error
-        _check_adversarial(adversarial, images, name, place)
-        by_name[name] = _classify(victim, adversarial, images, name, place)
-    return RobustOutcomes(torch.as_tensor(place), labels.cpu(), by_name)
+        so_far = outcomes.worst()
+        rows = torch.arange(len(images))
+        if name in survivors_only:
+            rows = rows[so_far.prediction == outcomes.label]
+        outcome = so_far
+        if len(rows):
+            where = rows.to(images.device)
+            outcome = so_far.put(
+                rows,
+                _attack(
+                    victim,
+                    attack,
+                    images[where],
+                    labels[where],
+                    name=name,
+                    place=[place[int(row)] for row in rows],
+                    seed=chunk_seed(seed, name, chunk_index),
+                ),
+            )
+        outcomes = replace(outcomes, by_name={**outcomes.by_name, name: outcome})
+    return outcomes
+
+
+def _attack(
+    victim: Victim, attack: Attack, images: Tensor, labels: Tensor, *, name: str, place: Sequence[int], seed: int
+) -> Outcome:
+    try:
+        adversarial = attack(images, labels, seed=seed)
+    except Exception as error:
+        raise RuntimeError(
+            f'attack {name!r} failed on images {_span(place)} of the data set: {type(error).__name__}: {error}'
+        ) from error
+    _check_adversarial(adversarial, images, name, place)
+    return _classify(victim, adversarial, images, name, place)
 
 
 @torch.no_grad()

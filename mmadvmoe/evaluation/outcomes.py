@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from mmengine.dist import all_gather_object, get_dist_info
@@ -49,6 +50,14 @@ class Outcome:
         """Pick images by their row."""
         return Outcome(self.logits[rows], self.expert[rows], self.distance[rows])
 
+    def put(self, rows: Tensor, other: Outcome) -> Outcome:
+        """Replace the images in ``rows`` (b,) by those of ``other``, which has b images."""
+        return Outcome(
+            logits=self.logits.index_copy(0, rows, other.logits),
+            expert=self.expert.index_copy(0, rows, other.expert),
+            distance=self.distance.index_copy(0, rows, other.distance),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class RobustOutcomes:
@@ -65,14 +74,18 @@ class RobustOutcomes:
     label: Tensor
     by_name: Mapping[str, Outcome]
 
-    def worst(self) -> Outcome:
+    def worst(self, attacks: Sequence[str] | None = None) -> Outcome:
         """Give each image the outcome of the first attack that fools the model, else the clean one.
 
         An image counts as robust in it exactly when it is classified rightly without an attack and
         under each of them. An image that is wrong without an attack keeps its clean outcome.
+
+        Args:
+            attacks: Names of the attacks that count. Defaults to all.
         """
         worst = self.by_name[CLEAN]
-        for outcome in self.by_name.values():
+        for name in self.by_name if attacks is None else attacks:
+            outcome = self.by_name[name]
             still_right = worst.prediction == self.label
             fooled = still_right & (outcome.prediction != self.label)
             worst = outcome.where(fooled, worst)
@@ -117,7 +130,11 @@ def gather_outcomes(parts: Sequence[RobustOutcomes], num_images: int) -> RobustO
     return outcomes
 
 
-def compute_metrics(evaluator: Evaluator, outcomes: RobustOutcomes) -> dict:
+def compute_metrics(
+    evaluator: Evaluator,
+    outcomes: RobustOutcomes,
+    worst_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict:
     """Run an MMEngine evaluator once without an attack, once per attack and once on the worst case.
 
     The metrics see labels and predictions as MMPretrain's heads give them; they do not see images.
@@ -126,10 +143,11 @@ def compute_metrics(evaluator: Evaluator, outcomes: RobustOutcomes) -> dict:
     Args:
         evaluator: Evaluator with any metrics.
         outcomes: The outcomes of the whole data set.
+        worst_of: Names of further worst cases, each over the attacks it names.
 
     Returns:
-        Each metric under the name of the attack, such as ``'pgd50/accuracy/top1'``, and under
-        ``'clean/'`` and ``'worst/'``.
+        Each metric under the name of the attack, such as ``'pgd50/accuracy/top1'``, under the names
+        of ``worst_of``, and under ``'clean/'`` and ``'worst/'``.
     """
     num_images = len(outcomes.place)
     rank, world_size = get_dist_info()
@@ -138,7 +156,8 @@ def compute_metrics(evaluator: Evaluator, outcomes: RobustOutcomes) -> dict:
     rows = torch.arange(rank, rank + -(-num_images // world_size) * world_size, world_size)
     rows %= num_images
     metrics = {}
-    for name, outcome in [*outcomes.by_name.items(), (WORST, outcomes.worst())]:
+    groups = [(name, outcomes.worst(attacks)) for name, attacks in worst_of.items()]
+    for name, outcome in [*outcomes.by_name.items(), *groups, (WORST, outcomes.worst())]:
         mine = outcome.take(rows)
         samples = as_data_samples(mine, outcomes.place[rows], outcomes.label[rows])
         evaluator.process(data_samples=samples)

@@ -15,4 +15,7 @@ test_cfg = dict(
         routepgd50=dict(type='RoutePGD', eps=0.2, alpha=0.05, steps=50),
         autoattack=dict(type='AutoAttack', eps=0.2),
     ),
+    # AutoAttack costs most, and can only lower what the others have left standing.
+    survivors_only=['autoattack'],
+    worst_of=dict(ra=['pgd50', 'routepgd50']),
 )
