@@ -165,7 +165,7 @@ class SafeCheckpointHook(CheckpointHook):
         Raises:
             CheckpointError: If it does not fit the model, or lacks what resuming needs.
         """
-        training = _is_training(runner)
+        training = is_training(runner)
         if training and not runner._resume:
             return
         filename = runner._load_from or find_latest_checkpoint(runner.work_dir)
@@ -203,7 +203,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save the best checkpoint, and the result of the validation with the latest one."""
-        if not _is_training(runner):
+        if not is_training(runner):
             return
         self._saved_after_val = False
         super().after_val_epoch(runner, metrics)
@@ -269,7 +269,7 @@ class SafeCheckpointHook(CheckpointHook):
         return [osp.join(folder, steps[step]) for step in sorted(steps, reverse=True)]
 
 
-def _is_training(runner: Runner) -> bool:
+def is_training(runner: Runner) -> bool:
     """Whether the runner trains; it builds the loop of its task before it does anything."""
     return isinstance(runner._train_loop, BaseLoop)
 

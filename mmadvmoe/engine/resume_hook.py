@@ -13,7 +13,7 @@ from mmpretrain.registry import HOOKS
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from .checkpoint_hook import SafeCheckpointHook
+from .checkpoint_hook import SafeCheckpointHook, is_training
 from .seeding import get_rng_state, set_rng_state
 
 _KEY = 'exact_resume'
@@ -69,7 +69,8 @@ class ExactResumeHook(Hook):
         It is noted before because no checkpoint is saved until the validation is complete, and the
         checkpoint hook saves as soon as it is.
         """
-        runner.message_hub.update_info('last_validated', _progress(runner))
+        if is_training(runner):
+            runner.message_hub.update_info('last_validated', _progress(runner))
 
     def before_train(self, runner: Runner) -> None:
         """Put everything back, if the run was resumed.

@@ -30,10 +30,7 @@ MapLocation = Union[str, torch.device, Callable, None]
 _STATISTICS = ('min', 'max', 'current', 'mean')
 _NUMBER_KINDS = 'biufc'
 _SHOWN = 5
-_ADVICE = (
-    'Copy or download it again, or resume from an earlier checkpoint with '
-    '`--resume <work_dir>/epoch_<n>.pth`.'
-)
+_ADVICE = 'Copy or download it again, or resume from an earlier checkpoint with `--resume <work_dir>/epoch_<n>.pth`.'
 
 
 class CheckpointError(ValueError):
@@ -116,9 +113,7 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
             'checkpoint=...)` of the backbone.'
         )
     model = model.module if is_model_wrapper(model) else model
-    given = {
-        re.sub(r'^module\.', '', name): value for name, value in checkpoint['state_dict'].items()
-    }
+    given = {re.sub(r'^module\.', '', name): value for name, value in checkpoint['state_dict'].items()}
     wanted = model.state_dict()
     missing = [k for k in wanted if k not in given and not k.endswith('num_batches_tracked')]
     unexpected = [name for name in given if name not in wanted]
@@ -153,29 +148,22 @@ def _check_container(filename: str) -> None:
         with zipfile.ZipFile(filename) as archive:
             names = archive.namelist()
         if not any(name.endswith('/data.pkl') for name in names):
-            raise CheckpointError(
-                f'{filename!r} is a zip file but not a checkpoint: it holds {_some(names)}.'
-            )
+            raise CheckpointError(f'{filename!r} is a zip file but not a checkpoint: it holds {_some(names)}.')
     elif magic == b'PK\x03\x04':
         raise CheckpointError(f'Checkpoint {filename!r} is cut off: its end is missing. {_ADVICE}')
     elif magic[:1] != b'\x80':
-        raise CheckpointError(
-            f'{filename!r} is not a checkpoint: it is neither of the formats that PyTorch writes.'
-        )
+        raise CheckpointError(f'{filename!r} is not a checkpoint: it is neither of the formats that PyTorch writes.')
 
 
 def _check_content(filename: str, checkpoint: Any) -> None:
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(
-            f'{filename!r} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict '
-            'with a `state_dict`.'
+            f'{filename!r} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict with a `state_dict`.'
         )
     # Weights of other libraries may lie under another name ("model") or bare at the top.
     weights = checkpoint.get('state_dict', checkpoint)
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-        raise CheckpointError(
-            f'The `state_dict` of {filename!r} does not map names to tensors. {_ADVICE}'
-        )
+        raise CheckpointError(f'The `state_dict` of {filename!r} does not map names to tensors. {_ADVICE}')
     nested = [value for value in weights.values() if isinstance(value, Mapping)]
     if not any(isinstance(v, torch.Tensor) for group in (weights, *nested) for v in group.values()):
         raise CheckpointError(
@@ -197,9 +185,7 @@ def _explain(filename: str, error: Exception) -> CheckpointError:
             '`torch.serialization.add_safe_globals`.'
         )
     first_line = text.splitlines()[0] if text else type(error).__name__
-    return CheckpointError(
-        f'Checkpoint {filename!r} is damaged or was not written by PyTorch: {first_line} {_ADVICE}'
-    )
+    return CheckpointError(f'Checkpoint {filename!r} is damaged or was not written by PyTorch: {first_line} {_ADVICE}')
 
 
 def _some(names: Any) -> str:

@@ -284,8 +284,11 @@ def test_validation_on_its_own_saves_nothing(finished):
     before = files(finished)
     cfg = cfg_of(finished, save_best='worst/accuracy/top1')
     cfg.load_from = str(finished / 'epoch_2.pth')
-    Runner.from_cfg(cfg).val()
+    cfg.custom_hooks = [dict(type='ExactResumeHook')]
+    runner = Runner.from_cfg(cfg)
+    runner.val()
     assert files(finished) == before
+    assert isinstance(runner._train_loop, dict), 'the training set need not exist to validate'
 
 
 def test_deprecated_file_client_is_refused():
