@@ -1,6 +1,8 @@
+from .backbones import DenseNet_CIFAR, ScaledVGG, WideResNet, WideResNet_CIFAR
 from .classifier import RobustClassifier, RoutingRecord
 from .data_preprocessor import AdvDataPreprocessor
 from .finite import NonFiniteError, check_finite
+from .necks import AdaptiveAveragePooling
 from .objectives import (
     AdversarialCrossEntropyLoss,
     Objective,
@@ -13,8 +15,10 @@ from .objectives import (
 )
 
 __all__ = [
+    'AdaptiveAveragePooling',
     'AdvDataPreprocessor',
     'AdversarialCrossEntropyLoss',
+    'DenseNet_CIFAR',
     'NonFiniteError',
     'Objective',
     'Outputs',
@@ -24,6 +28,9 @@ __all__ = [
     'RouterKLLoss',
     'RouterLabelLoss',
     'RoutingRecord',
+    'ScaledVGG',
     'TRADESLoss',
+    'WideResNet',
+    'WideResNet_CIFAR',
     'check_finite',
 ]

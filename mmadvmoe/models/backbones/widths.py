@@ -1,0 +1,60 @@
+"""Widths: where the model scale r of a pathway shows, and where it can go wrong.
+
+A pathway of scale r has r times the channels of the dense network. In a config that is one whole number: the
+``base_channels`` of a ResNet, a WideResNet or a VGG, the ``growth_rate`` of a DenseNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Config keys that hold a number of channels, and the layers that get it.
+WIDTHS = dict(
+    stem_channels='the stem',
+    init_channels='the stem',
+    base_channels='the first stage',
+    growth_rate='each dense layer',
+)
+
+
+def check_width(key: str, value: Any, layer: str) -> int:
+    """Refuse a number of channels that no layer can have.
+
+    Args:
+        key (str): Config key, for the message.
+        value: What the config says.
+        layer (str): The layer or layers that get this width.
+
+    Returns:
+        int: ``value``.
+
+    Raises:
+        ValueError: ``value`` is not a whole number of at least 1; the message names the nearest one.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    nearest = ''
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        nearest = f'; the nearest is {max(1, round(value))}'
+    raise ValueError(
+        f'{key}={value!r} would be the width of {layer}, which must be a whole number of at least 1 channel{nearest}. '
+        'A model scale r fits a network only if r times its width is such a number'
+    )
+
+
+def check_widths(cfg: Mapping[str, Any], key: str = 'model') -> None:
+    """Check every width in the config of a model, before anything is built.
+
+    Args:
+        cfg (Mapping): Config of a model or of a part of it.
+        key (str): Where this config stands. Defaults to ``'model'``.
+
+    Raises:
+        ValueError: A width is not a whole number of at least 1.
+    """
+    for name, value in cfg.items():
+        if name in WIDTHS:
+            check_width(f'{key}.{name}', value, WIDTHS[name])
+        elif isinstance(value, Mapping):
+            check_widths(value, f'{key}.{name}')
