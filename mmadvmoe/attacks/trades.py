@@ -20,8 +20,9 @@ class TRADESAttack(Attack):
 
     From x + ``start_noise`` · N(0, I), steps of steepest ascent on KL(f(x) ‖ f(x')), plus
     ``router_weight`` times the sum over routers of KL(router(x) ‖ router(x')) where the model has
-    any; back into the ball and [0, 1] after each. Labels are not used. The routers decide, and the
-    gradient passes through their gate.
+    any; back into the ball and [0, 1] after each. Labels are not used. The routers decide; what moves
+    a route is their own divergence, as the gradient of the straight-through gate says little about
+    the image and hides that of the pathway.
 
     In distributed training the noise is drawn for the batch of all processes and each takes the
     rows of its own images (MMEngine's ``DefaultSampler`` gives rank r the samples r, r + W, ...).
@@ -40,6 +41,8 @@ class TRADESAttack(Attack):
         start_noise (float): Standard deviation of the start noise; above 0, because the gradient
             of the divergence vanishes at x itself. Defaults to 0.001.
         router_weight (float): Weight of the routers' divergence. Defaults to 1.
+        gated (bool): Whether the gradient passes through the gate as well, as in the reference code.
+            Defaults to False.
 
     Raises:
         ValueError: ``norm`` is unknown, or ``start_noise`` or ``router_weight`` out of range.
@@ -57,6 +60,7 @@ class TRADESAttack(Attack):
         norm: str = 'Linf',
         start_noise: float = 0.001,
         router_weight: float = 1.0,
+        gated: bool = False,
     ) -> None:
         super().__init__('TRADESAttack', model)
         if not start_noise > 0:
@@ -69,6 +73,7 @@ class TRADESAttack(Attack):
         self.norm = ball.check_norm(norm)
         self.start_noise = start_noise
         self.router_weight = router_weight
+        self.gated = gated
         # Set for the length of a call that is given a seed; see _noise.
         self.seed: int | None = None
 
@@ -91,9 +96,9 @@ class TRADESAttack(Attack):
 
     def _outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Class logits, and router logits where they count."""
+        logits, routings = self.model.forward_routed(images, gated=self.gated)
         if not self.router_weight:
-            return self.model(images), ()
-        logits, routings = self.model.forward_routed(images)
+            return logits, ()
         return logits, tuple(routing.logits for routing in routings)
 
     def _noise(self, images: Tensor) -> Tensor:

@@ -117,7 +117,11 @@ class Victim(nn.Module):
         return self._checked(self.classifier(self.normalize(images)))
 
     def forward_routed(
-        self, images: Tensor, route: Tensor | None = None, with_logits: bool = True
+        self,
+        images: Tensor,
+        route: Tensor | None = None,
+        with_logits: bool = True,
+        gated: bool = True,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits, and the decisions of the routers that led to them.
 
@@ -126,17 +130,17 @@ class Victim(nn.Module):
             route (Tensor, optional): Experts to take in place of the routers' choice: (B,) int64
                 for all routers, or (B, L). Then no gradient flows through the choice.
             with_logits (bool): With a given route, ask the routers for their logits all the same.
+            gated (bool): Whether the routers' own choice carries the gradient of the gate.
 
         Returns:
-            tuple: Logits (B, K), and one :class:`Routing` per router.
+            tuple: Logits (B, K), and a tuple of L :class:`mmadvmoe.moe.Routing`.
 
         Raises:
             ValueError: A route is given to a model without routers.
         """
         if not self.num_routers and route is None:
             return self(images), ()
-        inputs = self.normalize(images)
-        logits, routings = forward_routed(self.classifier, inputs, route, with_logits)
+        logits, routings = forward_routed(self.classifier, self.normalize(images), route, with_logits, gated)
         return self._checked(logits), routings
 
     def _checked(self, logits: Any) -> Tensor:

@@ -100,7 +100,7 @@ class MoEBackbone(BaseBackbone):
         given = cfg.setdefault('num_experts', self.num_experts)
         if given != self.num_experts:
             raise ValueError(
-                f'backbone.router.num_experts={given} must equal backbone.num_experts={self.num_experts}, or be left out'
+                f'backbone.router.num_experts={given} must equal backbone.num_experts={self.num_experts}'
             )
         return cfg
 
@@ -151,7 +151,7 @@ class MoEBackbone(BaseBackbone):
         return self.forward_routed(x)[0]
 
     def forward_routed(
-        self, x: Tensor, route: Optional[Tensor] = None, with_logits: bool = False
+        self, x: Tensor, route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
     ) -> tuple[Any, tuple[Routing, ...]]:
         """Features, and the decisions that led to them.
 
@@ -160,6 +160,9 @@ class MoEBackbone(BaseBackbone):
             route (Tensor, optional): Experts to take instead of the routers' choice: (B,) for all routers or (B, L).
                 There is no gate then, so no gradient reaches the input through the choice.
             with_logits (bool): Ask the routers for their logits although a route is given. Defaults to False.
+            gated (bool): Whether the routers' choice carries the gradient of the straight-through gate. Without it,
+                features have the gradient of the pathways that were taken, which is that of the function itself
+                wherever the choice does not change. Defaults to True.
 
         Returns:
             tuple: The features, and one :class:`Routing` per router.
@@ -167,7 +170,7 @@ class MoEBackbone(BaseBackbone):
         if self.num_experts == 1:
             return self.network(x), ()
         given = None if route is None else as_routes(route, self.num_routers)
-        with self.context.run(given, with_logits) as context:
+        with self.context.run(given, with_logits, gated) as context:
             if self.routing == 'image':
                 routing = context.route(self.router, x)
                 features = _map_tensors(routing.unsort, self.network(routing.sort(x)))

@@ -14,6 +14,7 @@ def forward_routed(
     inputs: Tensor,
     route: Optional[Tensor] = None,
     with_logits: bool = False,
+    gated: bool = True,
 ) -> tuple[Any, tuple[Routing, ...]]:
     """Class logits of an MMPretrain classifier, and the decisions that led to them.
 
@@ -22,6 +23,7 @@ def forward_routed(
         inputs (Tensor): Network inputs, (B, C, H, W).
         route (Tensor, optional): See :meth:`MoEBackbone.forward_routed`.
         with_logits (bool): See :meth:`MoEBackbone.forward_routed`.
+        gated (bool): See :meth:`MoEBackbone.forward_routed`.
 
     Returns:
         tuple: What the head gives, for most heads (B, K) logits, and one :class:`Routing` per router, none for a
@@ -31,7 +33,7 @@ def forward_routed(
         ValueError: A route is given to a network without routers.
     """
     if getattr(classifier.backbone, 'num_routers', 0):
-        features, routings = classifier.backbone.forward_routed(inputs, route, with_logits)
+        features, routings = classifier.backbone.forward_routed(inputs, route, with_logits, gated)
     elif route is not None:
         raise ValueError(f'a route was given, but {type(classifier.backbone).__name__} has no router')
     else:

@@ -35,9 +35,7 @@ def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[s
     convertible = [name for name, module in network.named_modules() if _is_convertible(module)]
     if not convertible:
         raise ValueError(f'{type(network).__name__} has no layer of a kind that can hold experts: {_kinds()}')
-    if isinstance(include, str) or not include:
-        raise ValueError(f'backbone.include={include!r} must be a list of at least one regular expression')
-    patterns = {key: _compile(key, given) for key, given in (('include', include), ('exclude', exclude))}
+    patterns = compile_patterns(include, exclude)
     excluded = [name for name, _ in network.named_modules() if any(p.search(name) for p in patterns['exclude'])]
     chosen = set()
     for pattern in patterns['include']:
@@ -52,7 +50,7 @@ def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[s
         if not matched:
             raise ValueError(
                 f'backbone.include pattern {pattern.pattern!r} matches no layer of {type(network).__name__}; '
-                f'it has {_shortened(convertible)}'
+                f'it has {shortened(convertible)}'
             )
         for name in matched:
             if not _is_convertible(network.get_submodule(name)):
@@ -99,13 +97,21 @@ def convert_layers(
     return layers
 
 
-def _compile(key: str, patterns: Sequence[str]) -> list[re.Pattern]:
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise ValueError(f'backbone.{key} pattern {pattern!r} is no regular expression: {error}') from error
+def compile_patterns(include: Sequence[str], exclude: Sequence[str]) -> dict[str, list[re.Pattern]]:
+    """Compile ``backbone.include`` and ``backbone.exclude``, under these keys.
+
+    Raises:
+        ValueError: There is no pattern to include, or one is no regular expression.
+    """
+    if isinstance(include, str) or not include:
+        raise ValueError(f'backbone.include={include!r} must be a list of at least one regular expression')
+    compiled: dict[str, list[re.Pattern]] = dict(include=[], exclude=[])
+    for key, patterns in dict(include=include, exclude=exclude).items():
+        for pattern in patterns:
+            try:
+                compiled[key].append(re.compile(pattern))
+            except re.error as error:
+                raise ValueError(f'backbone.{key} pattern {pattern!r} is no regular expression: {error}') from error
     return compiled
 
 
@@ -113,6 +119,7 @@ def _kinds() -> str:
     return ', '.join(sorted({kind.__name__ for kind in EXPERT_LAYERS}))
 
 
-def _shortened(names: Sequence[str], most: int = 12) -> str:
+def shortened(names: Sequence[str], most: int = 12) -> str:
+    """The names for an error message, at most ``most`` of them."""
     shown = ', '.join(names[:most])
     return shown if len(names) <= most else f'{shown}, ... ({len(names)} in all)'

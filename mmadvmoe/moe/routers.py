@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Optional
 
 import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
@@ -18,7 +19,12 @@ class BaseRouter(BaseModule):
     Args:
         num_experts (int): N >= 2, the number of logits.
         init_cfg (dict, optional): As in MMEngine.
+
+    Attributes:
+        reads_tokens (bool): Whether it gives logits for each token, (B, T, N), rather than for each image.
     """
+
+    reads_tokens = False
 
     def __init__(self, num_experts: int, init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
@@ -33,12 +39,12 @@ class _RouterBlock(nn.Module):
     x: (B, C_in, H, W) -> (B, C_out, H/stride, W/stride).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = build_norm_layer(norm_cfg, out_channels)[1]
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = build_norm_layer(norm_cfg, out_channels)[1]
         self.stride = stride
         self.extra_channels = out_channels - in_channels
 
@@ -67,6 +73,7 @@ class ResNetRouter(BaseRouter):
         num_blocks (int): Blocks of a stage. Defaults to 3.
         num_stages (int): Each but the first halves height and width. Defaults to 3.
         stem_stride (int): Stride of the first convolution; above 1 for large images. Defaults to 1.
+        norm_cfg (dict, optional): Norm layers. Defaults to ``dict(type='BN')``.
         init_cfg (dict, optional): Defaults to He initialisation of convolutions and the linear layer.
     """
 
@@ -78,17 +85,19 @@ class ResNetRouter(BaseRouter):
         num_blocks: int = 3,
         num_stages: int = 3,
         stem_stride: int = 1,
+        norm_cfg: Optional[dict] = None,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(num_experts, init_cfg or dict(type='Kaiming', layer=['Conv2d', 'Linear']))
+        norm_cfg = norm_cfg or dict(type='BN')
         self.conv1 = nn.Conv2d(in_channels, base_channels, 3, stem_stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(base_channels)
+        self.bn1 = build_norm_layer(norm_cfg, base_channels)[1]
         blocks, channels = [], base_channels
         for stage in range(num_stages):
             out_channels = base_channels * 2**stage
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(_RouterBlock(channels, out_channels, stride))
+                blocks.append(_RouterBlock(channels, out_channels, stride, norm_cfg))
                 channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(channels, num_experts)

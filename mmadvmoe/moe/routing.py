@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
+
+from .token_routing import TokenRouting
 
 #: Which function of the router's logits carries the gradient through a hard choice.
 GATES = ('softmax', 'logit')
@@ -101,6 +103,16 @@ class Routing:
         return len(self.counts)
 
     @property
+    def decisions(self) -> Tensor:
+        """What was decided for each image, (B, 1): the expert."""
+        return self.expert[:, None]
+
+    @property
+    def followed(self) -> Tensor:
+        """Whether the router itself chooses this expert, (B,) bool; needs ``logits``."""
+        return self.logits.argmax(dim=1) == self.expert
+
+    @property
     def single(self) -> bool:
         """Whether one expert takes the whole batch, so that there is nothing to sort."""
         return max(self.counts) == len(self.expert)
@@ -152,14 +164,14 @@ class RouteContext:
         self.num_experts = num_experts
         self.gate = gate
         self._running = False
-        self._given: Optional[Sequence[Tensor]] = None
+        self._given: Union[None, Tensor, Sequence[Tensor]] = None
         self._with_logits = False
         self._gated = True
         self._taken: list[Routing] = []
 
     def run(
         self,
-        given: Optional[Sequence[Tensor]] = None,
+        given: Union[None, Tensor, Sequence[Tensor]] = None,
         with_logits: bool = False,
         gated: bool = True,
     ) -> RouteContext:
@@ -212,5 +224,26 @@ class RouteContext:
             routing = Routing.decide(logits, self.gate if self._gated else None)
         else:
             routing = Routing.fixed(self._given[len(self._taken)], self.num_experts, logits)
+        self._taken.append(routing)
+        return routing
+
+    def route_tokens(self, router: torch.nn.Module, x: Tensor, training: bool) -> TokenRouting:
+        """Let ``router`` decide for the tokens ``x``, unless a route was given, and note the decision.
+
+        Args:
+            router (TokenRouter): See :meth:`TokenRouter.route`.
+            x (Tensor): (B, T, C).
+            training (bool): As for :meth:`TokenRouter.route`.
+
+        Raises:
+            RuntimeError: The layer was called outside the forward pass of its backbone.
+        """
+        if not self._running:
+            raise RuntimeError('an expert layer can only run inside the forward pass of its MoEBackbone')
+        given = self._given
+        if given is not None and given.dim() > 1:
+            start = sum(routing.decisions.shape[1] for routing in self._taken)
+            given = given[:, start : start + x.shape[1] * router.top_k]
+        routing = router.route(x, given, training, self._gated)
         self._taken.append(routing)
         return routing

@@ -56,18 +56,20 @@ def test_router_weight_moves_the_router(make_moe):
     assert moved(100.0) > 1.5 * moved(0.0)
 
 
-def test_gradient_passes_through_the_gate(make_moe):
-    """With hard routing the router would get no gradient from the class logits but by the gate."""
+@pytest.mark.parametrize('gated', [False, True])
+def test_the_gate_is_in_the_gradient_only_on_request(make_moe, gated):
+    """With hard routing the router gets a gradient from the class logits by the gate alone."""
     victim = Victim.from_classifier(make_moe().eval())
     images = torch.rand(4, 3, 8, 8)
-    attack = TRADESAttack(victim, eps=0.1, alpha=0.02, steps=1, router_weight=0.0)
+    attack = TRADESAttack(victim, eps=0.1, alpha=0.02, steps=1, router_weight=0.0, gated=gated)
     seen = []
     handle = victim.classifier.backbone.router.register_full_backward_hook(
         lambda module, grad_in, grad_out: seen.append(grad_out[0].abs().sum().item())
     )
     attack(images)
     handle.remove()
-    assert seen and seen[0] > 0
+    assert bool(seen) == gated
+    assert all(gradient > 0 for gradient in seen)
 
 
 def test_labels_of_any_kind_do_not_matter(make_tiny):

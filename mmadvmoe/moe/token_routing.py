@@ -1,0 +1,212 @@
+"""What a router decided for the tokens of a batch, and how to act on it.
+
+Dimension letters as in :mod:`mmadvmoe.moe.routing`, and K choices of a token; S slots, a slot being one choice of one
+token that an expert computes. Choices are laid out choice by choice: all first choices, then all second ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .grouped_linear import take_rows
+
+#: Whether gates are probabilities among all experts, or among the chosen ones.
+SOFTMAX = ('before', 'after')
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRouting:
+    """The decision of one token router for one batch.
+
+    Attributes:
+        expert (Tensor): The chosen experts of each token, best first, (B, T, K) int64 in [0, N).
+        gate (Tensor): Weight of each choice in the output, (B, T, K); 0 for choices that were dropped.
+        logits (Tensor): The router's logits without noise, (B, T, N).
+        load (Tensor): Choices that fell on each expert, dropped ones included, (N,) int64; they sum to B * T * K.
+        computed (Tensor): Choices that each expert computes, (N,) int64; they sum to S.
+        order (Tensor): (S,) choices sorted by expert, indices into the (K * B * T,) layout.
+        inverse (Tensor): (K * B * T,) the slot of each choice; of a dropped one any slot.
+        kept (Tensor, optional): (K * B * T,) bool, choices that were not dropped; None where none was.
+        threshold (Tensor): The smallest score, with noise, that was chosen, (B, T).
+        noise_std (float): Standard deviation of the noise that training adds to the logits.
+    """
+
+    expert: Tensor
+    gate: Tensor
+    logits: Tensor
+    load: Tensor
+    computed: Tensor
+    order: Tensor
+    inverse: Tensor
+    kept: Optional[Tensor]
+    threshold: Tensor
+    noise_std: float = 0.0
+
+    @classmethod
+    def decide(
+        cls,
+        logits: Tensor,
+        top_k: int = 1,
+        softmax: str = 'after',
+        noise: Optional[Tensor] = None,
+        noise_std: float = 0.0,
+        capacity_factor: Optional[float] = None,
+        per_image: bool = False,
+        straight_through: bool = True,
+    ) -> TokenRouting:
+        """Send each token to the experts with the K largest scores, the logits plus the noise.
+
+        With ``softmax='before'`` the gates are the probabilities of the chosen experts among all (V-MoE,
+        arXiv:2106.05974, equation 2; Switch, arXiv:2101.03961, equation 2). With ``'after'`` they are the
+        probabilities among the chosen ones and sum to 1, so experts that are equal compute what one of them does
+        (arXiv:2212.05055). For K = 1 such a gate is the constant 1; the router then learns by the straight-through
+        gradient of the probability among all, as in :meth:`Routing.decide`.
+
+        Args:
+            logits (Tensor): (B, T, N).
+            top_k (int): K in [1, N].
+            softmax (str): ``'before'`` or ``'after'``.
+            noise (Tensor, optional): (B, T, N), added to the logits.
+            noise_std (float): See the attribute.
+            capacity_factor (float, optional): An expert computes at most this many times its equal share of the
+                choices, rounded up; further ones are dropped, second choices first, then late tokens. None drops
+                nothing.
+            per_image (bool): Count capacity in each image for itself rather than in the batch.
+            straight_through (bool): Whether the constant gate of K = 1 has its straight-through gradient.
+        """
+        scores = logits if noise is None else logits + noise
+        best = scores.topk(top_k, dim=-1)
+        gate = _gate(scores, best.indices, softmax, straight_through)
+        routing = cls._of(best.indices, gate, logits, best.values[..., -1], noise_std)
+        return routing._limited(capacity_factor, per_image)
+
+    @classmethod
+    def fixed(
+        cls, expert: Tensor, logits: Tensor, softmax: str = 'after', noise_std: float = 0.0
+    ) -> TokenRouting:
+        """Route by a given choice. The gates are those that the router gives to that choice.
+
+        Gates are part of what the network computes, so their gradient is kept, but for the straight-through one.
+
+        Args:
+            expert (Tensor): (B, T, K) int64, K different experts for each token.
+            logits (Tensor): (B, T, N) of the router that is overruled.
+            softmax (str): See :meth:`decide`.
+            noise_std (float): See the attribute.
+
+        Raises:
+            ValueError: ``expert`` does not fit the logits, or names an expert that does not exist or one twice.
+        """
+        num_experts = logits.shape[-1]
+        if expert.dim() != 3 or expert.shape[:2] != logits.shape[:2]:
+            raise ValueError(
+                f'a route for tokens must have shape (B, T, K) with (B, T) = {tuple(logits.shape[:2])}, '
+                f'got {tuple(expert.shape)}'
+            )
+        ranked = expert.sort(-1).values
+        if ranked.amin() < 0 or ranked.amax() >= num_experts or (ranked[..., 1:] == ranked[..., :-1]).any():
+            raise ValueError(
+                f'a route must name different experts in [0, {num_experts}) for each token, '
+                f'got {expert.unique().tolist()}'
+            )
+        threshold = logits.gather(-1, expert).amin(-1)
+        return cls._of(expert, _gate(logits, expert, softmax, straight_through=False), logits, threshold, noise_std)
+
+    @classmethod
+    def _of(cls, expert: Tensor, gate: Tensor, logits: Tensor, threshold: Tensor, noise_std: float) -> TokenRouting:
+        by_choice = expert.permute(2, 0, 1).flatten()
+        order = by_choice.argsort(stable=True)
+        load = torch.bincount(by_choice, minlength=logits.shape[-1])
+        return cls(expert, gate, logits, load, load, order, _inverse(order), None, threshold, noise_std)
+
+    def _limited(self, capacity_factor: Optional[float], per_image: bool) -> TokenRouting:
+        if capacity_factor is None:
+            return self
+        batch, tokens, top_k = self.expert.shape
+        groups = batch if per_image else 1
+        capacity = math.ceil(capacity_factor * self.expert.numel() / groups / self.num_experts)
+        group = torch.arange(groups, device=self.expert.device).repeat_interleave(batch * tokens // groups)
+        cell = self.expert.permute(2, 0, 1).flatten() * groups + group.repeat(top_k)
+        order = cell.argsort(stable=True)
+        sizes = torch.bincount(cell, minlength=self.num_experts * groups)
+        rank = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[cell[order]]
+        within = rank < capacity
+        if bool(within.all()):
+            return self
+        kept = torch.empty_like(within)
+        kept[order] = within
+        return replace(
+            self,
+            gate=self.gate * kept.view(top_k, batch, tokens).permute(1, 2, 0),
+            computed=sizes.clamp(max=capacity).view(self.num_experts, groups).sum(1),
+            order=order[within],
+            inverse=_inverse(order[within], len(order)),
+            kept=kept,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.logits.shape[-1]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Choices that fell on each expert, dropped ones included; N numbers that sum to B * T * K."""
+        return tuple(self.load.tolist())
+
+    @property
+    def dropped(self) -> int:
+        """Choices that no expert computes."""
+        return self.expert.numel() - len(self.order)
+
+    @property
+    def decisions(self) -> Tensor:
+        """The chosen experts of each image, (B, T * K), those of one token in ascending order."""
+        return self.expert.sort(-1).values.flatten(1)
+
+    @property
+    def followed(self) -> Tensor:
+        """Whether the router itself, without noise, chooses these experts for all tokens of an image, (B,) bool."""
+        return self.followed_by_token.all(1)
+
+    @property
+    def followed_by_token(self) -> Tensor:
+        """Whether the router itself, without noise, chooses these experts for a token, (B, T) bool."""
+        own = self.logits.detach().topk(self.expert.shape[-1], dim=-1).indices
+        return (own.sort(-1).values == self.expert.sort(-1).values).all(-1)
+
+    def dispatch(self, x: Tensor) -> Tensor:
+        """Bring tokens to their experts: (B * T, C) -> (S, C), sorted by expert."""
+        return take_rows(x, self.order % len(x), self.inverse, self.kept)
+
+    def combine(self, y: Tensor) -> Tensor:
+        """Sum what the experts made of each token, weighted by the gates: (S, C) -> (B * T, C)."""
+        rows = take_rows(y, self.inverse, self.order)
+        gate = self.gate.permute(2, 0, 1).flatten(1).unsqueeze(-1).to(y.dtype)
+        return (rows.unflatten(0, gate.shape[:2]) * gate).sum(0)
+
+    def detach(self) -> TokenRouting:
+        """The same decision without any gradient, for logs."""
+        return replace(
+            self, gate=self.gate.detach(), logits=self.logits.detach(), threshold=self.threshold.detach()
+        )
+
+
+def _gate(scores: Tensor, expert: Tensor, softmax: str, straight_through: bool) -> Tensor:
+    if softmax == 'after' and expert.shape[-1] > 1:
+        return scores.gather(-1, expert).softmax(-1)
+    probability = scores.softmax(-1).gather(-1, expert)
+    if softmax == 'before':
+        return probability
+    return 1 + (probability - probability.detach()) if straight_through else torch.ones_like(probability)
+
+
+def _inverse(order: Tensor, length: Optional[int] = None) -> Tensor:
+    inverse = order.new_zeros(len(order) if length is None else length)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
