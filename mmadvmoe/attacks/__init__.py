@@ -1,7 +1,7 @@
 """How a model is attacked."""
 
 from .autoattack import AutoAttack
-from .bound import BoundAttack
+from .bound import BoundAttack, NonFiniteImagesError
 from .builder import build_attack
 from .kl import kl_divergence
 from .library import JSMA, register_torchattacks
@@ -16,6 +16,7 @@ __all__ = [
     'JSMA',
     'AutoAttack',
     'BoundAttack',
+    'NonFiniteImagesError',
     'RoutePGD',
     'TRADESAttack',
     'Victim',

@@ -18,6 +18,10 @@ from .victim import Victim
 _ROUNDING = 1e-4
 
 
+class NonFiniteImagesError(ValueError):
+    """An attack gave images that are not finite."""
+
+
 class BoundAttack:
     """An attack and the victim it attacks; made by :func:`build_attack`.
 
@@ -73,8 +77,9 @@ class BoundAttack:
 
         Raises:
             TypeError: ``images`` or ``labels`` are of a kind that no attack takes.
-            ValueError: Images are outside [0, 1], labels are missing, out of range or soft where
-                the attack takes none, or the attack gave numbers that are not finite.
+            ValueError: Images are outside [0, 1], or labels are missing, out of range or soft where
+                the attack takes none.
+            NonFiniteImagesError: The attack gave numbers that are not finite.
         """
         # Inference tensors cannot be saved for a backward pass; a clone made outside can.
         with torch.inference_mode(False), torch.enable_grad(), self.victim.frozen():
@@ -84,7 +89,7 @@ class BoundAttack:
                 self._attack.set_device(images.device)
                 adversarial = self._attack(images, labels).detach()
         if not torch.isfinite(adversarial).all():
-            raise ValueError(
+            raise NonFiniteImagesError(
                 f'attack type={self.name!r} gave images that are not finite: '
                 'the logits of the model or their gradient are not finite'
             )

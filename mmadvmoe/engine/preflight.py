@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, Optional
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS, MODELS
+from torch.utils.data import DataLoader, Dataset
 
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
+from mmadvmoe.models.data_preprocessor import check_images
 
-from .optim_constructor import check_param_scheduler
+from .optim_constructor import AlternatingOptimWrapperConstructor, check_param_scheduler
+from .seeding import preserve_rng_state
 
-_ALTERNATING = 'AlternatingOptimWrapperConstructor'
+# Images read ahead of training, spread over the data set.
+_PROBES = 16
 
 
 def check_config(cfg: Mapping[str, Any]) -> None:
-    """Check what a config alone can tell.
+    """Check what a config alone can tell, before anything is built.
 
     Args:
         cfg (Mapping): A whole training config.
@@ -28,59 +33,66 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         ValueError: A group of a training in turns has no schedule or an unknown name, or clean and adversarial images
             go to a classifier that takes only one of them.
     """
-    optim_wrapper = cfg.get('optim_wrapper') or {}
-    if optim_wrapper.get('constructor') == _ALTERNATING and cfg.get('param_scheduler') is not None:
+    constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
+    if _names(constructor, AlternatingOptimWrapperConstructor) and cfg.get('param_scheduler') is not None:
         check_param_scheduler(cfg['param_scheduler'])
     model = cfg.get('model') or {}
     preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    if model.get('type') and preprocessor.get('type') == 'AdvDataPreprocessor':
-        _check_mode(MODELS.get(model['type']), preprocessor.get('mode', 'pair'))
+    kind = model.get('type')
+    if isinstance(kind, str):
+        kind = MODELS.get(kind)
+    default = 'AdvDataPreprocessor' if kind is RobustClassifier else None
+    if kind is not None and _names(preprocessor.get('type', default), AdvDataPreprocessor):
+        _check_mode(kind, preprocessor.get('mode', 'pair'))
 
 
 @HOOKS.register_module()
 class PreflightHook(Hook):
     """Checks model and data of a training run against each other, before its first iteration.
 
+    Labels of all images are looked at, and a few images of each data set are read; the random state is left as it
+    was. ``tools/train.py`` calls :func:`check_config` before anything is built; with other tools this hook does.
+
     Raises:
-        ValueError: Labels and classes do not fit, the attack has no victim, or a batch would hold a single image.
+        ValueError: Labels and classes do not fit, the attack has no victim, there is no image or a batch would hold a
+            single one, or images differ in size or are not in 0..255.
+
+    Examples:
+        >>> custom_hooks = [dict(type='PreflightHook')]
     """
 
-    priority = 'HIGHEST'
+    # After BindVictimHook.
+    priority = 'HIGH'
 
-    def before_run(self, runner: Runner) -> None:
-        """Check the config."""
-        if runner.cfg:
-            check_config(runner.cfg)
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        """Check what is built, when all other hooks have prepared it."""
-        if runner.iter > 0 and not runner.cfg.get('resume'):
-            return
+    def before_train(self, runner: Runner) -> None:
+        """Check all that is built."""
+        check_config(runner.cfg)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         preprocessor = model.data_preprocessor
-        if isinstance(preprocessor, AdvDataPreprocessor):
-            _check_mode(type(model), preprocessor.mode)
-            if preprocessor.attack_cfg is not None and not preprocessor.has_victim:
-                raise ValueError(
-                    'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
-                    "dict(type='BindVictimHook') to custom_hooks"
-                )
-        if isinstance(model, RobustClassifier) and getattr(preprocessor, 'attack_cfg', None) is None:
-            raise ValueError(
-                'data_preprocessor.attack is missing: a RobustClassifier learns from adversarial images, for example '
-                "data_preprocessor=dict(type='AdvDataPreprocessor', attack=dict(type='TRADESAttack', eps=8/255))"
-            )
+        _check_attack(model, preprocessor)
         _check_batches(runner.train_dataloader)
+        num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
         for key in ('train_dataloader', 'val_dataloader'):
             if key == 'val_dataloader' and runner.val_loop is None:
                 continue
             dataset = getattr(runner, key).dataset
-            _check_labels(dataset, key, _num_classes(model))
+            if not len(dataset):
+                raise ValueError(f'{key}.dataset ({type(dataset).__name__}) holds no image')
+            samples = []
+            if isinstance(preprocessor, AdvDataPreprocessor):
+                samples = _read_some(dataset)
+                check_images([sample['inputs'] for sample in samples], key)
+            if num_classes is not None:
+                _check_classes(dataset, key, num_classes)
+                _check_labels(dataset, samples, key, num_classes)
 
 
-def _check_mode(classifier: Optional[type], mode: str) -> None:
-    if classifier is None:
-        return
+def _names(given: Any, wanted: type) -> bool:
+    """Whether the ``type`` of a config, a class or a name with or without a scope, is the wanted class."""
+    return given is wanted or (isinstance(given, str) and given.split('.')[-1] == wanted.__name__)
+
+
+def _check_mode(classifier: type, mode: str) -> None:
     takes_pairs = 'adv_inputs' in inspect.signature(classifier.forward).parameters
     if mode == 'pair' and not takes_pairs:
         raise ValueError(
@@ -94,42 +106,82 @@ def _check_mode(classifier: Optional[type], mode: str) -> None:
         )
 
 
-def _num_classes(model: Any) -> Optional[int]:
-    return getattr(getattr(model, 'head', None), 'num_classes', None)
+def _check_attack(model: Any, preprocessor: Any) -> None:
+    if isinstance(preprocessor, AdvDataPreprocessor):
+        _check_mode(type(model), preprocessor.mode)
+        if preprocessor.attack_cfg is not None and not preprocessor.has_victim:
+            raise ValueError(
+                'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
+                "dict(type='BindVictimHook') to custom_hooks"
+            )
+    if isinstance(model, RobustClassifier) and getattr(preprocessor, 'attack_cfg', None) is None:
+        raise ValueError(
+            'data_preprocessor.attack is missing: a RobustClassifier learns from adversarial images, for example '
+            "data_preprocessor=dict(type='AdvDataPreprocessor', attack=dict(type='TRADESAttack', eps=8/255))"
+        )
 
 
-def _check_batches(dataloader: Any) -> None:
+def _check_batches(dataloader: DataLoader) -> None:
     batch_size = dataloader.batch_size or getattr(dataloader.batch_sampler, 'batch_size', None)
     if batch_size == 1:
         raise ValueError(
             'train_dataloader.batch_size=1: batch statistics do not exist for a single image; use at least 2'
         )
-    if batch_size is None or dataloader.drop_last or getattr(dataloader.batch_sampler, 'drop_last', False):
-        if len(dataloader) == 0:
+    # An endless sampler has no last batch, and a batch sampler need not tell its size.
+    if batch_size is None or isinstance(dataloader.sampler, InfiniteSampler):
+        return
+    count = len(dataloader.sampler)
+    if dataloader.drop_last or getattr(dataloader.batch_sampler, 'drop_last', False):
+        if count < batch_size:
             raise ValueError(
-                f'train_dataloader.batch_size={batch_size} is more than the {len(dataloader.sampler)} images of '
+                f'train_dataloader.batch_size={batch_size} is more than the {count} images that a process gets of '
                 'train_dataloader.dataset, and drop_last=True leaves no batch'
             )
-        return
-    if len(dataloader.sampler) % batch_size == 1:
+    elif count % batch_size == 1:
         raise ValueError(
-            f'train_dataloader.batch_size={batch_size} leaves a last batch of a single image out of '
-            f'{len(dataloader.sampler)}; set train_dataloader.drop_last=True or another batch size'
+            f'train_dataloader.batch_size={batch_size} leaves a last batch of a single image out of {count}; set '
+            'train_dataloader.drop_last=True or another batch size'
         )
 
 
-def _check_labels(dataset: Any, key: str, num_classes: Optional[int]) -> None:
+def _read_some(dataset: Dataset) -> list[dict]:
+    """A few samples, spread over the data set."""
+    count = min(_PROBES, len(dataset))
+    with preserve_rng_state():
+        return [dataset[index * len(dataset) // count] for index in range(count)]
+
+
+def _parts(dataset: Dataset) -> Iterator[Dataset]:
+    """The data sets inside wrappers such as ``ConcatDataset`` and ``RepeatDataset``."""
+    single = getattr(dataset, 'dataset', None)
+    inner = getattr(dataset, 'datasets', [] if single is None else [single])
+    if not inner:
+        yield dataset
+    for part in inner:
+        yield from _parts(part)
+
+
+def _check_classes(dataset: Dataset, key: str, num_classes: int) -> None:
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-    if num_classes is None:
-        return
     if classes is not None and len(classes) != num_classes:
         raise ValueError(
             f'model.head.num_classes={num_classes} differs from the {len(classes)} classes of {key}.dataset '
             f'({type(dataset).__name__})'
         )
-    if not hasattr(dataset, 'get_cat_ids'):
-        return
-    labels = {label for index in range(len(dataset)) for label in dataset.get_cat_ids(index)}
+
+
+def _check_labels(dataset: Dataset, samples: Sequence[dict], key: str, num_classes: int) -> None:
+    labels = {
+        label
+        for part in _parts(dataset)
+        if hasattr(part, 'get_cat_ids')
+        for index in range(len(part))
+        for label in part.get_cat_ids(index)
+    }
+    # Of a data set that cannot tell its labels without its images, these alone.
+    for sample in samples:
+        if 'gt_label' in sample['data_samples']:
+            labels.update(sample['data_samples'].gt_label.tolist())
     wrong = sorted(label for label in labels if not 0 <= label < num_classes)
     if wrong:
         raise ValueError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
+from difflib import get_close_matches
+from typing import Any, Optional, Union
 
 import torch
 from mmpretrain.models.classifiers import ImageClassifier
-from mmpretrain.models.heads import ClsHead, MultiLabelClsHead
+from mmpretrain.models.heads import ClsHead
+from mmpretrain.models.losses import FocalLoss
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
@@ -19,8 +21,6 @@ from mmadvmoe.moe import Routing, forward_routed
 from .data_preprocessor import AdvDataPreprocessor
 from .finite import check_finite
 from .objectives import Objective, Outputs, RobustBatch
-
-TURNS = (None, 'experts', 'router')
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class RobustClassifier(ImageClassifier):
     The head's own loss (label smoothing, soft labels) is the classification loss inside the objectives.
 
     Args:
-        robust_loss (dict or list[dict], optional): The objective, or several that are summed up; minimised in joint
-            training and in the experts' turn. Defaults to ``dict(type='TRADESLoss', beta=6.)``.
+        robust_loss (dict or list[dict], optional): The objective, or several that are summed up (terms of the same
+            name show as one sum in the log); minimised in joint training and in the experts' turn. Defaults to
+            ``dict(type='TRADESLoss', beta=6.)``.
         router_loss (dict or list[dict], optional): The objective of the router's turn. Defaults to None: that of
             ``robust_loss``, as in the AdvMoE paper.
         data_preprocessor (dict, optional): Defaults to ``dict(type='AdvDataPreprocessor')``.
@@ -56,8 +57,10 @@ class RobustClassifier(ImageClassifier):
         routing_record (RoutingRecord): Of the last training step.
 
     Raises:
-        TypeError: The head has no single loss over one set of class logits, so it cannot serve.
-        ValueError: An objective of the routers is set for a dense network.
+        TypeError: The head has no single loss over one softmax of class logits, so it cannot serve; or a loss is not
+            the config of an objective.
+        ValueError: An objective is unknown, is about routers that a dense network does not have, cannot serve the
+            batch augmentations, or nothing in ``robust_loss`` trains the experts.
     """
 
     def __init__(
@@ -75,7 +78,14 @@ class RobustClassifier(ImageClassifier):
         _check_head(self.head)
         self.turn: Optional[str] = None
         self.routing_record = RoutingRecord()
-        self.robust_loss = self._build_objectives('robust_loss', robust_loss or dict(type='TRADESLoss'))
+        if robust_loss is None:
+            robust_loss = dict(type='TRADESLoss')
+        self.robust_loss = self._build_objectives('robust_loss', robust_loss)
+        if not any(objective.needs_classes for objective in self.robust_loss):
+            raise ValueError(
+                f'robust_loss={robust_loss!r} is about router logits alone, from which the experts learn nothing; add '
+                "dict(type='TRADESLoss') to it, or set it as router_loss"
+            )
         self.router_loss = None
         if router_loss is not None:
             self.router_loss = self._build_objectives('router_loss', router_loss)
@@ -83,12 +93,17 @@ class RobustClassifier(ImageClassifier):
             self.data_preprocessor.bind_victim(Victim.from_classifier(self))
 
     def _build_objectives(self, key: str, cfg: Union[dict, Sequence[dict]]) -> nn.ModuleList:
-        cfgs = [cfg] if isinstance(cfg, dict) else list(cfg)
-        objectives = nn.ModuleList(MODELS.build(item) for item in cfgs)
+        cfgs = cfg if isinstance(cfg, (list, tuple)) else [cfg]
+        if not cfgs:
+            raise ValueError(f'{key}={cfg!r} must hold at least one objective; allowed: {_objective_names()}')
+        objectives = nn.ModuleList(_build_objective(key, item) for item in cfgs)
         for objective in objectives:
-            if not isinstance(objective, Objective):
-                allowed = sorted(_objective_names())
-                raise TypeError(f'{key}: {type(objective).__name__} is no robust objective; allowed: {allowed}')
+            if objective.needs_hard_labels and getattr(self.data_preprocessor, 'batch_augments', None) is not None:
+                raise ValueError(
+                    f'{key}: {type(objective).__name__} needs class indices as labels, which the batch augmentations '
+                    '(train_cfg.augments, data_preprocessor.batch_augments) mix; use TRADESLoss or drop the '
+                    'augmentations'
+                )
             if objective.needs_routers and not getattr(self.backbone, 'num_routers', 0):
                 raise ValueError(
                     f'{key}: {type(objective).__name__} is about router logits, but the backbone '
@@ -145,7 +160,9 @@ class RobustClassifier(ImageClassifier):
         losses: dict[str, Tensor] = {}
         prefix = f'{self.turn}/' if self.turn else ''
         for objective in objectives:
-            losses.update({prefix + name: value for name, value in objective(batch).items()})
+            for name, value in objective(batch).items():
+                term = prefix + name
+                losses[term] = losses[term] + value if term in losses else value
         check_finite(losses, (*batch.clean.routings, *batch.adversarial.routings))
         return losses
 
@@ -163,22 +180,39 @@ def _targets(data_samples: list[DataSample]) -> Tensor:
 
 
 def _check_head(head: Optional[nn.Module]) -> None:
-    if not isinstance(head, ClsHead) or isinstance(head, MultiLabelClsHead):
+    if not isinstance(head, ClsHead):
         raise TypeError(
             f'head: {type(head).__name__} cannot serve a RobustClassifier, which needs one set of class logits per '
             'image: use a head derived from ClsHead, such as LinearClsHead'
         )
-    if type(head).loss is not ClsHead.loss:
+    if type(head).loss is not ClsHead.loss or type(head)._get_loss is not ClsHead._get_loss:
         raise TypeError(
-            f'head: {type(head).__name__} computes its loss from features and cannot serve a RobustClassifier; use a '
-            'head that keeps ClsHead.loss, such as LinearClsHead'
+            f'head: {type(head).__name__} computes its loss from more than class logits and cannot serve a '
+            'RobustClassifier; use a head that keeps the loss of ClsHead, such as LinearClsHead'
         )
-    if getattr(head.loss_module, 'use_sigmoid', False):
+    # LabelSmoothLoss keeps its choice in a part of its own.
+    if any(isinstance(part, FocalLoss) or getattr(part, 'use_sigmoid', False) for part in head.loss_module.modules()):
         raise TypeError(
-            f'head.loss: {type(head.loss_module).__name__} with use_sigmoid=True treats classes as independent; the '
-            'KL of a RobustClassifier is over one softmax'
+            f'head.loss: {type(head.loss_module).__name__} with a sigmoid treats classes as independent; the KL of a '
+            'RobustClassifier is over one softmax, as in CrossEntropyLoss or LabelSmoothLoss'
         )
+
+
+def _build_objective(key: str, cfg: Any) -> Objective:
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        raise TypeError(f"{key}={cfg!r} must be a dict with a type, such as dict(type='TRADESLoss')")
+    allowed = _objective_names()
+    kind = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+    if kind is None:
+        near = get_close_matches(cfg['type'], allowed, n=1)
+        hint = f' (did you mean {near[0]!r}?)' if near else ''
+        raise ValueError(f'{key}.type={cfg["type"]!r} is unknown{hint}; allowed: {allowed}')
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise TypeError(f'{key}.type={cfg["type"]!r} is no robust objective; allowed: {allowed}')
+    return MODELS.build(cfg)
 
 
 def _objective_names() -> list[str]:
-    return [name for name, kind in MODELS.module_dict.items() if isinstance(kind, type) and issubclass(kind, Objective)]
+    return sorted(
+        name for name, kind in MODELS.module_dict.items() if isinstance(kind, type) and issubclass(kind, Objective)
+    )

@@ -11,7 +11,9 @@ from mmpretrain.models.utils import ClsDataPreprocessor
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
-from mmadvmoe.attacks import BoundAttack, Victim, build_attack
+from mmadvmoe.attacks import BoundAttack, NonFiniteImagesError, Victim, build_attack
+
+from .finite import NonFiniteError
 
 MODES = ('pair', 'replace')
 _MAX_PIXEL = 255.0
@@ -55,8 +57,9 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         _check_scale(mean, std)
         self.mode = mode
         self.attack_cfg = attack
-        self.register_buffer('mean', torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(std or [_MAX_PIXEL]).view(-1, 1, 1), persistent=False)
+        for name, given, default in (('mean', mean, 0.0), ('std', std, _MAX_PIXEL)):
+            value = torch.tensor([default] if given is None else given, dtype=torch.float32)
+            self.register_buffer(name, value.view(-1, 1, 1), persistent=False)
         # A tuple keeps the victim out of the submodules: it refers back to the model that owns this preprocessor.
         self._bound: tuple[BoundAttack, ...] = ()
         self._victim: tuple[Victim, ...] = ()
@@ -100,8 +103,9 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         Raises:
             ValueError: Images differ in size, are not in 0..255, or a training batch holds a single image.
             RuntimeError: There is an attack but no victim.
+            NonFiniteError: The attack met logits or gradients that are not finite.
         """
-        _check_images(data['inputs'])
+        check_images(data['inputs'], 'train_dataloader' if training else 'val_dataloader or test_dataloader')
         batch = super().forward(data, training)
         images = batch['inputs'] / _MAX_PIXEL
         if not training or self.attack_cfg is None:
@@ -130,7 +134,19 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             labels = torch.stack([sample.gt_score for sample in data_samples])
         else:
             labels = torch.cat([sample.gt_label for sample in data_samples])
-        return self._bound[0](images, labels.to(images.device))
+        try:
+            return self._bound[0](images, labels.to(images.device))
+        except NonFiniteImagesError as error:
+            raise NonFiniteError(self._diagnose(images)) from error
+
+    @torch.no_grad()
+    def _diagnose(self, images: Tensor) -> str:
+        """Name what is not finite for clean images after an attack went wrong."""
+        with self._victim[0].frozen() as victim:
+            logits, routings = victim.forward_routed(images)
+        named = [('router logits', routing.logits) for routing in routings] + [('class logits', logits)]
+        wrong = dict.fromkeys(name for name, value in named if not value.isfinite().all())
+        return ', '.join(wrong) or f'gradient of attack {self._bound[0].name}'
 
 
 def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> None:
@@ -145,26 +161,35 @@ def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]
             f'data_preprocessor.mean={mean}, std={std} must lie in the scale of the images: mean in [0, 255], std in '
             '(0, 255]'
         )
-    if max(std) <= 1:
+    # A mean of 0 and, beside a mean in 0..255, a std of 1 leave pixels as they are and tell nothing of the scale.
+    if 0 < max(mean) <= 1 or min(std) < 1 or (max(std) <= 1 and max(mean) <= 1):
         raise ValueError(
-            f'data_preprocessor.std={std} is in the scale 0..1, but images come in 0..255: multiply mean and std by 255'
+            f'data_preprocessor.mean={mean}, std={std} are in the scale 0..1, but images come in 0..255: multiply both '
+            'by 255'
         )
 
 
-def _check_images(inputs) -> None:
+def check_images(inputs: Sequence[Tensor], loader: str) -> None:
+    """Check that images can make up a batch of pixels in 0..255.
+
+    Args:
+        inputs (Sequence[Tensor]): Images (C, H, W), or one tensor (B, C, H, W).
+        loader (str): Config key of their data loader, for messages.
+
+    Raises:
+        ValueError: Images differ in size, or floating point images are not in 0..255.
+    """
     images = list(inputs)
+    pipeline = f'the pipeline of the data set ({loader}.dataset.pipeline)'
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
-        raise ValueError(
-            f'images of one batch differ in size: {sorted(shapes)}; add a Resize or a Crop to the pipeline of the data '
-            'set'
-        )
-    first = images[0]
-    if not first.is_floating_point():
+        raise ValueError(f'images of one batch differ in size: {sorted(shapes)}; add a Resize or a Crop to {pipeline}')
+    if not images[0].is_floating_point():
         return
     low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
-    if low < 0 or high > _MAX_PIXEL or 0 < high <= 1:
+    # Written so that NaN fails too.
+    if not (low >= 0 and high <= _MAX_PIXEL) or 0 < high <= 1:
         raise ValueError(
             f'images lie in [{low:.3g}, {high:.3g}], but data_preprocessor expects 0..255: remove the scaling or '
-            'normalisation from the pipeline of the data set'
+            f'normalisation from {pipeline}'
         )
