@@ -16,7 +16,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
 )
-custom_hooks = [dict(type='ExactResumeHook'), dict(type='RouterHealthHook')]
+custom_hooks = [dict(type='PreflightHook'), dict(type='ExactResumeHook'), dict(type='RouterHealthHook')]
 
 env_cfg = dict(
     cudnn_benchmark=False,
