@@ -1,12 +1,17 @@
 from .backbone import MoEBackbone
 from .classify import forward_routed
 from .convert import convert_layers, match_layers
+from .convert_ffn import convert_ffns, match_ffns
+from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .routers import BaseRouter, LayerRouter, ResNetRouter, router_modules, split_parameters
 from .routing import Routing
+from .token_router import TokenRouter
+from .token_routing import TokenRouting
 
 __all__ = [
     'BaseRouter',
+    'ExpertFFN',
     'ExpertLayer',
     'LayerRouter',
     'MoEBackbone',
@@ -14,8 +19,12 @@ __all__ = [
     'MoELinear',
     'ResNetRouter',
     'Routing',
+    'TokenRouter',
+    'TokenRouting',
+    'convert_ffns',
     'convert_layers',
     'forward_routed',
+    'match_ffns',
     'match_layers',
     'router_modules',
     'split_parameters',

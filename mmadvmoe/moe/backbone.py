@@ -13,11 +13,14 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from .convert import convert_layers, match_layers
+from .convert_ffn import convert_ffns, match_ffns
+from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer
 from .routers import BaseRouter
 from .routing import RouteContext, Routing, as_routes
 
-ROUTING_LEVELS = ('image', 'layer')
+#: The levels of routing, each with its default router.
+ROUTING_LEVELS = dict(image='ResNetRouter', layer='LayerRouter', token='TokenRouter')
 
 
 @MODELS.register_module()
@@ -35,11 +38,13 @@ class MoEBackbone(BaseBackbone):
         include (Sequence[str]): Regular expressions, searched in layer names: the layers to convert.
         exclude (Sequence[str]): Regular expressions for layers not to convert. Defaults to ().
         routing (str): ``'image'``: one router reads the input of the backbone and chooses for all layers.
-            ``'layer'``: every expert layer has its own router on its own input. Defaults to ``'image'``.
-        router (dict, optional): Config of the router(s). Defaults to ``dict(type='ResNetRouter')`` for image-level
-            and ``dict(type='LayerRouter')`` for layer-level routing.
+            ``'layer'``: every expert layer has its own router on its own input. ``'token'``: for transformers, every
+            feed-forward network that matches gets experts and a router that chooses for each token; see
+            :func:`match_ffns`. Defaults to ``'image'``.
+        router (dict, optional): Config of the router(s). Defaults to ``dict(type='ResNetRouter')`` for image-level,
+            ``dict(type='LayerRouter')`` for layer-level and ``dict(type='TokenRouter')`` for token-level routing.
         gate (str): ``'softmax'`` (bounded) or ``'logit'`` (the reference code's); see :meth:`Routing.decide`.
-            Defaults to ``'softmax'``.
+            Token routers have settings of their own. Defaults to ``'softmax'``.
         init_cfg (dict, optional): As in MMEngine.
 
     Raises:
@@ -69,14 +74,16 @@ class MoEBackbone(BaseBackbone):
         if routing not in ROUTING_LEVELS:
             near = get_close_matches(str(routing), ROUTING_LEVELS, n=1)
             hint = f' (did you mean {near[0]!r}?)' if near else ''
-            raise ValueError(f'backbone.routing={routing!r} is unknown{hint}; allowed: {ROUTING_LEVELS}')
+            raise ValueError(f'backbone.routing={routing!r} is unknown{hint}; allowed: {tuple(ROUTING_LEVELS)}')
+        if routing == 'token' and gate != 'softmax':
+            raise ValueError(f"backbone.gate={gate!r} is not for routing='token'; see router.softmax of TokenRouter")
         self.num_experts = num_experts
         self.routing = routing
         self._dense_cfg = copy.deepcopy(backbone)
         self.network: nn.Module = MODELS.build(backbone)
         self.context = RouteContext(num_experts, gate)
         self.router: Optional[BaseRouter] = None
-        names = match_layers(self.network, include, exclude)
+        names = (match_ffns if routing == 'token' else match_layers)(self.network, include, exclude)
         if num_experts == 1:
             self.expert_layer_names: tuple[str, ...] = ()
             return
@@ -85,6 +92,14 @@ class MoEBackbone(BaseBackbone):
         if routing == 'image':
             self.router = MODELS.build(router_cfg)
             convert_layers(self.network, names, num_experts, self.context)
+        elif routing == 'token':
+            convert_ffns(
+                self.network,
+                names,
+                num_experts,
+                self.context,
+                lambda width: MODELS.build({**router_cfg, 'in_channels': width}),
+            )
         else:
             convert_layers(
                 self.network,
@@ -95,8 +110,15 @@ class MoEBackbone(BaseBackbone):
             )
 
     def _checked_router_cfg(self, router: Optional[dict]) -> dict:
-        default = dict(type='ResNetRouter' if self.routing == 'image' else 'LayerRouter')
-        cfg = dict(copy.deepcopy(router)) if router is not None else default
+        cfg = dict(copy.deepcopy(router)) if router is not None else {}
+        cfg.setdefault('type', ROUTING_LEVELS[self.routing])
+        kind = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+        if getattr(kind, 'reads_tokens', False) != (self.routing == 'token'):
+            raise ValueError(
+                f"backbone.router.type={kind.__name__} {'scores' if kind.reads_tokens else 'does not score'} single "
+                f'tokens, which does not fit backbone.routing={self.routing!r}; its default is '
+                f'{ROUTING_LEVELS[self.routing]!r}'
+            )
         given = cfg.setdefault('num_experts', self.num_experts)
         if given != self.num_experts:
             raise ValueError(
@@ -106,7 +128,7 @@ class MoEBackbone(BaseBackbone):
 
     @property
     def num_routers(self) -> int:
-        """L: 0 without routing, 1 for image-level, one per expert layer for layer-level routing."""
+        """L: 0 without routing, 1 for image-level, one per expert layer for layer- and token-level routing."""
         if self.num_experts == 1:
             return 0
         return 1 if self.routing == 'image' else len(self.expert_layer_names)
@@ -120,7 +142,7 @@ class MoEBackbone(BaseBackbone):
         if self.num_experts == 1 or self.init_cfg:
             super().init_weights()
             return
-        layers = {name: self.network.get_submodule(name) for name in self.expert_layer_names}
+        layers = dict(zip(self.expert_layer_names, self.expert_layers()))
         with torch.no_grad():
             for expert in range(self.num_experts):
                 dense: nn.Module = MODELS.build(copy.deepcopy(self._dense_cfg))
@@ -158,8 +180,11 @@ class MoEBackbone(BaseBackbone):
         Args:
             x (Tensor): (B, C, H, W).
             route (Tensor, optional): Experts to take instead of the routers' choice: (B,) for all routers or (B, L).
-                There is no gate then, so no gradient reaches the input through the choice.
-            with_logits (bool): Ask the routers for their logits although a route is given. Defaults to False.
+                There is no gate then, so no gradient reaches the input through the choice. With token-level routing,
+                (B,) for all tokens, or the ``decisions`` of all routings side by side; the weights of the experts
+                are then those that the routers give to this choice, with their gradient.
+            with_logits (bool): Ask the routers for their logits although a route is given; token routers are asked
+                in any case. Defaults to False.
             gated (bool): Whether the routers' choice carries the gradient of the straight-through gate. Without it,
                 features have the gradient of the pathways that were taken, which is that of the function itself
                 wherever the choice does not change. Defaults to True.
@@ -169,7 +194,7 @@ class MoEBackbone(BaseBackbone):
         """
         if self.num_experts == 1:
             return self.network(x), ()
-        given = None if route is None else as_routes(route, self.num_routers)
+        given = route if route is None or self.routing == 'token' else as_routes(route, self.num_routers)
         with self.context.run(given, with_logits, gated) as context:
             if self.routing == 'image':
                 routing = context.route(self.router, x)
@@ -184,8 +209,16 @@ class MoEBackbone(BaseBackbone):
             return (self.router(x),)
         return tuple(routing.logits for routing in self.forward_routed(x)[1])
 
-    def expert_layers(self) -> list[ExpertLayer]:
+    def decide_routes(self, x: Tensor) -> tuple[Routing, ...]:
+        """What the routers decide, without a gate. Image-level routing runs the router alone."""
+        if self.routing == 'image' and self.router is not None:
+            return (Routing.decide(self.router(x), gate=None),)
+        return self.forward_routed(x)[1]
+
+    def expert_layers(self) -> list[Union[ExpertLayer, ExpertFFN]]:
         """The converted layers, in the order of the network."""
+        if self.routing == 'token':
+            return [module for module in self.network.modules() if isinstance(module, ExpertFFN)]
         return [self.network.get_submodule(name) for name in self.expert_layer_names]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
