@@ -2,7 +2,17 @@
 
 from .cifar import CIFAR10Split, CIFAR100Split
 from .digits import Digits
+from .imagenet import ImageNetSplit
 from .samplers import ChunkSampler
 from .splits import stratified_split
+from .tiny_imagenet import TinyImageNet
 
-__all__ = ['CIFAR10Split', 'CIFAR100Split', 'ChunkSampler', 'Digits', 'stratified_split']
+__all__ = [
+    'CIFAR10Split',
+    'CIFAR100Split',
+    'ChunkSampler',
+    'Digits',
+    'ImageNetSplit',
+    'TinyImageNet',
+    'stratified_split',
+]

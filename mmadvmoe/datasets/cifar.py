@@ -8,7 +8,7 @@ from mmpretrain.datasets import CIFAR10, CIFAR100
 from mmpretrain.datasets.utils import check_md5
 from mmpretrain.registry import DATASETS
 
-from .splits import check_split, stratified_split
+from .splits import check_split, part_of
 
 
 class _HeldOutCIFAR:
@@ -29,12 +29,7 @@ class _HeldOutCIFAR:
         """Load the official files and give the images of the split, in their order."""
         if not self.download:
             self._require_files()
-        data_list = super().load_data_list()
-        if self.part in ('trainval', 'test'):
-            return data_list
-        labels = [info['gt_label'] for info in data_list]
-        train, val = stratified_split(labels, self.num_val)
-        return [data_list[i] for i in (train if self.part == 'train' else val)]
+        return part_of(super().load_data_list(), self.part, self.num_val)
 
     def _require_files(self) -> None:
         """Check every official file, on every process, before any process waits for another."""

@@ -23,6 +23,8 @@ train_dataloader = dict(
         ],
     ),
 )
+# The learning rates of the schedules are meant for 128 images an iteration on all GPUs together.
+auto_scale_lr = dict(enable=False, base_batch_size=128)
 
 val_dataloader = dict(
     batch_size=250,

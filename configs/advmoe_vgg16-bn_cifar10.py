@@ -1,0 +1,9 @@
+_base_ = [
+    '_base_/models/moe_vgg16-bn_cifar.py',
+    '_base_/datasets/cifar10.py',
+    '_base_/attacks/linf_8_255.py',
+    '_base_/schedules/advmoe_sgd_100e.py',
+    '_base_/advmoe_runtime.py',
+]
+
+model = dict(data_preprocessor=dict(attack=_base_.train_attack), router_loss=_base_.router_loss)

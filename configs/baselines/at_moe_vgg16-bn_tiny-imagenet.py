@@ -1,0 +1,9 @@
+_base_ = [
+    '../_base_/models/moe_vgg16-bn_cifar.py',
+    '../_base_/datasets/tiny-imagenet.py',
+    '../_base_/attacks/linf_8_255.py',
+    '../_base_/schedules/at_sgd_100e.py',
+    '../_base_/default_runtime.py',
+]
+
+model = dict(data_preprocessor=dict(to_rgb=True, attack=_base_.train_attack), head=dict(num_classes=200))

@@ -1,0 +1,12 @@
+_base_ = 'at_sdense_resnet18_imagenet.py'
+
+# Without adversarial images.
+model = dict(
+    _delete_=True,
+    type='ImageClassifier',
+    data_preprocessor=dict(type='ClsDataPreprocessor', mean=[0, 0, 0], std=[255, 255, 255], to_rgb=True),
+    backbone=_base_.model.backbone,
+    neck=_base_.model.neck,
+    head=_base_.model.head,
+)
+default_hooks = dict(checkpoint=dict(save_best='clean/accuracy/top1'))
