@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,9 @@ class Victim(nn.Module):
     """A classifier as a function of images in [0, 1], normalisation inside, logits out.
 
     The classifier is held without being registered as a submodule: a victim kept by the
-    classifier's own data preprocessor makes no cycle, adds nothing to its ``state_dict`` and is
-    not moved by ``.to()``. Parameters, modules and the training flag are nevertheless those of the
-    classifier. A deep copy of a classifier that holds its victim holds a victim of the copy.
+    classifier's own data preprocessor makes no cycle and adds nothing to its ``state_dict``.
+    Parameters, modules, the training flag and ``.to()`` are nevertheless those of the classifier. A
+    deep copy of a classifier that holds its victim holds a victim of the copy.
 
     Args:
         classifier (nn.Module): ``classifier(inputs)`` gives logits (B, K), as MMPretrain's
@@ -190,6 +190,11 @@ class Victim(nn.Module):
     def train(self, mode: bool = True) -> Victim:
         """Put the classifier into training or eval mode."""
         self.classifier.train(mode)
+        return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Victim:
+        """What ``to()``, ``cuda()`` and ``float()`` are made of."""
+        self.classifier._apply(fn, recurse)
         return self
 
     def named_modules(

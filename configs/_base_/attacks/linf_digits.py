@@ -3,6 +3,7 @@ train_attack = dict(type='TRADESAttack', eps=0.2, alpha=0.125, steps=2)
 
 val_cfg = dict(
     type='RobustValLoop',
+    chunk_size=180,
     attacks=dict(
         pgd10=dict(type='PGD', eps=0.2, alpha=0.05, steps=10),
         routepgd10=dict(type='RoutePGD', eps=0.2, alpha=0.05, steps=10),
@@ -10,6 +11,7 @@ val_cfg = dict(
 )
 test_cfg = dict(
     type='RobustTestLoop',
+    chunk_size=180,
     attacks=dict(
         pgd50=dict(type='PGD', eps=0.2, alpha=0.05, steps=50),
         routepgd50=dict(type='RoutePGD', eps=0.2, alpha=0.05, steps=50),
