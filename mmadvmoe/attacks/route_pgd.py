@@ -26,16 +26,25 @@ class RoutePGD(Attack):
     2. for each expert j: the cross entropy of pathway j is maximised *and* the routers are pushed
        to j (with layer-level routing, pathway j is expert j in every layer).
 
-    The push maximises the margin of j's logit over the best other one, of each router that does
-    not choose j yet. Margin and cross entropy are made comparable image by image, each gradient
-    divided by its own L1 norm, so that neither huge nor tiny router logits hide anything.
+    With token-level routing, holding a route holds the experts of every token in every layer, and
+    pathway j takes each token to j (with top K > 1 to j and to those K - 1 others that the router
+    likes best). The weights of the experts are part of what the network computes, so they move and
+    have their gradient, as far as it is not that of a straight-through gate. As single tokens
+    change their experts all the time, there is a further run, in which each step holds the route of
+    its own point.
+
+    The push maximises the margin of j's logit over the best other one (the Kth best for top K), of
+    each router, or token, that does not choose j yet. Margin and cross entropy are made comparable
+    image by image, each gradient divided by its own L1 norm, so that neither huge nor tiny router
+    logits hide anything.
 
     What counts is the prediction of the whole model with its own routers. Where all of them choose
     the given route the pathway's logits *are* that prediction, which is looked up at each step for
-    free; the last point of each run is checked with a forward pass of its own. An image is robust
-    when it survives all runs; a fooled one is not attacked any further. Images that are
-    misclassified as they are come back unchanged. N + 1 runs of ``steps`` steps; on a model
-    without routers it is one run of PGD (arXiv:1706.06083).
+    free; the last point of each run is checked with a forward pass of its own, and with
+    token-level routing, where hardly an image has all its tokens follow, every point is. An image
+    is robust when it survives all runs; a fooled one is not attacked any further. Images that are
+    misclassified as they are come back unchanged. N + 1 runs of ``steps`` steps (N + 2 with
+    token-level routing); on a model without routers it is one run of PGD (arXiv:1706.06083).
 
     Args:
         model (Victim): The attacked model.
@@ -97,11 +106,13 @@ class RoutePGD(Attack):
         return adversarial
 
     def _runs(self, routings: tuple, batch: int) -> Iterator[tuple[Tensor | None, bool]]:
-        """The route of each run, (B,), (B, L) or None, and whether to push the routers there."""
-        if not routings:
+        """The route of each run, (B,), (B, D) or None for the model's own, and whether to push there."""
+        if routings:
+            yield torch.cat([routing.decisions for routing in routings], dim=1), False
+        if not routings or _of_tokens(routings):
             yield None, False
+        if not routings:
             return
-        yield torch.stack([routing.expert for routing in routings], dim=1), False
         for expert in range(self.model.num_experts):
             yield torch.full((batch,), expert, device=self.device), True
 
@@ -114,17 +125,19 @@ class RoutePGD(Attack):
         active = torch.arange(len(images), device=images.device)
         for _ in range(self.steps):
             points.requires_grad_()
-            logits, routings = self.model.forward_routed(points, route=route)
-            # Column i: does router i choose the given route?
-            followed = _followed(routings, route, logits)
-            hit = (logits.argmax(1) != labels) & followed.all(1)
+            logits, routings = self.model.forward_routed(points, route=route, gated=False)
+            certain = _followed(routings, route, logits)
+            hit = (logits.argmax(1) != labels) & certain
+            if _of_tokens(routings) and not certain.all():
+                with torch.no_grad():
+                    hit[~certain] = self.model(points[~certain]).argmax(1) != labels[~certain]
             result[active[hit]], fooled[active[hit]] = points.detach()[hit], True
             keep = ~hit
             if not keep.any():
                 return result, fooled
             (grad,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction='sum'), points, retain_graph=push)
-            if push and not followed.all():
-                (to_route,) = torch.autograd.grad(_margins(routings, route, followed), points)
+            if push and not certain.all():
+                (to_route,) = torch.autograd.grad(_margins(routings, route), points)
                 grad = _unit(grad) + _unit(to_route)
             points = ball.ascend(points.detach(), grad, self.alpha, self.norm)
             points = ball.project(points, images, self.eps, self.norm)
@@ -142,33 +155,35 @@ class RoutePGD(Attack):
         return result, fooled
 
 
-def _given(route: Tensor, router: int) -> Tensor:
-    return route if route.dim() == 1 else route[:, router]
+def _of_tokens(routings: tuple) -> bool:
+    return any(routing.logits.dim() > 2 for routing in routings)
 
 
 def _followed(routings: tuple, route: Tensor | None, logits: Tensor) -> Tensor:
-    """(B, L): whether each router's own choice is the given route; (B, 1) True without a route."""
+    """(B,): whether all routers choose the given route by themselves, so that ``logits`` are the model's own."""
     if route is None:
-        return torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
-    choices = [routing.logits.argmax(1) == _given(route, router) for router, routing in enumerate(routings)]
-    return torch.stack(choices, dim=1)
+        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    return torch.cat([routing.followed.view(len(logits), -1) for routing in routings], dim=1).all(1)
 
 
-def _margins(routings: tuple, route: Tensor, followed: Tensor) -> Tensor:
+def _margins(routings: tuple, route: Tensor) -> Tensor:
     """Sum of the margins by which routers that do not follow prefer another expert, negated.
 
     Each is divided by the (constant) spread of its logits: logits of 1e18 times a weight of 1e18
-    would not fit a float32 gradient.
+    would not fit a float32 gradient. Of a router for tokens it is the mean over the tokens.
     """
     total = 0.0
-    for router, routing in enumerate(routings):
-        logits = routing.logits.float()
-        target = _given(route, router)[:, None]
-        spread = (logits.amax(1) - logits.amin(1)).detach()
-        wanted = logits.gather(1, target).squeeze(1)
-        rival = logits.scatter(1, target, -torch.inf).amax(1)
+    for routing in routings:
+        # (B, T, N), with a single token where a router decides for the image.
+        logits = routing.logits.float().view(len(route), -1, routing.num_experts)
+        tokens = logits.shape[1]
+        target = route[:, None, None].expand(-1, tokens, 1)
+        top_k = routing.decisions.shape[1] // tokens
+        spread = (logits.amax(2) - logits.amin(2)).detach()
+        wanted = logits.gather(2, target).squeeze(2)
+        rival = logits.scatter(2, target, -torch.inf).topk(top_k, dim=2).values[..., -1]
         margin = (wanted - rival) / torch.where(spread > 0, spread, torch.ones_like(spread))
-        total = total + margin[~followed[:, router]].sum()
+        total = total + margin[~routing.followed.view_as(margin)].sum() / tokens
     return total
 
 

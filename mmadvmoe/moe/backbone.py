@@ -115,15 +115,13 @@ class MoEBackbone(BaseBackbone):
         kind = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
         if getattr(kind, 'reads_tokens', False) != (self.routing == 'token'):
             raise ValueError(
-                f"backbone.router.type={kind.__name__} {'scores' if kind.reads_tokens else 'does not score'} single "
+                f'backbone.router.type={kind.__name__} {"scores" if kind.reads_tokens else "does not score"} single '
                 f'tokens, which does not fit backbone.routing={self.routing!r}; its default is '
                 f'{ROUTING_LEVELS[self.routing]!r}'
             )
         given = cfg.setdefault('num_experts', self.num_experts)
         if given != self.num_experts:
-            raise ValueError(
-                f'backbone.router.num_experts={given} must equal backbone.num_experts={self.num_experts}'
-            )
+            raise ValueError(f'backbone.router.num_experts={given} must equal backbone.num_experts={self.num_experts}')
         return cfg
 
     @property

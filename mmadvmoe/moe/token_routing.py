@@ -86,9 +86,7 @@ class TokenRouting:
         return routing._limited(capacity_factor, per_image)
 
     @classmethod
-    def fixed(
-        cls, expert: Tensor, logits: Tensor, softmax: str = 'after', noise_std: float = 0.0
-    ) -> TokenRouting:
+    def fixed(cls, expert: Tensor, logits: Tensor, softmax: str = 'after', noise_std: float = 0.0) -> TokenRouting:
         """Route by a given choice. The gates are those that the router gives to that choice.
 
         Gates are part of what the network computes, so their gradient is kept, but for the straight-through one.
@@ -171,11 +169,6 @@ class TokenRouting:
 
     @property
     def followed(self) -> Tensor:
-        """Whether the router itself, without noise, chooses these experts for all tokens of an image, (B,) bool."""
-        return self.followed_by_token.all(1)
-
-    @property
-    def followed_by_token(self) -> Tensor:
         """Whether the router itself, without noise, chooses these experts for a token, (B, T) bool."""
         own = self.logits.detach().topk(self.expert.shape[-1], dim=-1).indices
         return (own.sort(-1).values == self.expert.sort(-1).values).all(-1)
@@ -192,9 +185,7 @@ class TokenRouting:
 
     def detach(self) -> TokenRouting:
         """The same decision without any gradient, for logs."""
-        return replace(
-            self, gate=self.gate.detach(), logits=self.logits.detach(), threshold=self.threshold.detach()
-        )
+        return replace(self, gate=self.gate.detach(), logits=self.logits.detach(), threshold=self.threshold.detach())
 
 
 def _gate(scores: Tensor, expert: Tensor, softmax: str, straight_through: bool) -> Tensor:

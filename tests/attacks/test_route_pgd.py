@@ -57,10 +57,10 @@ class MaskedMoE(nn.Module):
         common = self.scale * pixels.sum(1)
         return torch.stack([common, common + self.scale * 1e-3 * (pixels[:, 1] - 0.5)], dim=1)
 
-    def forward_routed(self, x, route=None, with_logits=False):
+    def forward_routed(self, x, route=None, with_logits=False, gated=True):
         logits = self.router(x)
         if route is None:
-            routing = Routing.decide(logits, self.gate)
+            routing = Routing.decide(logits, self.gate if gated else None)
         else:
             route = route[:, 0] if route.dim() == 2 else route
             routing = Routing.fixed(route, 2, logits if with_logits else None)
