@@ -34,8 +34,11 @@ class RouterHealthHook(Hook):
     - ``router/load_entropy``: entropy of the shares, in nats, in [0, ln N]; 0 when one expert gets
       all;
     - ``router/max_logit``: the largest absolute value of a router logit;
-    - ``router/route_changed``: share of the images that the attack sent to another expert.
+    - ``router/route_changed``: share of the images that the attack sent to another expert;
+    - ``router/dropped``: share of the choices that no expert computed for want of capacity, for routers of tokens
+      that drop any.
 
+    For routers of tokens, read "tokens" for "images" (with top K > 1, "choices of tokens").
     Entropies are those of the clean images, or of the adversarial ones where training sees no
     others. With several routers there is one such set for each, ``router/<index>/...``, and
     ``router/...`` is their mean (for ``max_logit`` their maximum). Models without a router are left
@@ -143,9 +146,9 @@ class RouterHealthHook(Hook):
         if starving:
             # With the iteration, as MMEngine's logger drops a warning that it has given before.
             runner.logger.warning(
-                f'Starving up to iteration {step}: {", ".join(starving)} got less than {least:.2%} of the images, '
-                f'where an equal share is {1 / tally.num_experts:.2%}. The network is losing the capacity of these '
-                'experts; a router loss that balances them, a smaller learning rate of the router or clipping of its '
+                f'Starving up to iteration {step}: {", ".join(starving)} got less than {least:.2%} of the images (or '
+                f'tokens), where an equal share is {1 / tally.num_experts:.2%}. The network is losing the capacity of '
+                'these experts; a router loss that balances them, a smaller learning rate of the router or clipping of its '
                 'gradient may help'
             )
 
@@ -177,7 +180,8 @@ class _Tally:
         self.num_experts = routings[0].num_experts
         num_routers, device = len(routings), routings[0].expert.device
         self.counts = torch.zeros(len(VIEWS), num_routers, self.num_experts, dtype=torch.float64)
-        self.pairs = 0  # images whose clean and adversarial routes are both known
+        # Decisions whose clean and adversarial versions are both known; softmaxes in the entropy; choices dropped.
+        self.pairs, self.softmaxes, self.dropped = torch.zeros(3, num_routers, dtype=torch.float64)
         zeros = torch.zeros(num_routers, dtype=torch.float64, device=device)
         self.changed, self.entropy, self.max_logit = zeros, zeros.clone(), zeros.clone()
 
@@ -188,23 +192,23 @@ class _Tally:
                 self.counts[view] += torch.tensor([routing.counts for routing in routings])
                 largest = [_largest_logit(routing) for routing in routings]
                 self.max_logit = torch.maximum(self.max_logit, torch.stack(largest))
+                self.dropped += torch.tensor([getattr(routing, 'dropped', 0) for routing in routings])
         self.entropy = self.entropy + torch.stack([_entropy(r) for r in clean or adversarial])
+        self.softmaxes += torch.tensor([r.logits.numel() // r.num_experts for r in clean or adversarial])
         if clean and adversarial:
-            self.pairs += len(clean[0].expert)
-            changed = [(c.expert != a.expert).sum() for c, a in zip(clean, adversarial)]
+            self.pairs += torch.tensor([routing.decisions.numel() for routing in clean])
+            changed = [(c.decisions != a.decisions).sum() for c, a in zip(clean, adversarial)]
             self.changed = self.changed + torch.stack(changed)
 
     def reduce(self) -> None:
         """Sum over all processes."""
-        device = self.entropy.device
-        pairs = torch.tensor([self.pairs], dtype=torch.float64)
-        sums = torch.cat([self.counts.flatten(), pairs]).to(device)
-        sums = torch.cat([sums, self.changed, self.entropy])
+        sums = torch.cat([self.counts.flatten(), self.pairs, self.softmaxes, self.dropped])
+        sums = torch.cat([sums.to(self.entropy.device), self.changed, self.entropy])
         all_reduce(sums)
         all_reduce(self.max_logit, op='max')
-        sizes = [self.counts.numel(), 1, len(self.changed), len(self.entropy)]
-        counts, pairs, self.changed, self.entropy = sums.cpu().split(sizes)
-        self.counts, self.pairs = counts.view_as(self.counts), int(pairs)
+        sizes = [self.counts.numel(), *[len(self.pairs)] * 5]
+        counts, self.pairs, self.softmaxes, self.dropped, self.changed, self.entropy = sums.cpu().split(sizes)
+        self.counts = counts.view_as(self.counts)
 
     @property
     def shares(self) -> Tensor:
@@ -224,11 +228,13 @@ class _Tally:
                 for expert, share in enumerate((count / count.sum()).tolist())
             }
             load = counts[VIEWS[seen[0]]]
-            scalars['entropy'] = float(self.entropy[router] / load.sum())
+            scalars['entropy'] = float(self.entropy[router] / self.softmaxes[router])
             scalars['load_entropy'] = float(torch.special.entr(load / load.sum()).sum())
             scalars['max_logit'] = max_logit
-            if self.pairs:
-                scalars['route_changed'] = float(self.changed[router] / self.pairs)
+            if self.pairs[router]:
+                scalars['route_changed'] = float(self.changed[router] / self.pairs[router])
+            if self.dropped.any():
+                scalars['dropped'] = float(self.dropped[router] / self.counts[:, router].sum())
             measured.append(scalars)
         return measured
 
@@ -246,8 +252,8 @@ def _largest_logit(routing: Routing) -> Tensor:
 
 
 def _entropy(routing: Routing) -> Tensor:
-    """Entropy of the router's softmax, summed over the images, in nats."""
-    return torch.special.entr(routing.logits.double().softmax(dim=1)).sum()
+    """Entropy of the router's softmax, summed over the images or tokens, in nats."""
+    return torch.special.entr(routing.logits.double().softmax(dim=-1)).sum()
 
 
 def _summary(scalars: dict[str, float], num_experts: int, num_routers: int) -> str:

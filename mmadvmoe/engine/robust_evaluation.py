@@ -251,7 +251,7 @@ def _classify(victim: Victim, images: Tensor, clean: Tensor, name: str, place: S
             f'(images {bad[:10]} of the data set).'
         )
     if routings:
-        expert = torch.stack([routing.expert for routing in routings], dim=1)
+        expert = torch.cat([routing.decisions for routing in routings], dim=1)
     else:
         expert = torch.empty(len(images), 0, dtype=torch.int64)
     distance = (images - clean).abs().flatten(1).amax(dim=1)

@@ -25,7 +25,8 @@ class Outcome:
 
     Attributes:
         logits: Class logits, (B, K) float32.
-        expert: Expert that each router chose, (B, L) int64.
+        expert: Expert that each router chose, (B, L) int64; of routers for tokens, the experts of all tokens in all
+            layers, (B, D).
         distance: Largest change of a pixel channel, (B,), for images in [0, 1].
     """
 
@@ -187,8 +188,9 @@ def route_metrics(outcomes: RobustOutcomes, num_experts: int) -> dict[str, float
     Returns:
         Shares in [0, 1]: ``'<name>/expert_share/<n>'`` of the images that went to expert n (mean
         over the routers when there are several), without an attack and under each, and
-        ``'<attack>/route_changed'`` of those that the attack sent elsewhere in at least one router.
-        Empty for a dense model.
+        ``'<attack>/route_changed'`` of those that the attack sent elsewhere in at least one router;
+        ``'<attack>/decisions_changed'`` of all decisions, where an image has several. Empty for a
+        dense model.
     """
     clean = outcomes.by_name[CLEAN]
     if clean.expert.shape[1] == 0:
@@ -199,6 +201,8 @@ def route_metrics(outcomes: RobustOutcomes, num_experts: int) -> dict[str, float
             share = (outcome.expert == n).double().mean()
             metrics[f'{name}/expert_share/{n}'] = float(share)
         if name != CLEAN:
-            changed = (outcome.expert != clean.expert).any(dim=1).double().mean()
-            metrics[f'{name}/route_changed'] = float(changed)
+            changed = outcome.expert != clean.expert
+            metrics[f'{name}/route_changed'] = float(changed.any(dim=1).double().mean())
+            if changed.shape[1] > 1:
+                metrics[f'{name}/decisions_changed'] = float(changed.double().mean())
     return metrics

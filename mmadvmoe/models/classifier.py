@@ -169,8 +169,7 @@ class RobustClassifier(ImageClassifier):
     def _outputs(self, inputs: Tensor, needs_classes: bool) -> Outputs:
         if needs_classes:
             return Outputs(*forward_routed(self, inputs))
-        logits = self.backbone.route_logits(inputs)
-        return Outputs(None, tuple(Routing.decide(item, gate=None) for item in logits))
+        return Outputs(None, self.backbone.decide_routes(inputs))
 
 
 def _targets(data_samples: list[DataSample]) -> Tensor:
