@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
@@ -72,19 +72,13 @@ class PreflightHook(Hook):
         _check_attack(model, preprocessor)
         _check_batches(runner.train_dataloader)
         num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
+        with_images = isinstance(preprocessor, AdvDataPreprocessor)
         for key in ('train_dataloader', 'val_dataloader'):
             if key == 'val_dataloader' and runner.val_loop is None:
                 continue
-            dataset = getattr(runner, key).dataset
-            if not len(dataset):
-                raise ValueError(f'{key}.dataset ({type(dataset).__name__}) holds no image')
-            samples = []
-            if isinstance(preprocessor, AdvDataPreprocessor):
-                samples = _read_some(dataset)
-                check_images([sample['inputs'] for sample in samples], key)
-            if num_classes is not None:
-                _check_classes(dataset, key, num_classes)
-                _check_labels(dataset, samples, key, num_classes)
+            # What a data set draws for a check must not change what it draws in training.
+            with preserve_rng_state():
+                _check_data(getattr(runner, key).dataset, key, num_classes, with_images)
 
 
 def _names(given: Any, wanted: type) -> bool:
@@ -147,8 +141,18 @@ def _check_batches(dataloader: DataLoader) -> None:
 def _read_some(dataset: Dataset) -> list[dict]:
     """A few samples, spread over the data set."""
     count = min(_PROBES, len(dataset))
-    with preserve_rng_state():
-        return [dataset[index * len(dataset) // count] for index in range(count)]
+    return [dataset[index * len(dataset) // count] for index in range(count)]
+
+
+def _check_data(dataset: Dataset, key: str, num_classes: Optional[int], with_images: bool) -> None:
+    if not len(dataset):
+        raise ValueError(f'{key}.dataset ({type(dataset).__name__}) holds no image')
+    samples = _read_some(dataset) if with_images else []
+    if samples:
+        check_images([sample['inputs'] for sample in samples], key)
+    if num_classes is not None:
+        _check_classes(dataset, key, num_classes)
+        _check_labels(dataset, samples, key, num_classes)
 
 
 def _parts(dataset: Dataset) -> Iterator[Dataset]:
