@@ -27,7 +27,7 @@ train_dataloader = dict(
 auto_scale_lr = dict(enable=False, base_batch_size=128)
 
 val_dataloader = dict(
-    batch_size=250,
+    batch_size=128,
     num_workers=2,
     persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
@@ -41,7 +41,7 @@ val_dataloader = dict(
 val_evaluator = dict(type='Accuracy', topk=(1,))
 
 test_dataloader = dict(
-    batch_size=250,
+    batch_size=128,
     num_workers=2,
     persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),

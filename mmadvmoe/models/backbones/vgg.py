@@ -51,8 +51,6 @@ class ScaledVGG(VGG):
             num_classes=-1,
             num_stages=num_stages,
             dilations=(1,) * num_stages,
-            norm_cfg=norm_cfg,
-            act_cfg=act_cfg,
             ceil_mode=False,
             with_last_pool=with_last_pool,
             **kwargs,

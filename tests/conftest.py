@@ -1,0 +1,93 @@
+"""Small data sets in the formats in which the official ones come."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mmadvmoe.datasets import CIFAR10Split, CIFAR100Split, TinyImageNet
+
+_RNG = np.random.RandomState(0)
+
+
+def _pickle(path: Path, content: dict) -> list:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = pickle.dumps(content)
+    path.write_bytes(data)
+    return [path.name, hashlib.md5(data).hexdigest()]
+
+
+def _image(path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), _RNG.randint(0, 256, (size, size, 3)).astype(np.uint8))
+
+
+def write_cifar(root: Path, base: type, images: int) -> dict:
+    """Write pickled batches; give the lists of files with their checksums, as class attributes of the data set."""
+    folder = root / base.base_folder
+    classes = len(base.METAINFO['classes'])
+    label_key, names_key = ('labels', 'label_names') if classes == 10 else ('fine_labels', 'fine_label_names')
+
+    def batch(name: str, size: int) -> list:
+        data = _RNG.randint(0, 256, (size, 3072)).astype(np.uint8)
+        return _pickle(folder / name, {'data': data, label_key: [i % classes for i in range(size)]})
+
+    return dict(
+        train_list=[batch(name, images // len(base.train_list)) for name, _ in base.train_list],
+        test_list=[batch(name, images // 2) for name, _ in base.test_list],
+        meta=dict(
+            base.meta, md5=_pickle(folder / base.meta['filename'], {names_key: list(base.METAINFO['classes'])})[1]
+        ),
+    )
+
+
+def write_tiny_imagenet(root: Path, classes: int = 200, images: int = 2) -> Path:
+    """Write the tree that the official archive unpacks to."""
+    folder = root / TinyImageNet.base_folder
+    # Not in order, as in the official file.
+    wnids = [f'n{number:08d}' for number in range(classes)][::-1]
+    annotations = []
+    for number, wnid in enumerate(wnids):
+        names = [f'{wnid}_{i}.JPEG' for i in range(images)]
+        for name in names:
+            _image(folder / 'train' / wnid / 'images' / name, 64)
+        (folder / 'train' / wnid / f'{wnid}_boxes.txt').write_text(''.join(f'{name}\t0\t0\t62\t62\n' for name in names))
+        if number < 20:
+            _image(folder / 'val' / 'images' / f'val_{number}.JPEG', 64)
+            annotations.append(f'val_{number}.JPEG\t{wnid}\t0\t0\t62\t62\n')
+    (folder / 'val' / 'val_annotations.txt').write_text(''.join(annotations))
+    (folder / 'wnids.txt').write_text('\n'.join(wnids) + '\n')
+    return folder
+
+
+def write_imagenet(root: Path, images: int = 40) -> Path:
+    """Write training images in class folders, validation images side by side, and the list of both."""
+    lines = dict(train=[], val=[])
+    for number in range(images):
+        name = f'n{number % 10:08d}/n{number % 10:08d}_{number}.JPEG'
+        _image(root / 'train' / name, 40)
+        lines['train'].append(f'{name} {number % 10 * 100}\n')
+    for number in range(1, 11):
+        name = f'ILSVRC2012_val_{number:08d}.JPEG'
+        _image(root / 'val' / name, 40)
+        lines['val'].append(f'{name} {number % 10 * 100}\n')
+    (root / 'meta').mkdir()
+    for part, content in lines.items():
+        (root / 'meta' / f'{part}.txt').write_text(''.join(content))
+    return root
+
+
+@pytest.fixture(scope='session')
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small versions of all data sets, under the names that the configs use."""
+    root = tmp_path_factory.mktemp('data')
+    with pytest.MonkeyPatch.context() as patch:
+        for name, base in (('cifar10', CIFAR10Split), ('cifar100', CIFAR100Split)):
+            for key, value in write_cifar(root / name, base, 200).items():
+                patch.setattr(base, key, value)
+        write_tiny_imagenet(root / 'tiny-imagenet')
+        write_imagenet(root / 'imagenet')
+        yield root
