@@ -1,0 +1,164 @@
+"""Train a small AdvMoE on handwritten digits, attack it, and show what came of it. No arguments, no GPU, no download.
+
+Everything goes to work_dirs/demo: logs, config, checkpoints, metrics.json and adversarial_examples.png. Interrupted, it
+goes on where it was when it is started again; finished, it attacks the trained model again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmpretrain.registry import DATASETS
+from torch import Tensor
+
+from mmadvmoe.apis import inference, load_robust_model
+from mmadvmoe.attacks import Victim, build_attack
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402  # after the choice of a backend without a window
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / 'configs' / 'advmoe_resnet18_digits.py'
+WORK_DIR = ROOT / 'work_dirs' / 'demo'
+METRICS = WORK_DIR / 'metrics.json'
+PICTURE = WORK_DIR / 'adversarial_examples.png'
+#: What a trained model depends on.
+TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks', 'randomness')
+#: Images in the picture, and how many are attacked to choose them from.
+SHOWN, TRIED = 8, 90
+
+
+def say(text: str) -> None:
+    """Announce a step."""
+    print(f'\n==> {text}', flush=True)
+
+
+def call(tool: str, *arguments: object) -> None:
+    """Run one of the tools, and show what it writes.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    # Such small images keep few threads busy: with more, they wait for each other.
+    env = dict(os.environ)
+    env.setdefault('OMP_NUM_THREADS', str(min(2, os.cpu_count() or 1)))
+    command = [sys.executable, ROOT / 'tools' / tool, CONFIG, *arguments]
+    if subprocess.run([str(part) for part in command], cwd=ROOT, env=env, check=False).returncode:
+        sys.exit(f'demo: tools/{tool} failed; what it wrote last is above and in {WORK_DIR}')
+
+
+def set_aside_other_training(cfg: Config) -> None:
+    """Move the work directory away if it was made with other settings, for nothing can go on from that."""
+    saved = WORK_DIR / CONFIG.name
+    if not saved.is_file():
+        return
+    before = Config.fromfile(saved)
+    if any(before.get(key) != cfg.get(key) for key in TRAINING):
+        aside = WORK_DIR.with_name(f'demo_until_{time.strftime("%Y%m%d_%H%M%S")}')
+        WORK_DIR.rename(aside)
+        say(f'{CONFIG.name} has changed since the last demo: its results are in {aside} now')
+
+
+def load_test_images(cfg: Config) -> tuple[Tensor, Tensor]:
+    """The first test images, (B, 3, H, W) in [0, 1], and their labels."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, indices=TRIED))
+    samples = [dataset[i] for i in range(len(dataset))]
+    images = torch.stack([sample['inputs'] for sample in samples]).float() / 255
+    return images, torch.cat([sample['data_samples'].gt_label for sample in samples])
+
+
+def draw(model: Victim, images: Tensor, labels: Tensor, attack: Mapping) -> None:
+    """Draw clean images, what an attack makes of them, and the difference; half of them fooled if so many are."""
+    adversarial = build_attack(attack, model)(images, labels, seed=0)
+    (before, from_expert), (after, to_expert) = (inference(model, each) for each in (images, adversarial))
+    before, after = before.argmax(1), after.argmax(1)
+    right = before == labels
+    fooled = (right & (after != labels)).nonzero().squeeze(1)
+    robust = (right & (after == labels)).nonzero().squeeze(1)
+    half = SHOWN // 2
+    num_fooled = max(min(len(fooled), half), SHOWN - len(robust))
+    rows = torch.cat([fooled[:num_fooled], robust[: SHOWN - num_fooled]])
+    figure, axes = plt.subplots(3, len(rows), figsize=(1.6 * len(rows), 5.6), squeeze=False, layout='constrained')
+    for column, row in enumerate(rows.tolist()):
+        colour = 'tab:red' if after[row] != labels[row] else 'tab:green'
+        titles = (
+            f'is {labels[row]}, seen as {before[row]}\nexpert {from_expert[row, 0]}',
+            f'seen as {after[row]}\nexpert {to_expert[row, 0]}',
+            'difference',
+        )
+        change = 0.5 + (adversarial[row] - images[row]) / (2 * attack['eps'])
+        for axis, image, title in zip(axes[:, column], (images[row], adversarial[row], change), titles):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1))
+            axis.set_title(title, fontsize=8, color=colour if image is adversarial[row] else 'black')
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[1, column].title.set_color(colour)
+    for axis, name in zip(axes[:, 0], ('clean', attack['type'], f'±{attack["eps"]:g}')):
+        axis.set_ylabel(name)
+    figure.savefig(PICTURE, dpi=120)
+    plt.close(figure)
+
+
+def table(metrics: Mapping[str, float]) -> str:
+    """The results as a table of text."""
+    rows = [
+        ('SA', 'no attack', 'clean'),
+        ('RA', 'PGD-50, through the routers', 'pgd50'),
+        ('RA', 'RoutePGD: routes held and forced', 'routepgd50'),
+        ('RA', 'worst of both, image by image', 'ra'),
+        ('RA-AA', 'the same and AutoAttack', 'worst'),
+    ]
+    lines = [f'{short:<6} {what:<36} {metrics[f"{name}/accuracy/top1"]:5.1f} %' for short, what, name in rows]
+    prefix = 'clean/expert_share/'
+    load = [
+        f'expert {name.removeprefix(prefix)}: {100 * share:.1f} %'
+        for name, share in metrics.items()
+        if name.startswith(prefix)
+    ]
+    rule = '-' * max(map(len, lines))
+    return '\n'.join([rule, *lines, rule, f'Expert load, no attack:  {",  ".join(load)}'])
+
+
+def main() -> None:
+    started = time.monotonic()
+    cfg = Config.fromfile(CONFIG)
+    set_aside_other_training(cfg)
+    place = WORK_DIR.relative_to(ROOT)
+    epochs = cfg.train_cfg.max_epochs
+    last = WORK_DIR / f'epoch_{epochs}.pth'
+    if last.is_file():
+        say(f'{place} holds a trained model: attacking it again. Remove {place} to train afresh')
+    else:
+        say(
+            f'training in turns, experts and router, {epochs} epochs of adversarial batches (up to 3 minutes on 2 '
+            f'cores);\n    every {cfg.train_cfg.val_interval} epochs it is attacked on held-out training images, to '
+            'keep the most robust checkpoint'
+        )
+        call('train.py', '--work-dir', WORK_DIR, '--resume')
+    best = max(WORK_DIR.glob('best_worst_accuracy_top1_*.pth'), key=os.path.getmtime)
+    say(
+        f'testing {best.name} on 360 test images with PGD-50, RoutePGD and, on those still standing, AutoAttack:\n'
+        '    thousands of forward passes, a few minutes, one line for every 180 images'
+    )
+    call('test.py', best, '--work-dir', WORK_DIR / 'test', '--out', METRICS, '--out-item', 'metrics')
+    say('drawing adversarial examples')
+    images, labels = load_test_images(cfg)
+    draw(load_robust_model(cfg, best), images, labels, cfg.test_cfg.attacks.routepgd50)
+    say(f'done in {(time.monotonic() - started) / 60:.1f} minutes')
+    print(table(json.loads(METRICS.read_text())))
+    print(f'\nIn {place}: {PICTURE.name}, {METRICS.name}, checkpoints, logs and the whole config {CONFIG.name}')
+
+
+if __name__ == '__main__':
+    main()
