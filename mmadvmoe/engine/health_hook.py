@@ -148,8 +148,8 @@ class RouterHealthHook(Hook):
             runner.logger.warning(
                 f'Starving up to iteration {step}: {", ".join(starving)} got less than {least:.2%} of the images (or '
                 f'tokens), where an equal share is {1 / tally.num_experts:.2%}. The network is losing the capacity of '
-                'these experts; a router loss that balances them, a smaller learning rate of the router or clipping of its '
-                'gradient may help'
+                'these experts; a router loss that balances them, a smaller learning rate of the router or clipping of '
+                'its gradient may help'
             )
 
 

@@ -1,4 +1,5 @@
 from .backbones import DenseNet_CIFAR, ScaledVGG, WideResNet, WideResNet_CIFAR
+from .balance_objectives import RouterBalanceLoss, RouterImportanceLoss, RouterLoadLoss, RouterZLoss
 from .classifier import RobustClassifier, RoutingRecord
 from .data_preprocessor import AdvDataPreprocessor
 from .finite import NonFiniteError, check_finite
@@ -8,7 +9,6 @@ from .objectives import (
     Objective,
     Outputs,
     RobustBatch,
-    RouterBalanceLoss,
     RouterKLLoss,
     RouterLabelLoss,
     TRADESLoss,
@@ -25,8 +25,11 @@ __all__ = [
     'RobustBatch',
     'RobustClassifier',
     'RouterBalanceLoss',
+    'RouterImportanceLoss',
     'RouterKLLoss',
     'RouterLabelLoss',
+    'RouterLoadLoss',
+    'RouterZLoss',
     'RoutingRecord',
     'ScaledVGG',
     'TRADESLoss',

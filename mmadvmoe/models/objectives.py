@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch.nn.functional as F
-from mmengine.dist import all_reduce
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
@@ -45,7 +44,8 @@ class RobustBatch:
     classification_loss: Callable[[Tensor], Tensor]
 
 
-def _weight(name: str, value: float) -> float:
+def weight_of(name: str, value: float) -> float:
+    """Give ``value`` back if it is a number of at least 0; else ValueError naming it ``name``."""
     # Written so that NaN fails too.
     if not (isinstance(value, (int, float)) and value >= 0):
         raise ValueError(f'{name}={value!r} must be a number of at least 0')
@@ -87,7 +87,7 @@ class TRADESLoss(Objective):
 
     def __init__(self, beta: float = 6.0) -> None:
         super().__init__()
-        self.beta = _weight('TRADESLoss.beta', beta)
+        self.beta = weight_of('TRADESLoss.beta', beta)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_natural`` and ``loss_robust``."""
@@ -116,8 +116,8 @@ class RouterLabelLoss(Objective):
 
     .. math:: L = \alpha \cdot CE(r(x), y \bmod N) + \beta \cdot KL(r(x) \,\|\, r(x'))
 
-    with r(x) the router's logits, averaged over the routers. The first term asks for a fixed expert per class, so
-    every expert is used; the second keeps the route under attack.
+    with r(x) the router's logits, averaged over the routers and, where it reads them, over tokens. The first term asks
+    for a fixed expert per class, so every expert is used; the second keeps the route under attack.
 
     Args:
         alpha (float): Weight of the cross entropy, at least 0. Defaults to 6.
@@ -130,8 +130,8 @@ class RouterLabelLoss(Objective):
 
     def __init__(self, alpha: float = 6.0, beta: float = 6.0) -> None:
         super().__init__()
-        self.alpha = _weight('RouterLabelLoss.alpha', alpha)
-        self.beta = _weight('RouterLabelLoss.beta', beta)
+        self.alpha = weight_of('RouterLabelLoss.alpha', alpha)
+        self.beta = weight_of('RouterLabelLoss.beta', beta)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_route_label`` and ``loss_route_robust``.
@@ -145,18 +145,16 @@ class RouterLabelLoss(Objective):
                 f'{tuple(batch.target.shape)}; use TRADESLoss as router_loss'
             )
         pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
-        label = sum(
-            F.cross_entropy(clean.logits.float(), batch.target % clean.num_experts) for clean, _ in pairs
-        ) / len(pairs)
+        label = sum(_label_loss(clean, batch.target) for clean, _ in pairs) / len(pairs)
         robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs) / len(pairs)
         return dict(loss_route_label=self.alpha * label, loss_route_robust=self.beta * robust)
 
 
 @MODELS.register_module()
 class RouterKLLoss(Objective):
-    r"""Keep the router's decision under attack: ``weight * KL(r(x) || r(x'))``, averaged over the routers.
+    r"""Keep the routers' decisions under attack: ``weight * KL(r(x) || r(x'))``, summed over the routers.
 
-    The second term of :class:`RouterLabelLoss` alone, to be added to any other objective.
+    Averaged over tokens where a router reads them. To be added to any other objective.
 
     Args:
         weight (float): At least 0. Defaults to 1.
@@ -167,45 +165,16 @@ class RouterKLLoss(Objective):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        self.weight = _weight('RouterKLLoss.weight', weight)
+        self.weight = weight_of('RouterKLLoss.weight', weight)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_route_robust``."""
         pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
-        robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs) / len(pairs)
+        robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs)
         return dict(loss_route_robust=self.weight * robust)
 
 
-@MODELS.register_module()
-class RouterBalanceLoss(Objective):
-    r"""Ask a router to use all of its experts.
-
-    .. math:: L = w \cdot N \sum_n f_n P_n
-
-    with f_n the share of the images routed to expert n and P_n the mean probability of expert n. Only P has a gradient:
-    it takes probability away from the experts with the largest shares. L is w when either is uniform, and near w N
-    when one expert takes all. Averaged over the routers and over clean and adversarial images. Fedus et al., "Switch
-    Transformers", arXiv:2101.03961, equation 4.
-
-    Args:
-        weight (float): w, at least 0. Defaults to 1.
-    """
-
-    needs_classes = False
-    needs_routers = True
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        self.weight = _weight('RouterBalanceLoss.weight', weight)
-
-    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
-        """Give ``loss_balance``, in [0, ``weight`` N]."""
-        terms = []
-        for routing in (*batch.clean.routings, *batch.adversarial.routings):
-            share = routing.logits.new_tensor(routing.counts, dtype=routing.logits.float().dtype)
-            share = share / share.sum()
-            # The loss is linear in P, so with the global share its mean over processes is that of the global batch.
-            all_reduce(share, 'mean')
-            probability = routing.logits.float().softmax(dim=1).mean(dim=0)
-            terms.append(routing.num_experts * (share * probability).sum())
-        return dict(loss_balance=self.weight * sum(terms) / len(terms))
+def _label_loss(routing: Routing, target: Tensor) -> Tensor:
+    logits = routing.logits.float().view(len(target), -1, routing.num_experts)
+    expert = (target % routing.num_experts)[:, None].expand(-1, logits.shape[1])
+    return F.cross_entropy(logits.flatten(0, 1), expert.flatten())

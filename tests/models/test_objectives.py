@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from mmadvmoe.models import RouterBalanceLoss
 from mmadvmoe.models.objectives import (
     AdversarialCrossEntropyLoss,
     Outputs,
     RobustBatch,
-    RouterBalanceLoss,
     RouterKLLoss,
     RouterLabelLoss,
     TRADESLoss,
@@ -105,13 +105,13 @@ def test_router_label_loss_refuses_soft_labels():
         RouterLabelLoss()(batch)
 
 
-def test_router_kl_is_the_second_term_of_the_label_loss():
+def test_router_kl_is_the_second_term_of_the_label_loss_summed_over_routers():
     clean, adversarial = [leaf(5, 3), leaf(5, 3)], [leaf(5, 3), leaf(5, 3)]
     batch = make_batch(clean_routers=clean, adversarial_routers=adversarial, target=torch.zeros(5, dtype=torch.long))
     losses = RouterKLLoss(weight=0.5)(batch)
     expected = RouterLabelLoss(alpha=1.0, beta=0.5)(batch)['loss_route_robust']
     assert list(losses) == ['loss_route_robust']
-    torch.testing.assert_close(losses['loss_route_robust'], expected)
+    torch.testing.assert_close(losses['loss_route_robust'], 2 * expected)
     assert losses['loss_route_robust'] > 0
 
 

@@ -1,0 +1,151 @@
+"""What keeps routers in good order: all experts in use, and logits within bounds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from mmengine.dist import all_reduce
+from mmpretrain.registry import MODELS
+from torch import Tensor
+
+from mmadvmoe.moe import Routing
+
+from .objectives import Objective, RobustBatch, weight_of
+
+
+class RouterOrderLoss(Objective):
+    """Base of the losses of a router for itself, averaged over clean and adversarial images and over the routers.
+
+    They are about routers alone: to leave them out of the experts' turn, add them to ``router_loss`` and not to
+    ``robust_loss``. Networks with several routers also log the value of each, without its weight, as
+    ``<term>_<index>``.
+
+    Args:
+        weight (float): At least 0. Defaults to 1.
+
+    Attributes:
+        term (str): Name of the loss in the log, without ``loss_``.
+    """
+
+    needs_classes = False
+    needs_routers = True
+    term: str
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight_of(f'{type(self).__name__}.weight', weight)
+
+    def measure(self, routing: Routing) -> Tensor:
+        """The loss of one router for one version of the batch, a scalar."""
+        raise NotImplementedError
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_<term>``, and the value of each router where there are several."""
+        views = [routings for routings in (batch.clean.routings, batch.adversarial.routings) if routings]
+        values = [sum(self.measure(routing) for routing in pair) / len(pair) for pair in zip(*views)]
+        terms = {f'loss_{self.term}': self.weight * sum(values) / len(values)}
+        if len(values) > 1:
+            terms.update({f'{self.term}_{index}': value.detach() for index, value in enumerate(values)})
+        return terms
+
+
+@MODELS.register_module()
+class RouterBalanceLoss(RouterOrderLoss):
+    r"""Ask a router to use all of its experts.
+
+    .. math:: L = w \cdot N \sum_n f_n P_n
+
+    with f_n the share of the images (or tokens) routed to expert n and P_n the mean probability of expert n. Only P has
+    a gradient: it takes probability away from the experts with the largest shares. L is w when either is uniform, and
+    near w N when one expert takes all. Fedus et al., "Switch Transformers", arXiv:2101.03961, equation 4.
+    """
+
+    term = 'balance'
+
+    def measure(self, routing: Routing) -> Tensor:
+        """In [0, N]."""
+        probability = _probabilities(routing).mean(dim=0)
+        share = probability.new_tensor(routing.counts)
+        share = share / share.sum()
+        # The loss is linear in P, so with the global share its mean over processes is that of the global batch.
+        all_reduce(share, 'mean')
+        return routing.num_experts * (share * probability).sum()
+
+
+@MODELS.register_module()
+class RouterImportanceLoss(RouterOrderLoss):
+    r"""Ask for equal importance of the experts: :math:`L = w \cdot (std(I) / mean(I))^2`.
+
+    I_n is the sum of the probabilities of expert n over the images (or tokens) of the batch, of all processes. 0 when
+    it is the same for all experts. Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", arXiv:2106.05974,
+    appendix A.
+    """
+
+    term = 'importance'
+
+    def measure(self, routing: Routing) -> Tensor:
+        """In [0, N - 1]."""
+        return _squared_variation(_global_mean(_probabilities(routing).mean(dim=0)))
+
+
+@MODELS.register_module()
+class RouterLoadLoss(RouterOrderLoss):
+    r"""Ask for an equal load of the experts: :math:`L = w \cdot (std(l) / mean(l))^2`.
+
+    l_n is the sum over the tokens of the probability that expert n would be chosen if its noise were drawn again, so
+    it has a gradient, as the number of choices has not; it needs a router with noise. 0 when all loads are equal.
+    Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", arXiv:2106.05974, appendix A.
+    """
+
+    term = 'load'
+
+    def measure(self, routing: Routing) -> Tensor:
+        """In [0, N - 1].
+
+        Raises:
+            ValueError: The router draws no noise.
+        """
+        noise_std = getattr(routing, 'noise_std', 0.0)
+        if not noise_std:
+            raise ValueError(
+                "RouterLoadLoss needs a router with noise: set backbone.routing='token' and backbone.router="
+                "dict(type='TokenRouter', noise=1.0), or use RouterImportanceLoss or RouterBalanceLoss"
+            )
+        lack = (routing.threshold.unsqueeze(-1) - routing.logits) / noise_std
+        chosen = 0.5 * torch.erfc(lack.float() / math.sqrt(2))
+        return _squared_variation(_global_mean(chosen.flatten(0, -2).mean(dim=0)))
+
+
+@MODELS.register_module()
+class RouterZLoss(RouterOrderLoss):
+    r"""Keep logits small: :math:`L = w \cdot mean(\log^2 \sum_n e^{r_n(x)})`.
+
+    Large logits make rounding errors and sharp gradients. Zoph et al., "ST-MoE", arXiv:2202.08906, equation 5, whose
+    weight is 0.001.
+    """
+
+    term = 'z'
+
+    def measure(self, routing: Routing) -> Tensor:
+        """At least 0."""
+        return routing.logits.float().logsumexp(dim=-1).square().mean()
+
+
+def _probabilities(routing: Routing) -> Tensor:
+    """(images or tokens, N), in float32."""
+    return routing.logits.float().flatten(0, -2).softmax(dim=-1)
+
+
+def _global_mean(local: Tensor) -> Tensor:
+    """The mean over all processes, with the gradient of the local value.
+
+    Distributed training averages gradients over processes, which makes that the gradient of the global mean.
+    """
+    everywhere = local.detach().clone()
+    all_reduce(everywhere, 'mean')
+    return local + (everywhere - local.detach())
+
+
+def _squared_variation(values: Tensor) -> Tensor:
+    return values.var(correction=0) / values.mean().square()
