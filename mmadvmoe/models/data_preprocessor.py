@@ -30,6 +30,8 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
     Args:
         attack (dict, optional): Config of the attack of a training step, built from ``ATTACKS``. Defaults to None:
             no attack, for evaluation only.
+        router_attack (dict, optional): Config of the attack in the router's turn of a training in turns. Defaults to
+            None: ``attack``.
         mode (str): ``'pair'`` adds ``adv_inputs`` beside ``inputs`` (TRADES, AdvMoE), ``'replace'`` gives adversarial
             ``inputs`` alone, to any classifier. Defaults to ``'pair'``.
         mean (Sequence[float], optional): Of R, G, B in 0..255, as everywhere in MMPretrain. Defaults to None: the
@@ -44,6 +46,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
     def __init__(
         self,
         attack: Optional[dict] = None,
+        router_attack: Optional[dict] = None,
         mode: str = 'pair',
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
@@ -57,11 +60,13 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         _check_scale(mean, std)
         self.mode = mode
         self.attack_cfg = attack
+        self.router_attack_cfg = router_attack
         for name, given, default in (('mean', mean, 0.0), ('std', std, _MAX_PIXEL)):
             value = torch.tensor([default] if given is None else given, dtype=torch.float32)
             self.register_buffer(name, value.view(-1, 1, 1), persistent=False)
         # A tuple keeps the victim out of the submodules: it refers back to the model that owns this preprocessor.
         self._bound: tuple[BoundAttack, ...] = ()
+        self._bound_in_router_turn: tuple[BoundAttack, ...] = ()
         self._victim: tuple[Victim, ...] = ()
 
     def bind_victim(self, victim: Victim) -> None:
@@ -72,6 +77,9 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         """
         self._victim = (victim,)
         self._bound = (build_attack(self.attack_cfg, victim),) if self.attack_cfg is not None else ()
+        self._bound_in_router_turn = self._bound
+        if self.router_attack_cfg is not None:
+            self._bound_in_router_turn = (build_attack(self.router_attack_cfg, victim),)
 
     @property
     def has_victim(self) -> bool:
@@ -134,19 +142,21 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             labels = torch.stack([sample.gt_score for sample in data_samples])
         else:
             labels = torch.cat([sample.gt_label for sample in data_samples])
+        in_router_turn = getattr(self._victim[0].classifier, 'turn', None) == 'router'
+        (attack,) = self._bound_in_router_turn if in_router_turn else self._bound
         try:
-            return self._bound[0](images, labels.to(images.device))
+            return attack(images, labels.to(images.device))
         except NonFiniteImagesError as error:
-            raise NonFiniteError(self._diagnose(images)) from error
+            raise NonFiniteError(self._diagnose(images, attack.name)) from error
 
     @torch.no_grad()
-    def _diagnose(self, images: Tensor) -> str:
+    def _diagnose(self, images: Tensor, attack: str) -> str:
         """Name what is not finite for clean images after an attack went wrong."""
         with self._victim[0].frozen() as victim:
             logits, routings = victim.forward_routed(images)
         named = [('router logits', routing.logits) for routing in routings] + [('class logits', logits)]
         wrong = dict.fromkeys(name for name, value in named if not value.isfinite().all())
-        return ', '.join(wrong) or f'gradient of attack {self._bound[0].name}'
+        return ', '.join(wrong) or f'gradient of attack {attack}'
 
 
 def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> None:
