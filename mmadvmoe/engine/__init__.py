@@ -1,5 +1,6 @@
 from .alternating_hook import AlternatingOptimHook
 from .amp import CPUAmpOptimWrapper
+from .awp import AWPOptimWrapper
 from .bind_victim_hook import BindVictimHook
 from .checkpoint_hook import SafeCheckpointHook
 from .health_hook import RouterHealthHook
@@ -12,6 +13,7 @@ from .seeding import seed_worker
 from .turns import TurnSchedule
 
 __all__ = [
+    'AWPOptimWrapper',
     'AlternatingOptimHook',
     'AlternatingOptimWrapper',
     'AlternatingOptimWrapperConstructor',

@@ -3,6 +3,7 @@ from .balance_objectives import RouterBalanceLoss, RouterImportanceLoss, RouterL
 from .classifier import RobustClassifier, RoutingRecord
 from .data_preprocessor import AdvDataPreprocessor
 from .finite import NonFiniteError, check_finite
+from .more_objectives import MARTLoss
 from .necks import AdaptiveAveragePooling
 from .objectives import (
     AdversarialCrossEntropyLoss,
@@ -19,6 +20,7 @@ __all__ = [
     'AdvDataPreprocessor',
     'AdversarialCrossEntropyLoss',
     'DenseNet_CIFAR',
+    'MARTLoss',
     'NonFiniteError',
     'Objective',
     'Outputs',

@@ -1,0 +1,7 @@
+_base_ = 'advmoe_resnet18_digits.py'
+
+# Madry's adversarial training in place of TRADES, in both turns: cross entropy of PGD images alone.
+model = dict(
+    data_preprocessor=dict(attack=dict(_delete_=True, type='PGD', eps=0.2, alpha=0.05, steps=10)),
+    robust_loss=dict(_delete_=True, type='AdversarialCrossEntropyLoss'),
+)
