@@ -10,3 +10,5 @@ model = dict(
     head=_base_.model.head,
 )
 default_hooks = dict(checkpoint=dict(save_best='clean/accuracy/top1'))
+# The routes that this hook watches are told by a RobustClassifier only.
+custom_hooks = [hook for hook in _base_.custom_hooks if hook['type'] != 'RouterHealthHook']

@@ -2,7 +2,7 @@
 model = dict(
     type='RobustClassifier',
     data_preprocessor=dict(type='AdvDataPreprocessor', mode='pair'),
-    backbone=dict(type='ResNet', depth=18),
+    backbone=dict(type='ResNet', depth=18, stem_channels=64, base_channels=64),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',
