@@ -18,6 +18,7 @@ from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer
 from .routers import BaseRouter
 from .routing import RouteContext, Routing, as_routes
+from .token_routing import check_spent
 
 #: The levels of routing, each with its default router.
 ROUTING_LEVELS = dict(image='ResNetRouter', layer='LayerRouter', token='TokenRouter')
@@ -199,6 +200,8 @@ class MoEBackbone(BaseBackbone):
                 features = _map_tensors(routing.unsort, self.network(routing.sort(x)))
             else:
                 features = self.network(x)
+            if self.routing == 'token':
+                check_spent(route, context.taken)
             return features, context.taken
 
     def route_logits(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ token that an expert computes. Choices are laid out choice by choice: all first 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -186,6 +187,20 @@ class TokenRouting:
     def detach(self) -> TokenRouting:
         """The same decision without any gradient, for logs."""
         return replace(self, gate=self.gate.detach(), logits=self.logits.detach(), threshold=self.threshold.detach())
+
+
+def check_spent(route: Optional[Tensor], taken: Sequence[TokenRouting]) -> None:
+    """Check that a route which was given to a network has no more columns than its routers took.
+
+    Raises:
+        ValueError: It has more.
+    """
+    columns = sum(routing.decisions.shape[1] for routing in taken)
+    if route is not None and route.dim() > 1 and route.shape[1] != columns:
+        raise ValueError(
+            f'route has {route.shape[1]} columns, but the choices of all tokens in all layers are {columns}; '
+            'a route that was taken at another image size does not fit'
+        )
 
 
 def _gate(scores: Tensor, expert: Tensor, softmax: str, straight_through: bool) -> Tensor:

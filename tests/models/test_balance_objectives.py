@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+
+from mmadvmoe.models import RouterBalanceLoss, RouterImportanceLoss, RouterLabelLoss, RouterLoadLoss, RouterZLoss
+from mmadvmoe.models.objectives import Outputs, RobustBatch
+from mmadvmoe.moe import Routing, TokenRouting
+
+torch.manual_seed(0)
+N = 4
+
+
+def batch_of(clean, adversarial=None, target=None):
+    pair = tuple(clean), tuple(clean if adversarial is None else adversarial)
+    return RobustBatch(Outputs(None, pair[0]), Outputs(None, pair[1]), target, None)
+
+
+def tokens(logits, noise_std=0.0, top_k=1):
+    noise = noise_std * torch.randn_like(logits) if noise_std else None
+    return TokenRouting.decide(logits, top_k, noise=noise, noise_std=noise_std)
+
+
+def squared_variation(values):
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / len(values) / mean**2
+
+
+def normal_tail(x):
+    return 0.5 * math.erfc(x / math.sqrt(2))
+
+
+@pytest.mark.parametrize('top_k', [1, 2])
+def test_values_by_hand(top_k):
+    logits = torch.randn(3, 5, N, dtype=torch.float64)
+    routing = tokens(logits, noise_std=0.5, top_k=top_k)
+    batch = batch_of([routing])
+    rows = logits.flatten(0, 1)
+    probabilities = rows.softmax(1)
+    mean = probabilities.mean(0).tolist()
+    shares = torch.bincount(routing.expert.flatten(), minlength=N) / routing.expert.numel()
+    thresholds = routing.threshold.flatten().tolist()
+    load = [
+        sum(normal_tail((t - row[n]) / 0.5) for t, row in zip(thresholds, rows.tolist())) / len(thresholds)
+        for n in range(N)
+    ]
+    expected = {
+        'balance': N * sum(f * p for f, p in zip(shares.tolist(), mean)),
+        'importance': squared_variation(mean),
+        'load': squared_variation(load),
+        'z': (rows.exp().sum(1).log() ** 2).mean().item(),
+    }
+    for kind in (RouterBalanceLoss, RouterImportanceLoss, RouterLoadLoss, RouterZLoss):
+        objective = kind(weight=2.0)
+        assert objective(batch)[f'loss_{kind.term}'].item() == pytest.approx(2 * expected[kind.term], rel=1e-4), kind
+
+
+def test_the_share_of_choices_that_would_be_made_again_is_the_load():
+    # Without the loss, by drawing: how often is each expert chosen under fresh noise?
+    logits = torch.randn(1, 40, N)
+    routing = tokens(logits, noise_std=1.0)
+    (loss,) = RouterLoadLoss()(batch_of([routing])).values()
+    drawn = logits + torch.randn(4000, 40, N)
+    # As in the paper, each expert's noise alone is drawn again, against the threshold that was met.
+    load = (drawn > routing.threshold.unsqueeze(-1)).double().mean(dim=(0, 1))
+    assert loss.item() == pytest.approx(squared_variation(load.tolist()), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    'objective', [RouterBalanceLoss(), RouterImportanceLoss(), RouterLoadLoss()], ids=lambda o: o.term
+)
+def test_descending_undoes_a_collapse(objective):
+    bias, wanted = torch.tensor([2.0, 0.0, 0.0, 0.0], requires_grad=True), 0.3 * torch.randn(1, 60, N)
+
+    def share_of_first():
+        return tokens(wanted + bias).counts[0] / 60
+
+    assert share_of_first() == 1
+    for _ in range(300):
+        (grad,) = torch.autograd.grad(
+            objective(batch_of([tokens(wanted + bias, noise_std=0.5)]))[f'loss_{objective.term}'], bias
+        )
+        bias = (bias - 0.3 * grad).detach().requires_grad_()
+    assert share_of_first() < 0.5
+
+
+def test_z_loss_shrinks_logits():
+    logits = torch.full((1, 2, N), 9.0, requires_grad=True)
+    (loss,) = RouterZLoss()(batch_of([tokens(logits)])).values()
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert (grad > 0).all()
+
+
+def test_each_router_is_measured_and_views_and_routers_are_averaged():
+    routings = [[tokens(torch.randn(2, 5, N)) for _ in range(3)] for _ in range(2)]
+    terms = RouterImportanceLoss(weight=3.0)(batch_of(*routings))
+    assert list(terms) == ['loss_importance', 'importance_0', 'importance_1', 'importance_2']
+    single = [RouterImportanceLoss()(batch_of([c], [a]))['loss_importance'] for c, a in zip(*routings)]
+    for index, value in enumerate(single):
+        torch.testing.assert_close(terms[f'importance_{index}'], value)
+    torch.testing.assert_close(terms['loss_importance'], 3 * sum(single) / 3)
+
+
+def test_image_level_routers_are_served_but_have_no_load():
+    batch = batch_of([Routing.decide(torch.randn(6, N), gate=None)])
+    for kind in (RouterBalanceLoss, RouterImportanceLoss, RouterZLoss):
+        assert list(kind()(batch)) == [f'loss_{kind.term}']
+    for routing in (batch.clean.routings[0], tokens(torch.randn(2, 3, N))):
+        with pytest.raises(ValueError, match="router with noise.*routing='token'"):
+            RouterLoadLoss()(batch_of([routing]))
+
+
+def test_the_label_loss_of_a_token_router_is_that_of_its_tokens():
+    logits, target = torch.randn(3, 5, N), torch.tensor([1, 6, 3])
+    loss = RouterLabelLoss(alpha=2.0)(batch_of([tokens(logits)], target=target))['loss_route_label']
+    by_token = [-logits[b, t].log_softmax(0)[target[b] % N].item() for b in range(3) for t in range(5)]
+    assert loss.item() == pytest.approx(2 * sum(by_token) / 15, rel=1e-5)
+
+
+def test_a_negative_weight_is_named():
+    with pytest.raises(ValueError, match=r'RouterZLoss.weight=-1'):
+        RouterZLoss(weight=-1)
