@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mmadvmoe.moe import ExpertLayer, forward_routed, router_modules
 
-#: What the name of a config begins with, by method; the rest names network and data set.
-_METHODS = ('advmoe', 'at_moe', 'at_sdense', 'at_sparse', 'at_dense', 'moe', 'sdense', 'dense')
+#: What the name of a config begins with: the method. The rest names network, data set and variant.
+_METHOD = re.compile(r'^(?:advmoe|(?:at|plain)_(?:dense|sdense|sparse|moe))_')
 _GIGA = 1e9
 
 
@@ -180,8 +180,7 @@ def find_dense_config(path: Union[str, Path]) -> Optional[Path]:
         Path or None: The file, if it exists.
     """
     path = Path(path)
-    rest = re.sub(rf'^(?:{"|".join(_METHODS)})_', '', path.stem)
-    words = rest.split('_')
+    words = _METHOD.sub('', path.stem).split('_')
     for folder in (path.parent, path.parent / 'baselines', path.parent.parent / 'baselines'):
         # Whatever follows network and data set names a variant of the method.
         for end in range(len(words), 1, -1):

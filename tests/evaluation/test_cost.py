@@ -130,6 +130,14 @@ def test_shape_comes_from_the_training_pipeline():
         input_shape_of(_with_pipeline(dict(type='Resize', scale=(40, 30))))
 
 
+@pytest.mark.parametrize('network', ['resnet18', 'wrn-28-10', 'vgg16-bn', 'densenet-bc-40-12'])
+def test_half_width_saves_over_half_on_every_network(network):
+    path = CONFIGS / f'advmoe_{network}_cifar10.py'
+    cost, dense = count_cost(Config.fromfile(path)), count_cost(Config.fromfile(find_dense_config(path)))
+    assert cost.saving(dense) > cost.saving_with_router(dense) > 50
+    assert cost.params_active < cost.params_total
+
+
 @pytest.mark.parametrize(
     'name', ['advmoe_resnet18_digits_layer.py', 'advmoe_resnet18_digits.py', 'baselines/at_sdense_resnet18_digits.py']
 )
