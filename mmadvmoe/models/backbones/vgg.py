@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+import torch
 from mmcv.cnn import ConvModule
 from mmpretrain.models.backbones import VGG
 from mmpretrain.registry import MODELS
@@ -46,15 +47,17 @@ class ScaledVGG(VGG):
         **kwargs: Any,
     ) -> None:
         check_width('backbone.base_channels', base_channels, 'the first stage (features.0)')
-        super().__init__(
-            depth,
-            num_classes=-1,
-            num_stages=num_stages,
-            dilations=(1,) * num_stages,
-            ceil_mode=False,
-            with_last_pool=with_last_pool,
-            **kwargs,
-        )
+        # The layers of full width are replaced below: without a device, they cost neither memory nor time.
+        with torch.device('meta'):
+            super().__init__(
+                depth,
+                num_classes=-1,
+                num_stages=num_stages,
+                dilations=(1,) * num_stages,
+                ceil_mode=False,
+                with_last_pool=with_last_pool,
+                **kwargs,
+            )
         layers: list[nn.Module] = []
         in_channels = _IMAGE_CHANNELS
         for stage, num_convs in enumerate(self.stage_blocks):
