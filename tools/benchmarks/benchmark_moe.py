@@ -1,0 +1,171 @@
+"""Time a mixture of experts against its limit and against computing all experts and masking.
+
+The limit is what hard routing can cost at best: the dense network of one pathway plus the router, each alone on the
+same batch. Everything is timed in turn in one process, round by round, and ratios are taken inside a round, so a
+machine that slows down for a while changes both sides. Table and JSON give the median ratio over the rounds.
+
+Weights are drawn at random; the router is set so that it spreads the images over all experts. As in an attack, models
+are in eval mode and parameters are frozen. A forward runs without gradients; an attack step is a forward and the
+gradient with respect to the images, through the router's gate too.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+import mmadvmoe.moe  # noqa: F401  registers MoEBackbone
+
+ROOT = Path(__file__).resolve().parents[2]
+# Different batches have different loads per expert, and each load is a shape of its own to the library underneath.
+NUM_BATCHES = 4
+MASKED_EVERY = 5  # The masked form takes up to 2 N times as long: it is timed in every fifth round only.
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default=str(ROOT / 'configs/advmoe_resnet18_cifar10.py'))
+    parser.add_argument('--num-experts', type=int, nargs='+', default=[2, 4, 8, 16], metavar='N')
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--image-size', type=int, default=32)
+    parser.add_argument('--rounds', type=int, default=30)
+    parser.add_argument('--threads', type=int, help='threads of one operation [what PyTorch takes]')
+    parser.add_argument('--json', help='file to write the rows to')
+    args = parser.parse_args()
+    for name in ('batch_size', 'image_size', 'rounds', 'threads'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name.replace("_", "-")} {value} must be at least 1')
+    if min(args.num_experts) < 2:
+        parser.error(f'--num-experts {min(args.num_experts)}: a mixture has at least 2 experts')
+    return args
+
+
+def load_masked_form() -> type[nn.Module]:
+    """The compute-all-and-mask form lives in the tests, as what the fast one is checked against."""
+    path = ROOT / 'tests/moe/masked_oracle.py'
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MaskedMoE
+
+
+def build_backbone(cfg: dict) -> nn.Module:
+    backbone = MODELS.build(cfg).requires_grad_(False)
+    backbone.eval()  # MMPretrain's backbones do not return themselves here
+    return backbone
+
+
+@torch.no_grad()
+def spread_images(router: nn.Module, images: Tensor) -> None:
+    """Fit the router's last layer to random scores: every expert gets its share, and the loads differ by batch.
+
+    A router fresh from initialisation sends all images one way.
+    """
+    inputs: list[Tensor] = []
+    hook = router.fc.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    router(images)
+    hook.remove()
+    mean = inputs[0].mean(dim=0)
+    scores = torch.randn(len(images), router.num_experts)
+    router.fc.weight.copy_((torch.linalg.pinv(inputs[0] - mean, rtol=1e-3) @ scores).T)
+    router.fc.bias.copy_(-router.fc.weight @ mean)
+
+
+def project(outputs: Tensor) -> Tensor:
+    """A scalar whose gradient is dense and differs from element to element, as that of a loss."""
+    return (outputs * outputs.detach().roll(1, -1)).sum()
+
+
+@torch.no_grad()
+def run_forward(model: nn.Module, images: Tensor) -> None:
+    model(images)
+
+
+def run_attack_step(model: nn.Module, images: Tensor) -> None:
+    images = images.detach().requires_grad_()
+    outputs = model(images)
+    torch.autograd.grad(project(outputs[-1] if isinstance(outputs, tuple) else outputs), images)
+
+
+def time_rounds(models: dict[str, nn.Module], batches: Tensor, rounds: int, step) -> dict[str, list[float]]:
+    """Seconds of ``step`` for each model in each round, models in turn; the masked form in every fifth round."""
+    for name, model in models.items():
+        for images in batches[: 1 if name == 'masked' else None]:
+            step(model, images)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for i in range(rounds):
+        for name, model in models.items():
+            if name == 'masked' and i % MASKED_EVERY:
+                continue
+            start = time.perf_counter()
+            step(model, batches[i % len(batches)])
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(seconds: dict[str, list[float]]) -> dict[str, Tensor]:
+    """Ratios round by round: over the limit, and how many times faster than the masked form."""
+    dense, router, moe, masked = (torch.tensor(seconds[name]) for name in ('dense', 'router', 'moe', 'masked'))
+    return dict(over_limit=moe / (dense + router), speedup_over_masked=masked / moe[::MASKED_EVERY])
+
+
+def benchmark(config: dict, num_experts: int, batches: Tensor, rounds: int) -> tuple[dict, dict]:
+    """One row of medians for the JSON file, and what the printed table adds to it."""
+    moe = build_backbone({**config, 'num_experts': num_experts})
+    spread_images(moe.router, batches.flatten(0, 1))
+    models = dict(dense=build_backbone(config['backbone']), router=moe.router, moe=moe, masked=load_masked_form()(moe))
+    loads = [load for images in batches for load in moe.forward_routed(images)[1][0].counts]
+    row: dict = dict(num_experts=num_experts)
+    extra: dict = dict(loads=f'{min(loads)} to {max(loads)}')
+    for kind, step in (('forward', run_forward), ('attack', run_attack_step)):
+        seconds = time_rounds(models, batches, rounds, step)
+        extra[f'{kind}_ms'] = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+        for name, ratios in compare(seconds).items():
+            row[f'{kind}_{name}'] = ratios.quantile(0.5).item()
+            extra[f'{kind}_{name}_quartiles'] = ratios.quantile(torch.tensor([0.25, 0.75])).tolist()
+    return row, extra
+
+
+def print_row(row: dict, extra: dict) -> None:
+    """Ratios as median [quartiles], times as medians."""
+    print(f'N = {row["num_experts"]}, {extra["loads"]} images per expert and batch')
+    for kind in ('forward', 'attack'):
+        cells = []
+        for name in ('over_limit', 'speedup_over_masked'):
+            low, high = extra[f'{kind}_{name}_quartiles']
+            cells.append(f'{name} {row[f"{kind}_{name}"]:6.3f} [{low:.3f}, {high:.3f}]')
+        times = ', '.join(f'{name} {value:.1f}' for name, value in extra[f'{kind}_ms'].items())
+        print(f'  {kind:7s}  {"   ".join(cells)}   ms: {times}', flush=True)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    config = Config.fromfile(args.config).model.backbone.to_dict()
+    if config['type'] != 'MoEBackbone' or config.get('routing', 'image') != 'image':
+        raise SystemExit(
+            f'{args.config}: backbone must be a MoEBackbone with routing="image": the limit has one router'
+        )
+    torch.manual_seed(0)
+    batches = torch.rand(NUM_BATCHES, args.batch_size, 3, args.image_size, args.image_size)
+    print(f'{args.config}: batch {args.batch_size}, {args.rounds} rounds, {torch.get_num_threads()} threads')
+    rows = []
+    for num_experts in args.num_experts:
+        row, extra = benchmark(config, num_experts, batches, args.rounds)
+        print_row(row, extra)
+        rows.append(row)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
