@@ -91,7 +91,6 @@ def draw(model: Victim, images: Tensor, labels: Tensor, attack: Mapping) -> None
     rows = torch.cat([fooled[:num_fooled], robust[: SHOWN - num_fooled]])
     figure, axes = plt.subplots(3, len(rows), figsize=(1.6 * len(rows), 5.6), squeeze=False, layout='constrained')
     for column, row in enumerate(rows.tolist()):
-        colour = 'tab:red' if after[row] != labels[row] else 'tab:green'
         titles = (
             f'is {labels[row]}, seen as {before[row]}\nexpert {from_expert[row, 0]}',
             f'seen as {after[row]}\nexpert {to_expert[row, 0]}',
@@ -100,10 +99,10 @@ def draw(model: Victim, images: Tensor, labels: Tensor, attack: Mapping) -> None
         change = 0.5 + (adversarial[row] - images[row]) / (2 * attack['eps'])
         for axis, image, title in zip(axes[:, column], (images[row], adversarial[row], change), titles):
             axis.imshow(image.permute(1, 2, 0).clamp(0, 1))
-            axis.set_title(title, fontsize=8, color=colour if image is adversarial[row] else 'black')
+            axis.set_title(title, fontsize=8)
             axis.set_xticks([])
             axis.set_yticks([])
-        axes[1, column].title.set_color(colour)
+        axes[1, column].title.set_color('tab:red' if after[row] != labels[row] else 'tab:green')
     for axis, name in zip(axes[:, 0], ('clean', attack['type'], f'±{attack["eps"]:g}')):
         axis.set_ylabel(name)
     figure.savefig(PICTURE, dpi=120)
@@ -151,7 +150,8 @@ def main() -> None:
         f'testing {best.name} on 360 test images with PGD-50, RoutePGD and, on those still standing, AutoAttack:\n'
         '    thousands of forward passes, a few minutes, one line for every 180 images'
     )
-    call('test.py', best, '--work-dir', WORK_DIR / 'test', '--out', METRICS, '--out-item', 'metrics')
+    every_chunk = ('--cfg-options', 'default_hooks.logger.interval=1')
+    call('test.py', best, '--work-dir', WORK_DIR / 'test', '--out', METRICS, '--out-item', 'metrics', *every_chunk)
     say('drawing adversarial examples')
     images, labels = load_test_images(cfg)
     draw(load_robust_model(cfg, best), images, labels, cfg.test_cfg.attacks.routepgd50)
