@@ -11,6 +11,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import MODELS
 
+from mmadvmoe.evaluation.cost import input_shape_of
 from mmadvmoe.moe import split_parameters
 
 ROOT = Path(__file__).parents[2] / 'configs'
@@ -35,12 +36,15 @@ def _replace(cfg, values: dict) -> None:
             _replace(value, values)
 
 
-def _feature_channels(model: dict, size: int) -> int:
+def _feature_channels(model: dict) -> int:
     """What the head gets: the features of the dense network of a config."""
-    backbone = MODELS.build(copy.deepcopy(model.backbone.get('backbone', model.backbone)))
+    inner = model.backbone.get('backbone', model.backbone)
+    backbone = MODELS.build(copy.deepcopy(inner))
     backbone.eval()
+    size = inner.get('img_size', 32)
     with torch.no_grad():
-        return MODELS.build(model.neck)(backbone(torch.rand(1, 3, size, size)))[-1].shape[1]
+        features = backbone(torch.rand(1, 3, size, size))
+        return (MODELS.build(model.neck)(features) if model.neck else features)[-1].shape[1]
 
 
 def _reduced(path: str, data: Path, work_dir: Path) -> Config:
@@ -52,7 +56,7 @@ def _reduced(path: str, data: Path, work_dir: Path) -> Config:
         inner.depth = 10
     if cfg.model.backbone.get('routing') == 'image':
         cfg.model.backbone.router.update(base_channels=2, num_blocks=1)
-    cfg.model.head.in_channels = _feature_channels(cfg.model, 32)
+    cfg.model.head.in_channels = _feature_channels(cfg.model)
     _replace(cfg.model.get('data_preprocessor', {}), FAST)
     _replace(cfg.val_cfg.attacks, FAST)
     for part, images in (('train', 16), ('val', 8), ('test', 8)):
@@ -116,7 +120,7 @@ def test_config_trains_validates_saves_and_loads(path: str, small_data: Path, tm
     load_checkpoint(saved, str(tmp_path / 'epoch_1.pth'), map_location='cpu', strict=True)
     # With a moving average of the weights, that is what a checkpoint holds.
     averages = [hook.ema_model.module for hook in runner.hooks if hasattr(hook, 'ema_model')]
-    images = torch.rand(4, 3, 32, 32)
+    images = torch.rand(4, *input_shape_of(cfg))
     with torch.no_grad():
         assert torch.equal(saved.eval()(images), [model, *averages][-1].eval()(images))
     _trained.append(path)
@@ -129,7 +133,7 @@ def test_heads_fit_the_networks_at_full_size() -> None:
         init_default_scope('mmpretrain')
         key = str((model.backbone.get('backbone', model.backbone), model.neck))
         if key not in channels:
-            channels[key] = _feature_channels(model, 32)
+            channels[key] = _feature_channels(model)
         assert model.head.in_channels == channels[key], path
 
 
