@@ -1,7 +1,7 @@
 _base_ = 'advmoe_resnet18_digits.py'
 
 # The router objective and the schedule of the reference code: a fixed expert per class, kept under attack, learnt
-# on the batch that the experts have just learnt from. Half the epochs give the same number of steps.
-model = dict(router_loss=dict(type='RouterLabelLoss', alpha=6.0, beta=6.0))
-train_cfg = dict(max_epochs=40, val_interval=5)
+# on the batch that the experts have just learnt from.
+model = dict(router_loss=[dict(type='RouterLabelLoss', alpha=6.0, beta=6.0)])
+train_cfg = dict(max_epochs=30, val_interval=5)
 custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True), *_base_.custom_hooks[1:]]

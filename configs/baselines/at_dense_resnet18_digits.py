@@ -8,7 +8,7 @@ _base_ = [
 
 model = dict(
     data_preprocessor=dict(attack=_base_.train_attack),
-    backbone=dict(stem_channels=8, base_channels=8),
-    head=dict(in_channels=64),
+    backbone=dict(stem_channels=16, base_channels=16),
+    head=dict(in_channels=128),
 )
-train_cfg = dict(max_epochs=40, val_interval=5)
+train_cfg = dict(max_epochs=30, val_interval=5)

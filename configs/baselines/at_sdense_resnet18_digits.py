@@ -1,4 +1,4 @@
 _base_ = 'at_dense_resnet18_digits.py'
 
 # Half the width of the dense network: the cost of one pathway of the MoE.
-model = dict(backbone=dict(base_channels=4), head=dict(in_channels=32))
+model = dict(backbone=dict(base_channels=8), head=dict(in_channels=64))
