@@ -58,7 +58,7 @@ def fit_channels(
     cost = _CostModel(classifier, groups, input_shape)
     target = target_gflops * 1e9
     least, most = cost([1] * len(groups)), cost([group.channels for group in groups])
-    if not least <= target <= most:
+    if not least <= target <= most * (1 + 1e-9):
         raise ValueError(
             f'target: its network costs {target:.4g} multiply-adds, but by removing channels from this one only '
             f'{least:.4g} to {most:.4g} can be reached'

@@ -1,0 +1,6 @@
+_base_ = 'at_sparse_densenet-bc-40-12_cifar100_scores.py'
+
+# Second stage: the weights, with the channels fixed. It starts from the first:
+# --cfg-options load_from=<checkpoint of at_sparse_densenet-bc-40-12_cifar100_scores.py>
+model = dict(stage='weights')
+train_cfg = dict(max_epochs=100, val_interval=5)

@@ -1,0 +1,12 @@
+_base_ = 'at_dense_resnet18_imagenet.py'
+
+# First stage of the pruned network: which channels to keep, learned with the weights fixed. It starts from the dense
+# network: --cfg-options load_from=<checkpoint of at_dense_resnet18_imagenet.py>
+model = dict(
+    type='SparseClassifier',
+    stage='scores',
+    input_size=224,
+    # The pathway of advmoe_resnet18_imagenet.py, whose cost is to be matched.
+    target=dict(backbone=dict(stem_channels=32, base_channels=32), head=dict(in_channels=256)),
+)
+train_cfg = dict(max_epochs=20, val_interval=5)
