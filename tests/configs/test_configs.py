@@ -21,7 +21,15 @@ DATA_SETS = ('cifar10', 'cifar100', 'tiny-imagenet', 'imagenet')
 BASELINES = [f'{method}_{kind}' for method in ('at', 'plain') for kind in ('dense', 'sdense', 'moe')]
 
 #: Widths and depths that keep every kind of layer of a network.
-SMALL = dict(stem_channels=4, base_channels=4, widen_factor=1, growth_rate=2, init_channels=4, depths=[1, 1, 1])
+SMALL = dict(
+    stem_channels=4,
+    base_channels=4,
+    widen_factor=1,
+    growth_rate=2,
+    init_channels=4,
+    depths=[1, 1, 1],
+    arch=dict(embed_dims=8, num_layers=4, num_heads=2, feedforward_channels=16),
+)
 #: Attack steps, and what makes images of 224x224.
 FAST = dict(steps=1, scale=32, crop_size=32)
 _trained = []
@@ -56,7 +64,13 @@ def _reduced(path: str, data: Path, work_dir: Path) -> Config:
         inner.depth = 10
     if cfg.model.backbone.get('routing') == 'image':
         cfg.model.backbone.router.update(base_channels=2, num_blocks=1)
+    dense_source = inner.pop('init_cfg', None)
     cfg.model.head.in_channels = _feature_channels(cfg.model)
+    if dense_source is not None:
+        dense = dict(type='ImageClassifier', backbone=inner, head={**cfg.model.head, 'init_cfg': None})
+        torch.save(MODELS.build(copy.deepcopy(dense)).state_dict(), work_dir / 'dense.pth')
+        inner.init_cfg = dense_source
+        _replace(cfg.model, dict(checkpoint=str(work_dir / 'dense.pth')))
     _replace(cfg.model.get('data_preprocessor', {}), FAST)
     _replace(cfg.val_cfg.attacks, FAST)
     for part, images in (('train', 16), ('val', 8), ('test', 8)):
@@ -70,6 +84,7 @@ def _reduced(path: str, data: Path, work_dir: Path) -> Config:
             _replace(loader.dataset.pipeline, FAST)
     # Two turns of each group, then a validation and a checkpoint.
     cfg.train_cfg.update(max_epochs=1, val_interval=1)
+    _replace(cfg.param_scheduler, dict(begin=0))
     _replace(cfg.custom_hooks, dict(begin_epoch=0))
     cfg.work_dir = str(work_dir)
     cfg.log_level = 'ERROR'

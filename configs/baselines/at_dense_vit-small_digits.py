@@ -1,0 +1,18 @@
+_base_ = [
+    '../_base_/models/vit-small.py',
+    '../_base_/datasets/digits.py',
+    '../_base_/attacks/linf_digits.py',
+    '../_base_/schedules/at_adamw_100e.py',
+    '../_base_/default_runtime.py',
+]
+
+# 16 patches of 2x2 pixels and the class token; 4 blocks of width 64.
+model = dict(
+    data_preprocessor=dict(attack=_base_.train_attack),
+    backbone=dict(
+        arch=dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=128), img_size=8, patch_size=2
+    ),
+    head=dict(num_classes=10, in_channels=64),
+)
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+train_cfg = dict(max_epochs=40, val_interval=5)
