@@ -6,4 +6,7 @@ _base_ = [
     '_base_/advmoe_runtime.py',
 ]
 
-model = dict(data_preprocessor=dict(attack=_base_.train_attack), router_loss=_base_.router_loss)
+model = dict(
+    data_preprocessor=dict(attack=_base_.train_attack, router_attack=_base_.router_attack),
+    router_loss=_base_.router_loss,
+)

@@ -8,7 +8,7 @@ _base_ = [
 
 # A quarter of the widths of the CIFAR network; the router is the paper's.
 model = dict(
-    data_preprocessor=dict(attack=_base_.train_attack),
+    data_preprocessor=dict(attack=_base_.train_attack, router_attack=_base_.router_attack),
     backbone=dict(backbone=dict(stem_channels=16, base_channels=8)),
     head=dict(in_channels=64),
     router_loss=_base_.router_loss,

@@ -1,7 +1,10 @@
 _base_ = 'advmoe_resnet18_digits.py'
 
 # The router objective and the schedule of the reference code: a fixed expert per class, kept under attack, learnt
-# on the batch that the experts have just learnt from.
-model = dict(router_loss=[dict(type='RouterLabelLoss', alpha=6.0, beta=6.0)])
+# on the batch that the experts have just learnt from. Every attack is against class and router logits at once.
+model = dict(
+    data_preprocessor=dict(attack=_base_.router_attack),
+    router_loss=[dict(type='RouterLabelLoss', alpha=6.0, beta=6.0)],
+)
 train_cfg = dict(max_epochs=30, val_interval=5)
 custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True), *_base_.custom_hooks[1:]]

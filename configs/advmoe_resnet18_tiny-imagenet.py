@@ -7,7 +7,7 @@ _base_ = [
 ]
 
 model = dict(
-    data_preprocessor=dict(to_rgb=True, attack=_base_.train_attack),
+    data_preprocessor=dict(to_rgb=True, attack=_base_.train_attack, router_attack=_base_.router_attack),
     head=dict(num_classes=200),
     router_loss=_base_.router_loss,
 )

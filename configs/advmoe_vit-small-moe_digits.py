@@ -8,7 +8,7 @@ _base_ = [
 
 # 16 patches of 2x2 pixels and the class token; 4 blocks of width 64.
 model = dict(
-    data_preprocessor=dict(attack=_base_.train_attack),
+    data_preprocessor=dict(attack=_base_.train_attack, router_attack=_base_.router_attack),
     backbone=dict(
         backbone=dict(
             arch=dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=128), img_size=8, patch_size=2

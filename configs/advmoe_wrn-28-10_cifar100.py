@@ -7,5 +7,7 @@ _base_ = [
 ]
 
 model = dict(
-    data_preprocessor=dict(attack=_base_.train_attack), head=dict(num_classes=100), router_loss=_base_.router_loss
+    data_preprocessor=dict(attack=_base_.train_attack, router_attack=_base_.router_attack),
+    head=dict(num_classes=100),
+    router_loss=_base_.router_loss,
 )

@@ -1,5 +1,8 @@
 # L-inf, eps 8/255 on images in [0, 1]: the threat model of the paper on CIFAR, Tiny-ImageNet and ImageNet.
-train_attack = dict(type='TRADESAttack', eps=8 / 255, alpha=5 / 255, steps=2)
+# Against the class logits alone: two steps that also push the routes find weaker images for the experts to learn from.
+train_attack = dict(type='TRADESAttack', eps=8 / 255, alpha=5 / 255, steps=2, router_weight=0.0)
+# In the router's turn of a training in turns the routes are under attack as well.
+router_attack = dict(type='TRADESAttack', eps=8 / 255, alpha=5 / 255, steps=2, router_weight=1.0)
 
 val_cfg = dict(
     type='RobustValLoop',

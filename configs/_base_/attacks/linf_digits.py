@@ -1,5 +1,8 @@
 # L-inf, eps 0.2 on 8x8 digits: a fifth of the range of a pixel, at which the methods differ.
-train_attack = dict(type='TRADESAttack', eps=0.2, alpha=0.125, steps=2)
+# Against the class logits alone: two steps that also push the routes find weaker images for the experts to learn from.
+train_attack = dict(type='TRADESAttack', eps=0.2, alpha=0.125, steps=2, router_weight=0.0)
+# In the router's turn of a training in turns the routes are under attack as well.
+router_attack = dict(type='TRADESAttack', eps=0.2, alpha=0.125, steps=2, router_weight=1.0)
 
 val_cfg = dict(
     type='RobustValLoop',
