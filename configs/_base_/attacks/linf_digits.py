@@ -14,7 +14,7 @@ val_cfg = dict(
 )
 test_cfg = dict(
     type='RobustTestLoop',
-    chunk_size=180,
+    chunk_size=360,
     attacks=dict(
         pgd50=dict(type='PGD', eps=0.2, alpha=0.05, steps=50),
         routepgd50=dict(type='RoutePGD', eps=0.2, alpha=0.05, steps=50),
