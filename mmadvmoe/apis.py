@@ -70,7 +70,7 @@ def inference(model: Victim, images: Tensor, batch_size: int = 256) -> tuple[Ten
 
     Returns:
         tuple: Probabilities (B, K), and the expert that each of the L routers chose, (B, L) int64 (L is 0 for a dense
-        model); both on the CPU.
+        model; of routers for tokens, the experts of all tokens, layer by layer); both on the CPU.
     """
     device = next(model.parameters()).device
     probabilities, experts = [], []
@@ -78,6 +78,6 @@ def inference(model: Victim, images: Tensor, batch_size: int = 256) -> tuple[Ten
         for part in images.split(batch_size):
             logits, routings = model.forward_routed(part.to(device))
             probabilities.append(logits.softmax(dim=1).cpu())
-            chosen = [routing.expert.cpu() for routing in routings]
-            experts.append(torch.stack(chosen, dim=1) if chosen else torch.empty(len(part), 0, dtype=torch.int64))
+            chosen = [routing.decisions.cpu() for routing in routings]
+            experts.append(torch.cat(chosen, dim=1) if chosen else torch.empty(len(part), 0, dtype=torch.int64))
     return torch.cat(probabilities), torch.cat(experts)

@@ -30,7 +30,8 @@ class Cost:
 
     Attributes:
         params_total (int): All parameters, those of every expert and of the routers included.
-        params_active (int): Parameters that one image meets: one expert of each layer, what all share, the routers.
+        params_active (int): Parameters that one image (or token) meets: one expert of each layer (the top K of token
+            routers), what all share, the routers.
         params_router (int): Parameters of the routers.
         pathway_gflops (float): 1e9 multiply-adds per image of the pathway that is run, without the routers.
         router_gflops (float): 1e9 multiply-adds per image of the routers.
@@ -88,7 +89,7 @@ def count_cost(model: Union[Mapping, nn.Module], input_shape: Optional[Sequence[
     router_flops = sum(analyzer.total(f'classifier.{name}') for name in names)
     total = _count(model.parameters())
     idle = sum(
-        _count(layer.parameters(recurse=False)) * (layer.num_experts - 1) // layer.num_experts
+        _count(layer.parameters(recurse=False)) * (layer.num_experts - getattr(layer, 'top_k', 1)) // layer.num_experts
         for layer in model.modules()
         if isinstance(layer, ExpertLayer)
     )

@@ -37,7 +37,7 @@ class ExpertFFN(nn.Module):
         self.router = router
         for name, part in list(_leaves(dense)):
             if EXPERT_LAYERS.get(type(part)) is MoELinear:
-                dense.set_submodule(name, _TokenLinear(part, num_experts, context))
+                dense.set_submodule(name, _TokenLinear(part, num_experts, context, router.top_k))
             elif any(True for _ in part.parameters()):
                 raise ValueError(
                     f'{name!r} of a feed-forward network is a {type(part).__name__}, which cannot hold experts; '
@@ -72,7 +72,11 @@ class ExpertFFN(nn.Module):
 
 
 class _TokenLinear(MoELinear):
-    """The linear layers of all experts, on rows that are sorted by expert."""
+    """The linear layers of all experts, ``top_k`` of which each token takes, on rows that are sorted by expert."""
+
+    def __init__(self, dense: nn.Linear, num_experts: int, context: RouteContext, top_k: int) -> None:
+        super().__init__(dense, num_experts, context)
+        self.top_k = top_k
 
     def forward(self, x: Tensor, load: Tensor) -> Tensor:
         """x: (S, C_in), the rows of each expert ``load`` (N,) -> (S, C_out)."""

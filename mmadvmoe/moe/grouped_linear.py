@@ -34,8 +34,11 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], load: Tens
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    kernel = _PerGroup if _has_grouped_kernel(x, weight, len(load)) else _PerExpert
-    return kernel.apply(x, weight, bias, load)
+    if _has_grouped_kernel(x, weight, len(load)):
+        return _PerGroup.apply(x, weight, bias, load)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))):
+        return _per_expert(x, weight, bias, load.tolist())  # where a trace can look inside
+    return _PerExpert.apply(x, weight, bias, load)
 
 
 def _has_grouped_kernel(x: Tensor, weight: Tensor, num_experts: int) -> bool:
@@ -46,8 +49,20 @@ def _has_grouped_kernel(x: Tensor, weight: Tensor, num_experts: int) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] >= 9 and all(width % 8 == 0 for width in widths)
 
 
-class _PerExpert(torch.autograd.Function):
+def _per_expert(x: Tensor, weight: Tensor, bias: Optional[Tensor], counts: list[int]) -> Tensor:
     """A product per expert, on slices."""
+    out = x.new_empty(len(x), len(weight) // len(counts))
+    biases = [None] * len(counts) if bias is None else bias.chunk(len(counts))
+    for part, into, own, offset in zip(x.split(counts), out.split(counts), weight.chunk(len(counts)), biases):
+        if offset is None:
+            torch.mm(part, own.t(), out=into)
+        else:
+            torch.addmm(offset, part, own.t(), out=into)
+    return out
+
+
+class _PerExpert(torch.autograd.Function):
+    """:func:`_per_expert` with its gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor], load: Tensor) -> Tensor:
@@ -55,14 +70,7 @@ class _PerExpert(torch.autograd.Function):
         # An attack asks for the gradient of x alone, and should not pay for keeping x.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.counts = counts
-        out = x.new_empty(len(x), len(weight) // len(counts))
-        biases = [None] * len(counts) if bias is None else bias.chunk(len(counts))
-        for part, into, own, offset in zip(x.split(counts), out.split(counts), weight.chunk(len(counts)), biases):
-            if offset is None:
-                torch.mm(part, own.t(), out=into)
-            else:
-                torch.addmm(offset, part, own.t(), out=into)
-        return out
+        return _per_expert(x, weight, bias, counts)
 
     @staticmethod
     @once_differentiable
