@@ -4,4 +4,5 @@ _base_ = 'advmoe_resnet18_digits.py'
 model = dict(
     data_preprocessor=dict(attack=dict(_delete_=True, type='PGD', eps=0.2, alpha=0.05, steps=10)),
     robust_loss=dict(_delete_=True, type='MARTLoss', weight=5.0),
+    router_loss=[dict(type='MARTLoss', weight=5.0), *_base_.router_loss[1:]],
 )

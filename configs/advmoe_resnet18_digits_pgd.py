@@ -4,4 +4,5 @@ _base_ = 'advmoe_resnet18_digits.py'
 model = dict(
     data_preprocessor=dict(attack=dict(_delete_=True, type='PGD', eps=0.2, alpha=0.05, steps=10)),
     robust_loss=dict(_delete_=True, type='AdversarialCrossEntropyLoss'),
+    router_loss=[dict(type='AdversarialCrossEntropyLoss'), *_base_.router_loss[1:]],
 )

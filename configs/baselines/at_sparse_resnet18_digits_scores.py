@@ -7,6 +7,6 @@ model = dict(
     stage='scores',
     input_size=8,
     # The pathway of advmoe_resnet18_digits.py, whose cost is to be matched.
-    target=dict(backbone=dict(base_channels=4), head=dict(in_channels=32)),
+    target=dict(backbone=dict(base_channels=8), head=dict(in_channels=64)),
 )
-train_cfg = dict(max_epochs=20, val_interval=5)
+train_cfg = dict(max_epochs=15, val_interval=5)

@@ -77,8 +77,8 @@ def test_kept_are_the_largest_scores_and_only_those_are_seen():
 
 def test_scores_get_the_gradient_of_a_mask():
     gate = build().gates[0]
-    gate.scores.data.copy_(torch.linspace(-1, 1, 8))
-    weights = torch.arange(8.0)
+    gate.scores.data.copy_(torch.linspace(-1, 1, gate.group.channels))
+    weights = torch.arange(float(gate.group.channels))
     (gate() * weights).sum().backward()
     assert torch.equal(gate.scores.grad, weights * gate.scores.sign())
 
@@ -97,7 +97,8 @@ def test_copy_masks_by_its_own_scores():
 
 def test_scores_start_as_the_size_of_the_weights_of_the_dense_checkpoint(tmp_path):
     dense = MODELS.build(Config.fromfile('configs/baselines/at_dense_resnet18_digits.py').model)
-    dense.backbone.layer1[0].conv1.weight.data *= torch.arange(1.0, 9.0).view(-1, 1, 1, 1)
+    weight = dense.backbone.layer1[0].conv1.weight.data
+    weight *= torch.linspace(1, 9, len(weight)).view(-1, 1, 1, 1)
     torch.save(dict(state_dict=dense.state_dict()), tmp_path / 'dense.pth')
     model = build()
     load_checkpoint(model, str(tmp_path / 'dense.pth'), strict=True)
