@@ -36,5 +36,5 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	@echo "==> tests: the whole suite, on the CPU; the slowest ones are listed at the end"
-	$(PY) -m pytest -q --durations=10
+	@echo "==> tests: the whole suite, on the CPU, one process for each core; the slowest ones are listed at the end"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --durations=10

@@ -43,7 +43,7 @@ setup(
     extras_require={
         'lite': [openmmlab('mmcv', 'mmcv-lite')],
         # Ruff is held to one minor version: the next may format differently.
-        'tests': ['pytest>=7.4', 'ruff>=0.17.0,<0.18.0'],
+        'tests': ['pytest>=7.4', 'pytest-xdist>=3.5', 'ruff>=0.17.0,<0.18.0'],
     },
     classifiers=[
         'Intended Audience :: Science/Research',
