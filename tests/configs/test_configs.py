@@ -28,7 +28,10 @@ SMALL = dict(
     growth_rate=2,
     init_channels=4,
     depths=[1, 1, 1],
-    arch=dict(embed_dims=8, num_layers=4, num_heads=2, feedforward_channels=16),
+    embed_dims=8,
+    num_layers=4,
+    num_heads=2,
+    feedforward_channels=16,
 )
 #: Attack steps, and what makes images of 224x224.
 FAST = dict(steps=1, scale=32, crop_size=32)
@@ -66,6 +69,19 @@ def _reduced(path: str, data: Path, work_dir: Path) -> Config:
         cfg.model.backbone.router.update(base_channels=2, num_blocks=1)
     dense_source = inner.pop('init_cfg', None)
     cfg.model.head.in_channels = _feature_channels(cfg.model)
+    if 'target' in cfg.model:
+        # Half as wide as this small network, as the pathway is half as wide as the dense one.
+        _replace(
+            cfg.model.target.backbone,
+            {
+                key: value // 2
+                for key, value in SMALL.items()
+                if key.endswith(('base_channels', 'stem_channels', 'rate'))
+            },
+        )
+        narrow = Config(dict(model=cfg.model.to_dict()))
+        narrow.merge_from_dict(dict(model=cfg.model.target))
+        cfg.model.target.head.in_channels = _feature_channels(narrow.model)
     if dense_source is not None:
         dense = dict(type='ImageClassifier', backbone=inner, head={**cfg.model.head, 'init_cfg': None})
         torch.save(MODELS.build(copy.deepcopy(dense)).state_dict(), work_dir / 'dense.pth')
