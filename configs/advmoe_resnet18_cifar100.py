@@ -2,7 +2,7 @@ _base_ = [
     '_base_/models/moe_resnet18_cifar.py',
     '_base_/datasets/cifar100.py',
     '_base_/attacks/linf_8_255.py',
-    '_base_/schedules/advmoe_sgd_100e.py',
+    '_base_/schedules/advmoe_sgd_200e.py',
     '_base_/advmoe_runtime.py',
 ]
 

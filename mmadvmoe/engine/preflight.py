@@ -14,6 +14,7 @@ from mmpretrain.registry import HOOKS, MODELS
 from torch.utils.data import DataLoader, Dataset
 
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
+from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
 
 from .optim_constructor import AlternatingOptimWrapperConstructor, check_param_scheduler
@@ -31,12 +32,13 @@ def check_config(cfg: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: A group of a training in turns has no schedule or an unknown name, or clean and adversarial images
-            go to a classifier that takes only one of them.
+            go to a classifier that takes only one of them, or a width is no whole number.
     """
     constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
     if _names(constructor, AlternatingOptimWrapperConstructor) and cfg.get('param_scheduler') is not None:
         check_param_scheduler(cfg['param_scheduler'])
     model = cfg.get('model') or {}
+    check_widths(model)
     preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     kind = model.get('type')
     if isinstance(kind, str):

@@ -268,3 +268,11 @@ def test_sound_configs_pass():
     check_config(full_cfg(model=classifier(None)))
     check_config(full_cfg(model=dict(type='NobodyKnows', data_preprocessor=PAIR)))
     check_config(Config())
+
+
+@pytest.mark.parametrize('width', [0, 2.5])
+def test_a_width_that_no_layer_can_have_is_named(width):
+    model = model_cfg()
+    model['backbone']['backbone']['base_channels'] = width
+    with pytest.raises(ValueError, match=rf'model\.backbone\.backbone\.base_channels={width}.*nearest is'):
+        check_config(dict(model=model))

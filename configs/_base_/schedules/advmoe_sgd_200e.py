@@ -16,4 +16,5 @@ param_scheduler = dict(
     experts=dict(type='CosineAnnealingLR', eta_min=0, by_epoch=True, convert_to_iter_based=True),
     router=dict(type='CosineAnnealingLR', eta_min=0, by_epoch=True, convert_to_iter_based=True),
 )
-train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=5)
+# Every other batch is the router's: 100 epochs for each side.
+train_cfg = dict(by_epoch=True, max_epochs=200, val_interval=10)
