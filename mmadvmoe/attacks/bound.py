@@ -100,7 +100,8 @@ class BoundAttack:
             raise TypeError(
                 f'an attack needs floating point images (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}'
             )
-        images = images.detach().clone()
+        # Some attacks of torchattacks flatten images with view().
+        images = images.detach().clone(memory_format=torch.contiguous_format)
         low, high = images.amin().item(), images.amax().item()
         # Written so that NaN fails too.
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):

@@ -108,3 +108,10 @@ def test_seed_of_the_call_reaches_every_part(make_tiny):
 def test_takes_all_that_torchattacks_takes():
     theirs = inspect.signature(torchattacks.AutoAttack).parameters
     assert set(theirs) <= set(inspect.signature(AutoAttack).parameters)
+
+
+def test_the_layout_of_the_images_in_memory_does_not_matter(make_tiny):
+    victim, images, labels = make_tiny()
+    attack = build_attack(dict(type='FAB', eps=0.1, steps=2), victim)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(attack(channels_last, labels, seed=0), attack(images, labels, seed=0))
