@@ -43,7 +43,12 @@ ROUTERS = dict(
 def config(case, schedule, batch_size, work_dir):
     model = model_cfg(
         robust_loss=dict(type='TRADESLoss', beta=6.0),
-        router_loss=[dict(type='TRADESLoss'), dict(type='RouterBalanceLoss'), dict(type='RouterKLLoss')],
+        router_loss=[
+            dict(type='TRADESLoss'),
+            dict(type='RouterBalanceLoss'),
+            dict(type='RouterImportanceLoss'),
+            dict(type='RouterKLLoss'),
+        ],
         data_preprocessor=dict(attack=dict(type='TRADESAttack', eps=8 / 255, alpha=4 / 255, steps=2)),
     )
     model['backbone']['router'] = ROUTERS[case]

@@ -8,7 +8,7 @@ model = dict(
         num_experts=4,
         include=[r'layers\.\d*[13579]\.ffn$'],
         routing='token',
-        router=dict(type='TokenRouter', top_k=1, noise=1.0),
+        router=dict(type='TokenRouter', top_k=1),
         backbone=dict(
             type='VisionTransformer',
             arch=dict(embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536),
