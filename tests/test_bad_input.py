@@ -167,7 +167,7 @@ CASES = {
         ["robust_loss.type='TRADEsLoss'", "mean 'TRADESLoss'?", 'AdversarialCrossEntropyLoss'],
     ),
     'unknown router loss': (
-        set_to(model__router_loss=dict(type='RouterLabelsLoss')),
+        set_to(model__router_loss=[dict(type='RouterLabelsLoss')]),
         ["router_loss.type='RouterLabelsLoss'", "mean 'RouterLabelLoss'?", 'TRADESLoss'],
     ),
     'unknown group': (
