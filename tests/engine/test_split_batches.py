@@ -17,7 +17,7 @@ GROUP_NORM = dict(type='GN', num_groups=1)
 
 
 @MODELS.register_module()
-class BrightnessRouter(BaseRouter):
+class SplitByBrightness(BaseRouter):
     """Sends dark images one way and bright images the other; ``bias`` sends all images one way."""
 
     def __init__(self, num_experts, bias=0.0):
@@ -35,8 +35,8 @@ class BrightnessRouter(BaseRouter):
 #: Which images go where: mixed on both processes; one expert idle on one process; one expert idle on both.
 ROUTERS = dict(
     mixed=dict(type='ResNetRouter', base_channels=2, num_blocks=1, num_stages=2, norm_cfg=GROUP_NORM),
-    idle_on_one=dict(type='BrightnessRouter'),
-    idle_on_both=dict(type='BrightnessRouter', bias=100.0),
+    idle_on_one=dict(type='SplitByBrightness'),
+    idle_on_both=dict(type='SplitByBrightness', bias=100.0),
 )
 
 
