@@ -1,16 +1,25 @@
-"""Small data sets in the formats in which the official ones come."""
+"""The same random numbers for each test, and small data sets in the formats in which the official ones come."""
 
 import hashlib
 import pickle
+import random
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from mmadvmoe.datasets import CIFAR10Split, CIFAR100Split, TinyImageNet
 
 _RNG = np.random.RandomState(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def _pickle(path: Path, content: dict) -> list:
