@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Optional, Union
 
-import torch
 from mmpretrain.models.classifiers import ImageClassifier
 from mmpretrain.models.heads import ClsHead
 from mmpretrain.models.losses import FocalLoss
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from mmadvmoe.attacks import Victim
 from mmadvmoe.moe import Routing, forward_routed
 
-from .data_preprocessor import AdvDataPreprocessor
+from .data_preprocessor import AdvDataPreprocessor, targets_of
 from .finite import check_finite
 from .objectives import Objective, Outputs, RobustBatch
 
@@ -150,7 +149,7 @@ class RobustClassifier(ImageClassifier):
         batch = RobustBatch(
             clean=self._outputs(inputs, needs_classes),
             adversarial=self._outputs(adv_inputs, needs_classes),
-            target=_targets(data_samples),
+            target=targets_of(data_samples),
             classification_loss=lambda logits: self.head._get_loss(logits, data_samples)['loss'],
         )
         self.routing_record = RoutingRecord(
@@ -170,12 +169,6 @@ class RobustClassifier(ImageClassifier):
         if needs_classes:
             return Outputs(*forward_routed(self, inputs))
         return Outputs(None, self.backbone.decide_routes(inputs))
-
-
-def _targets(data_samples: list[DataSample]) -> Tensor:
-    if 'gt_score' in data_samples[0]:
-        return torch.stack([sample.gt_score for sample in data_samples])
-    return torch.cat([sample.gt_label for sample in data_samples])
 
 
 def _check_head(head: Optional[nn.Module]) -> None:

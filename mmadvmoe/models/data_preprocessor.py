@@ -138,10 +138,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
                 'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
                 "dict(type='BindVictimHook') to custom_hooks"
             )
-        if 'gt_score' in data_samples[0]:
-            labels = torch.stack([sample.gt_score for sample in data_samples])
-        else:
-            labels = torch.cat([sample.gt_label for sample in data_samples])
+        labels = targets_of(data_samples)
         in_router_turn = getattr(self._victim[0].classifier, 'turn', None) == 'router'
         (attack,) = self._bound_in_router_turn if in_router_turn else self._bound
         try:
@@ -157,6 +154,13 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         named = [('router logits', routing.logits) for routing in routings] + [('class logits', logits)]
         wrong = dict.fromkeys(name for name, value in named if not value.isfinite().all())
         return ', '.join(wrong) or f'gradient of attack {attack}'
+
+
+def targets_of(data_samples: Sequence) -> Tensor:
+    """Labels (B,) int64 of a batch, or (B, K) class probabilities after batch augmentations."""
+    if 'gt_score' in data_samples[0]:
+        return torch.stack([sample.gt_score for sample in data_samples])
+    return torch.cat([sample.gt_label for sample in data_samples])
 
 
 def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> None:
