@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Optional
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmadvmoe.moe import router_modules, split_parameters
 
+from .dist import bare_model
 from .optim_wrapper import AlternatingOptimWrapper
 from .turns import TurnSchedule
 
@@ -111,7 +111,7 @@ class AlternatingOptimHook(Hook):
         runner.model.train()
         self._trainable = {
             group: [parameter for _, parameter in named if parameter.requires_grad]
-            for group, named in split_parameters(_unwrap(runner.model)).items()
+            for group, named in split_parameters(bare_model(runner.model)).items()
         }
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -161,13 +161,9 @@ class AlternatingOptimHook(Hook):
         _set_turn(runner.model, turn)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
-
-
 def _set_turn(model: nn.Module, turn: Optional[str]) -> None:
     """Tell a model with an objective for each turn, such as :class:`RobustClassifier`."""
-    model = _unwrap(model)
+    model = bare_model(model)
     if hasattr(model, 'turn'):
         model.turn = turn
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.models import AdvDataPreprocessor
+
+from .dist import bare_model
 
 
 @HOOKS.register_module()
@@ -35,7 +36,7 @@ class BindVictimHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Bind the bare model, once it is built."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner.model)
         if not isinstance(model.data_preprocessor, AdvDataPreprocessor):
             raise TypeError(
                 'custom_hooks: BindVictimHook needs data_preprocessor.type=AdvDataPreprocessor, got '

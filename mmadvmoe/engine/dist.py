@@ -9,7 +9,9 @@ from datetime import timedelta
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.model import is_model_wrapper
 from torch import distributed as torch_dist
+from torch import nn
 
 # For each launcher, the variables that it sets and the names that PyTorch reads them under.
 _LAUNCHER_VARIABLES = {
@@ -75,6 +77,11 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
         _init_gloo(dist_cfg.get('timeout'))
     else:
         _check_gpus()
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model itself, where a distributed wrapper may stand around it."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def finish_distributed() -> None:

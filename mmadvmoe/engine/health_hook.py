@@ -9,14 +9,15 @@ from typing import Any, Optional
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmadvmoe.models.finite import NonFiniteError
 from mmadvmoe.moe import Routing, router_modules
+
+from .dist import bare_model
 
 VIEWS = ('clean', 'adversarial')
 
@@ -74,7 +75,7 @@ class RouterHealthHook(Hook):
         Raises:
             TypeError: The model has routers but does not tell what they decide.
         """
-        model = _unwrap(runner.model)
+        model = bare_model(runner.model)
         self._watches = bool(router_modules(model))
         if self._watches and not hasattr(model, 'routing_record'):
             raise TypeError(
@@ -98,7 +99,7 @@ class RouterHealthHook(Hook):
     ) -> None:
         """Add the batch to the tally."""
         if self._watches:
-            record = _unwrap(runner.model).routing_record
+            record = bare_model(runner.model).routing_record
             if self._tally is None:
                 self._tally = _Tally(record.clean or record.adversarial)
             self._tally.add(record.clean, record.adversarial)
@@ -237,10 +238,6 @@ class _Tally:
                 scalars['dropped'] = float(self.dropped[router] / self.counts[:, router].sum())
             measured.append(scalars)
         return measured
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,7 +7,6 @@ from typing import Optional
 
 from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, TestLoop, ValLoop
 from mmpretrain.registry import LOOPS
 
@@ -21,6 +20,7 @@ from mmadvmoe.evaluation import (
     route_metrics,
 )
 
+from .dist import bare_model
 from .robust_evaluation import build_attacks, check_groups, evaluate_chunk, unit_batch
 from .seeding import preserve_rng_state
 
@@ -49,7 +49,7 @@ class _RobustLoop:
                 'precision an attack loses its gradient and the model looks more robust than it '
                 'is. Set it to False.'
             )
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner.model)
         self.data_preprocessor = model.data_preprocessor
         self.victim = Victim.from_classifier(model)
         self.attacks = build_attacks(attacks, self.victim, f'{self.mode}_cfg.attacks')

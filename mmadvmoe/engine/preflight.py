@@ -8,7 +8,6 @@ from typing import Any, Optional
 
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS, MODELS
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +16,7 @@ from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
 
+from .dist import bare_model
 from .optim_constructor import AlternatingOptimWrapperConstructor, check_param_scheduler
 from .seeding import preserve_rng_state
 
@@ -69,7 +69,7 @@ class PreflightHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Check all that is built."""
         check_config(runner.cfg)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner.model)
         preprocessor = model.data_preprocessor
         _check_attack(model, preprocessor)
         _check_batches(runner.train_dataloader)

@@ -7,13 +7,12 @@ import torch
 from mmengine.dataset import worker_init_fn as mmengine_worker_init_fn
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmpretrain.registry import HOOKS
-from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from .checkpoint_hook import SafeCheckpointHook, is_training
+from .dist import bare_model
 from .seeding import get_rng_state, set_rng_state
 
 _KEY = 'exact_resume'
@@ -116,7 +115,7 @@ class ExactResumeHook(Hook):
             )
             return
         own = state['ranks'][get_rank()]
-        model = _bare_model(runner)
+        model = bare_model(runner.model)
         for name, gradient in own['gradients'].items():
             parameter = model.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
@@ -163,7 +162,7 @@ class _SkippingIterator:
 
 def _own_state(runner: Runner) -> dict:
     """What this process alone knows."""
-    model = _bare_model(runner)
+    model = bare_model(runner.model)
     buffers = model.named_buffers() if get_rank() > 0 else ()
     return dict(
         rng=get_rng_state(),
@@ -179,10 +178,6 @@ def _own_state(runner: Runner) -> dict:
 def _progress(runner: Runner) -> int:
     by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
     return runner.iter if by_iter else runner.epoch
-
-
-def _bare_model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _sampler(loader: DataLoader) -> Sampler:
