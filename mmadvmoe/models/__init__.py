@@ -1,5 +1,12 @@
 from .backbones import DenseNet_CIFAR, ScaledVGG, WideResNet, WideResNet_CIFAR
-from .balance_objectives import RouterBalanceLoss, RouterImportanceLoss, RouterLoadLoss, RouterZLoss
+from .balance_objectives import (
+    RouterBalanceLoss,
+    RouterGlobalEntropyLoss,
+    RouterImportanceLoss,
+    RouterLoadLoss,
+    RouterLocalEntropyLoss,
+    RouterZLoss,
+)
 from .classifier import RobustClassifier, RoutingRecord
 from .data_preprocessor import AdvDataPreprocessor
 from .finite import NonFiniteError, check_finite
@@ -27,10 +34,12 @@ __all__ = [
     'RobustBatch',
     'RobustClassifier',
     'RouterBalanceLoss',
+    'RouterGlobalEntropyLoss',
     'RouterImportanceLoss',
     'RouterKLLoss',
     'RouterLabelLoss',
     'RouterLoadLoss',
+    'RouterLocalEntropyLoss',
     'RouterZLoss',
     'RoutingRecord',
     'ScaledVGG',

@@ -74,6 +74,39 @@ class RouterBalanceLoss(RouterOrderLoss):
 
 
 @MODELS.register_module()
+class RouterLocalEntropyLoss(RouterOrderLoss):
+    r"""Ask for decided routes: :math:`L = w \cdot E_x H(r(x))`, the entropy of the softmax of one image, in nats.
+
+    A loss that asks for balance alone is content with a router that gives all experts the same probability for every
+    image; such routes differ by next to nothing, and any attack changes them. By itself this one sends everything to
+    one expert: use it beside :class:`RouterGlobalEntropyLoss` or :class:`RouterBalanceLoss`. Mustafa et al.,
+    "Multimodal Contrastive Learning with LIMoE", arXiv:2206.02770, equation 4.
+    """
+
+    term = 'local_entropy'
+
+    def measure(self, routing: Routing) -> Tensor:
+        """In [0, ln N]."""
+        return _entropy(_probabilities(routing)).mean()
+
+
+@MODELS.register_module()
+class RouterGlobalEntropyLoss(RouterOrderLoss):
+    r"""Ask for the use of all experts: :math:`L = -w \cdot H(E_x r(x))`, minus the entropy of the mean softmax, in nats.
+
+    The mean is over the batch of all processes. Beside :class:`RouterLocalEntropyLoss` of the same weight it is the
+    mutual information of image and expert. Mustafa et al., "Multimodal Contrastive Learning with LIMoE",
+    arXiv:2206.02770, equation 5.
+    """
+
+    term = 'global_entropy'
+
+    def measure(self, routing: Routing) -> Tensor:
+        """In [-ln N, 0]."""
+        return -_entropy(_global_mean(_probabilities(routing).mean(dim=0)))
+
+
+@MODELS.register_module()
 class RouterImportanceLoss(RouterOrderLoss):
     r"""Ask for equal importance of the experts: :math:`L = w \cdot (std(I) / mean(I))^2`.
 
@@ -135,6 +168,11 @@ class RouterZLoss(RouterOrderLoss):
 def _probabilities(routing: Routing) -> Tensor:
     """(images or tokens, N), in float32."""
     return routing.logits.float().flatten(0, -2).softmax(dim=-1)
+
+
+def _entropy(probability: Tensor) -> Tensor:
+    """(..., N) -> (...), in nats."""
+    return torch.special.entr(probability.clamp(min=torch.finfo(probability.dtype).tiny)).sum(dim=-1)
 
 
 def _global_mean(local: Tensor) -> Tensor:
