@@ -1,4 +1,4 @@
-"""The networks of the paper: shapes, parameters and costs that can be counted by hand, dense and as a mixture."""
+"""The networks of the paper, in small: shapes, frozen stages, weights, and mixtures against their pathways."""
 
 import pytest
 import torch
@@ -51,38 +51,9 @@ NETWORKS = [
 ]
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def test_parameters_of_wide_resnet_28_10_are_those_of_the_paper() -> None:
-    # arXiv:1605.07146, table 4: 36.5M with the classifier of 10 classes.
-    with torch.device('meta'):
-        network = WideResNet_CIFAR(depth=28, widen_factor=10)
-    assert _parameters(network) + 650 * 10 - 10 * 9 == pytest.approx(36.5e6, rel=2e-3)
-    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) for m in network.modules()) == 3
-
-
-def test_parameters_of_densenet_bc_40_12_by_hand() -> None:
-    network = DenseNet_CIFAR(dict(growth_rate=12, depths=[6, 6, 6], init_channels=24))
-    channels, count = 24, 3 * 9 * 24
-    for block in range(3):
-        for _ in range(6):
-            count += 2 * channels + channels * 48 + 2 * 48 + 48 * 12 * 9
-            channels += 12
-        if block < 2:
-            count += 2 * channels + channels * channels // 2
-            channels //= 2
-    assert _parameters(network) == count + 2 * channels
-    assert channels == 132
-
-
-def test_parameters_of_vgg16_bn_by_hand() -> None:
-    network = ScaledVGG(16, base_channels=32, with_last_pool=False)
-    widths = [32] * 2 + [64] * 2 + [128] * 3 + [256] * 6
-    pairs = list(zip([3, *widths], widths))
-    assert _parameters(network) == sum(9 * a * b + 2 * b for a, b in pairs)
-    assert network(torch.rand(2, 3, 32, 32))[0].shape == (2, 256, 2, 2)
+def test_vgg16_bn_ends_in_2x2_positions() -> None:
+    network = ScaledVGG(16, base_channels=2, with_last_pool=False)
+    assert network(torch.rand(2, 3, 32, 32))[0].shape == (2, 16, 2, 2)
 
 
 @pytest.mark.parametrize('name', SMALL)

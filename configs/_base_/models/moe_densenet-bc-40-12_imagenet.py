@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         type='MoEBackbone',
         num_experts=2,
-        include=[r'stages\.\d\.block\.\d\.conv\d'],
+        include=[r'stages\.\d\.block\.\d+\.conv\d'],
         routing='image',
         router=dict(type='ResNetRouter', stem_stride=8, num_blocks=1),
         backbone=dict(type='DenseNet', arch=dict(growth_rate=6, depths=[6, 6, 6], init_channels=24)),

@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         type='MoEBackbone',
         num_experts=2,
-        include=[r'layer\d\.\d\.conv\d', r'layer\d\.\d\.downsample\.0'],
+        include=[r'layer\d\.\d+\.conv\d', r'layer\d\.\d+\.downsample\.0'],
         routing='image',
         router=dict(type='ResNetRouter', stem_stride=4),
         backbone=dict(type='ResNet', depth=18, stem_channels=32, base_channels=32),

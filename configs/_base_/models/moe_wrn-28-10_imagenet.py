@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         type='MoEBackbone',
         num_experts=2,
-        include=[r'layer\d\.\d\.conv\d', r'layer\d\.\d\.shortcut'],
+        include=[r'layer\d\.\d+\.conv\d', r'layer\d\.\d+\.shortcut'],
         routing='image',
         router=dict(type='ResNetRouter', stem_stride=4),
         backbone=dict(type='WideResNet', depth=28, widen_factor=10, base_channels=8),
