@@ -123,10 +123,7 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_drawing_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only their number counts here, and there are hundreds of millions."""
-    monkeypatch.setattr(nn.init, 'kaiming_uniform_', lambda weight, **_: weight)
+pytestmark = pytest.mark.usefixtures('no_drawing_of_weights')
 
 
 def parameters(module):
