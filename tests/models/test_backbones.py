@@ -72,20 +72,25 @@ def test_out_indices_give_the_stages_asked_for(name: str) -> None:
     assert torch.equal(last(image)[0], network(image)[-1])
 
 
+@pytest.mark.parametrize('mixture', [False, True], ids=['dense', 'mixture'])
 @pytest.mark.parametrize('name', SMALL)
-def test_frozen_stages_and_norm_eval_hold_in_training(name: str) -> None:
+def test_frozen_stages_and_norm_eval_hold_in_training(name: str, mixture: bool) -> None:
     kind, cfg, *_ = SMALL[name]
-    network = kind(**cfg, frozen_stages=1, norm_eval=True)
+    backbone = dict(type=kind.__name__, **cfg, frozen_stages=1, norm_eval=True)
+    if mixture:
+        backbone = dict(type='MoEBackbone', num_experts=2, include=INCLUDE[kind.__name__], backbone=backbone)
+    network = MODELS.build(backbone)
     network.train()
     size = 32 if name == 'vgg' else 16
-    before = {key: value.clone() for key, value in network.state_dict().items()}
+    before = {key: value.clone() for key, value in network.state_dict().items() if not key.startswith('router.')}
     network(torch.rand(2, 3, size, size))[-1].sum().backward()
-    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    after = network.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
     moved = {key for key, parameter in network.named_parameters() if parameter.grad is not None}
     fixed = {key for key, parameter in network.named_parameters() if not parameter.requires_grad}
     assert moved and fixed and moved | fixed == {key for key, _ in network.named_parameters()}
     stem = next(iter(dict(network.named_parameters())))
-    assert stem in fixed
+    assert stem in fixed and not any(key.startswith('router.') for key in fixed)
 
 
 @pytest.mark.parametrize('name', SMALL)
