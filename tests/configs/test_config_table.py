@@ -86,15 +86,28 @@ def test_every_config_is_in_the_model_index_once() -> None:
         assert result['Metrics'] is None and result['Dataset'] == model['Metadata']['Training Data']
 
 
-def test_mmpretrain_finds_the_models_by_name() -> None:
-    """By the reader that MIM and MMPretrain share, and as a user of ``mmpretrain.get_model`` asks for one."""
+def test_pruned_networks_cost_what_a_pathway_costs() -> None:
+    parts = yaml.safe_load((ROOT / 'configs' / 'baselines' / 'metafile.yml').read_text(encoding='utf-8'))
+    flops = {model['Name']: model['Metadata']['FLOPs'] for model in parts['Models']}
+    pruned = [name for name in flops if name.startswith('at_sparse_')]
+    assert len(pruned) == 2 * 17
+    for name in pruned:
+        narrow = name.replace('_sparse_', '_sdense_').removesuffix('_scores')
+        assert flops[name] == pytest.approx(flops[narrow], rel=0.05), name
+
+
+def test_mmpretrain_finds_the_models_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the reader that MIM and MMPretrain share, as the README shows it."""
     assert len(load(str(ROOT / 'model-index.yml')).models) == len(FILES)
-    ModelHub.register_model_index(ROOT / 'model-index.yml', config_prefix=ROOT)
-    found = ModelHub.get('advmoe_resnet18_digits')
-    assert found.full_model.paper['URL'] == 'https://arxiv.org/abs/2308.10110'
-    assert found.config.filename == str(ROOT / 'configs' / 'advmoe_resnet18_digits.py')
-    model = importlib.import_module('mmpretrain').get_model('at_dense_resnet18_digits')
-    assert isinstance(model, ImageClassifier) and model.head.num_classes == 10
+    (code,) = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(code, names)
+    assert isinstance(names['model'], ImageClassifier) and names['model'].backbone.num_experts == 2
+    for path in FILES:
+        entry = ModelHub._models_dict[Path(path).stem]
+        assert entry.config == str(ROOT / 'configs' / path)
+        assert entry.full_model.paper['URL'] == 'https://arxiv.org/abs/2308.10110'
 
 
 def test_commands_of_the_readme_name_files_and_checkpoints_that_there_are() -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
@@ -180,3 +181,17 @@ def test_the_head_of_vgg_is_that_of_the_reference() -> None:
         sizes = [(layer.in_features, layer.out_features) for layer in model.modules() if isinstance(layer, nn.Linear)]
         assert sizes == [(8 * width * 2 * 2, 256), (256, 256), (256, 10)]
         assert [type(layer) for layer in model.modules() if isinstance(layer, nn.ReLU)] == [nn.ReLU] * 2
+
+
+def test_the_readme_tells_the_heads_of_other_depths() -> None:
+    text = (BASE.parents[1] / 'README.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| [^|]+ \| `advmoe_(\S+)_\*` \| `(\w+)=(\d+)`(.*?) \| (\d+) \|$', text, re.MULTILINE)
+    assert len(rows) == 5
+    for network, key, first, others, channels in rows:
+        for value in (first, *re.findall(r'`(\d+)`', others)):
+            model = Config.fromfile(BASE / f'moe_{network}_cifar.py').model
+            backbone = MODELS.build(dict(model.backbone.backbone, **{key: int(value)}))
+            backbone.eval()
+            with torch.no_grad():
+                features = MODELS.build(model.neck)(backbone(torch.zeros(1, 3, 32, 32)))
+            assert features[-1].shape[1] == int(channels), (network, value)
