@@ -17,7 +17,7 @@ NETWORKS = {
     'densenet-bc-40-12': 'DenseNet-BC-40-12',
 }
 #: Data sets of the paper.
-COLUMNS = ('cifar10', 'cifar100', 'tiny-imagenet', 'imagenet')
+PAPER_DATA_SETS = ('cifar10', 'cifar100', 'tiny-imagenet', 'imagenet')
 KINDS = {'dense': 'Dense', 'sdense': 'S-Dense', 'sparse': 'Sparse', 'moe': 'MoE'}
 COST_HEAD = [
     'Network',
@@ -98,7 +98,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def tables() -> str:
     """Both tables: the networks of the paper with their costs, and all other configs."""
     init_default_scope('mmpretrain')
-    costs = markdown(COST_HEAD, [cost_row(network, data) for network in NETWORKS for data in COLUMNS])
+    costs = markdown(COST_HEAD, [cost_row(network, data) for network in NETWORKS for data in PAPER_DATA_SETS])
     others = [path for path in config_files() if f']({path.relative_to(CONFIGS).as_posix()})' not in costs]
     rest = markdown(['Config', 'What it is'], [[link(path, path.stem), what_differs(path)] for path in others])
     return f'{costs}\n\nAll other configs, among them variants of the above:\n\n{rest}'
