@@ -1,9 +1,36 @@
+import os
+import shutil
 from pathlib import Path
 from runpy import run_path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+#: What OpenMMLab's MIM and ModelHub look for in the folder .mim of an installed package.
+MIM_FILES = ('configs', 'tools', 'model-index.yml')
+
+
+class BuildWithMim(build_py):
+    """Put configs, tools and model index into the package: copies, or links for an editable installation.
+
+    Windows lets few users make links.
+    """
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT if self.editable_mode else Path(self.build_lib).resolve()
+        folder = package / 'mmadvmoe' / '.mim'
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in MIM_FILES:
+            source = ROOT / name
+            if self.editable_mode and os.name == 'posix':
+                (folder / name).symlink_to(source, target_is_directory=source.is_dir())
+            elif source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+            else:
+                shutil.copy(source, folder)
 
 
 def openmmlab(module: str, distribution: str = '') -> str:
@@ -21,6 +48,7 @@ setup(
     license='Apache-2.0',
     keywords='adversarial robustness, mixture of experts, image classification, OpenMMLab',
     packages=find_packages(include=['mmadvmoe', 'mmadvmoe.*']),
+    cmdclass={'build_py': BuildWithMim},
     python_requires='>=3.10',
     install_requires=[
         # Neither mmcv nor mmcv-lite stands here. Both provide the module `mmcv` and overwrite each
@@ -42,8 +70,8 @@ setup(
     ],
     extras_require={
         'lite': [openmmlab('mmcv', 'mmcv-lite')],
-        # Ruff is held to one minor version: the next may format differently.
-        'tests': ['pytest>=7.4', 'pytest-xdist>=3.5', 'ruff>=0.17.0,<0.18.0'],
+        # Ruff is held to one minor version: the next may format differently. From 70.1 on, setuptools builds wheels.
+        'tests': ['pytest>=7.4', 'pytest-xdist>=3.5', 'ruff>=0.17.0,<0.18.0', 'setuptools>=70.1'],
     },
     classifiers=[
         'Intended Audience :: Science/Research',

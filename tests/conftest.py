@@ -22,6 +22,13 @@ def _same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_drawing_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that build networks of full size to count something: most of that time would go into random numbers."""
+    for draw in ('kaiming_uniform_', 'uniform_', 'normal_', 'trunc_normal_'):
+        monkeypatch.setattr(torch.nn.init, draw, lambda weight, *_, **__: weight)
+
+
 def _pickle(path: Path, content: dict) -> list:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = pickle.dumps(content)

@@ -84,7 +84,7 @@ def train(tmp_path, name, changes):
     Runner.from_cfg(cfg).train()
 
 
-def message_of(tmp_path, name, changes, error=(ValueError, TypeError)):
+def message_of(tmp_path, name, changes, error=(ValueError, TypeError, FileNotFoundError)):
     """With which error training stops, before any optimizer has stepped."""
     with pytest.raises(error) as caught:
         train(tmp_path, name, changes)
@@ -130,6 +130,15 @@ def faulty_data(fault):
     return change
 
 
+def half_unpacked(cfg):
+    """CIFAR-10 of which the first file is there, and not all of it."""
+    folder = Path(cfg.work_dir) / 'data' / 'cifar-10-batches-py'
+    folder.mkdir(parents=True)
+    (folder / 'data_batch_1').write_bytes(b'half of a file')
+    pipeline = [dict(type='PackInputs')]
+    cfg.train_dataloader.dataset = dict(type='CIFAR10Split', data_root=str(folder.parent), pipeline=pipeline)
+
+
 CASES = {
     'negative eps': (attack(eps=-0.1), ['TRADESAttack', 'eps=-0.1', 'at least 0']),
     'eps in 0..255': (attack(eps=8), ['TRADESAttack', 'eps=8 is above 1', '[0, 1]', 'eps=8 / 255']),
@@ -138,6 +147,40 @@ CASES = {
     'steps 0': (attack(steps=0), ['TRADESAttack', 'steps=0', 'at least 1']),
     'N 0': (set_to(model__backbone__num_experts=0), ['backbone.num_experts=0', 'at least 1']),
     'N negative': (set_to(model__backbone__num_experts=-2), ['backbone.num_experts=-2', 'at least 1']),
+    'N 1': (
+        set_to(model__backbone__num_experts=1),
+        ['router_loss: ', 'MoEBackbone has no router', 'num_experts >= 2'],
+    ),
+    'N 1 in turns': (
+        set_to(model__backbone__num_experts=1, model__router_loss=dict(_delete_=True, type='TRADESLoss')),
+        ['has no router to train in turns', 'num_experts >= 2', 'optim_wrapper=dict(optimizer=...)'],
+    ),
+    'r that makes a width of zero': (
+        set_to(model__backbone__backbone__base_channels=0),
+        ['model.backbone.backbone.base_channels=0', 'the first stage', 'the nearest is 1'],
+    ),
+    'r that makes no whole width': (
+        set_to(model__backbone__backbone__base_channels=0.3 * 16),
+        ['model.backbone.backbone.base_channels=4.8', 'the first stage', 'the nearest is 5'],
+    ),
+    'experts in the stem': (
+        set_to(model__backbone__include=['conv']),
+        ["backbone.include takes in the stem 'conv1'", 'narrow the pattern', 'backbone.exclude'],
+    ),
+    'images smaller than the poolings': (
+        set_to(
+            model__backbone=dict(
+                include=[r'features\.[1-9]\d*\.conv'],
+                backbone=dict(_delete_=True, type='ScaledVGG', depth=16, base_channels=2, with_last_pool=False),
+            ),
+            model__head__in_channels=16,
+        ),
+        ['images of 8x8 are too small for the ScaledVGG', 'at least 16x16', 'Resize in the pipeline'],
+    ),
+    'half unpacked data': (
+        half_unpacked,
+        ['cifar-10-batches-py', 'missing: ', 'data_batch_2', 'damaged or incomplete: data_batch_1', 'tar -xzf'],
+    ),
     'router set to fewer experts': (
         set_to(model__backbone__num_experts=4, model__backbone__router__num_experts=2),
         ['backbone.router.num_experts=2', 'backbone.num_experts=4'],

@@ -2,39 +2,14 @@
 # Train on a slurm cluster, on one machine or on several.
 set -euo pipefail
 
+TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=tools/slurm.sh
+source "$TOOLS/slurm.sh"
+
 if [ "$#" -lt 4 ]; then
-    cat >&2 <<USAGE
-usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [arguments of tools/train.py]
-environment:
-  GPUS           processes in all, one per GPU [8]
-  GPUS_PER_NODE  processes on each machine [8]
-  CPUS_PER_TASK  cores of each process [5]
-  SRUN_ARGS      further arguments of srun; --gres=none for a partition without GPUs []
-  MASTER_PORT    port on the first machine [from the number of the job]
-  PYTHON         interpreter [python]
-USAGE
+    echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [arguments of tools/train.py]" >&2
+    echo "$SLURM_ENVIRONMENT" >&2
     exit 2
 fi
 
-PARTITION=$1
-JOB_NAME=$2
-CONFIG=$3
-WORK_DIR=$4
-GPUS=${GPUS:-8}
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# Several arguments in one variable, split at white space.
-read -r -a SRUN_EXTRA <<<"${SRUN_ARGS:-}"
-
-PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" \
-    exec srun \
-    --partition="$PARTITION" \
-    --job-name="$JOB_NAME" \
-    --gres="gpu:$GPUS_PER_NODE" \
-    --ntasks="$GPUS" \
-    --ntasks-per-node="$GPUS_PER_NODE" \
-    --cpus-per-task="${CPUS_PER_TASK:-5}" \
-    --kill-on-bad-exit=1 \
-    ${SRUN_EXTRA[@]+"${SRUN_EXTRA[@]}"} \
-    "${PYTHON:-python}" -u "$TOOLS/train.py" "$CONFIG" --work-dir "$WORK_DIR" \
-    --launcher slurm "${@:5}"
+run_on_slurm "$1" "$2" "$TOOLS/train.py" "$3" --work-dir "$4" --launcher slurm "${@:5}"

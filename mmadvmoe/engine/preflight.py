@@ -6,12 +6,16 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
+import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS, MODELS
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from mmadvmoe.attacks import Victim
+from mmadvmoe.evaluation.cost import size_must_fit
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
@@ -52,12 +56,13 @@ def check_config(cfg: Mapping[str, Any]) -> None:
 class PreflightHook(Hook):
     """Checks model and data of a training run against each other, before its first iteration.
 
-    Labels of all images are looked at, and a few images of each data set are read; the random state is left as it
-    was. ``tools/train.py`` calls :func:`check_config` before anything is built; with other tools this hook does.
+    Labels of all images are looked at, a few images of each data set are read, and one of them goes through the
+    network; the random state is left as it was. ``tools/train.py`` calls :func:`check_config` before anything is
+    built; with other tools this hook does.
 
     Raises:
         ValueError: Labels and classes do not fit, the attack has no victim, there is no image or a batch would hold a
-            single one, or images differ in size or are not in 0..255.
+            single one, or images differ in size, are too small for the network or are not in 0..255.
 
     Examples:
         >>> custom_hooks = [dict(type='PreflightHook')]
@@ -73,14 +78,12 @@ class PreflightHook(Hook):
         preprocessor = model.data_preprocessor
         _check_attack(model, preprocessor)
         _check_batches(runner.train_dataloader)
-        num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
-        with_images = isinstance(preprocessor, AdvDataPreprocessor)
         for key in ('train_dataloader', 'val_dataloader'):
             if key == 'val_dataloader' and runner.val_loop is None:
                 continue
             # What a data set draws for a check must not change what it draws in training.
             with preserve_rng_state():
-                _check_data(getattr(runner, key).dataset, key, num_classes, with_images)
+                _check_data(getattr(runner, key).dataset, key, model)
 
 
 def _names(given: Any, wanted: type) -> bool:
@@ -146,15 +149,25 @@ def _read_some(dataset: Dataset) -> list[dict]:
     return [dataset[index * len(dataset) // count] for index in range(count)]
 
 
-def _check_data(dataset: Dataset, key: str, num_classes: Optional[int], with_images: bool) -> None:
+def _check_data(dataset: Dataset, key: str, model: nn.Module) -> None:
     if not len(dataset):
         raise ValueError(f'{key}.dataset ({type(dataset).__name__}) holds no image')
-    samples = _read_some(dataset) if with_images else []
+    samples = _read_some(dataset) if isinstance(model.data_preprocessor, AdvDataPreprocessor) else []
     if samples:
         check_images([sample['inputs'] for sample in samples], key)
+        _check_size(samples[0]['inputs'], key, model)
+    num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
     if num_classes is not None:
-        _check_classes(dataset, key, num_classes)
+        _check_classes(dataset, key, num_classes, getattr(model.data_preprocessor, 'num_classes', None))
         _check_labels(dataset, samples, key, num_classes)
+
+
+def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
+    """Let the network run on one image of the data set, (C, H, W)."""
+    advice = f'enlarge them, with a Resize in {key}.dataset.pipeline'
+    device = next(model.parameters()).device
+    with Victim.from_classifier(model).frozen() as victim, torch.no_grad(), size_must_fit(image.shape, advice):
+        victim(image[None].to(device) / 255)
 
 
 def _parts(dataset: Dataset) -> Iterator[Dataset]:
@@ -167,7 +180,11 @@ def _parts(dataset: Dataset) -> Iterator[Dataset]:
         yield from _parts(part)
 
 
-def _check_classes(dataset: Dataset, key: str, num_classes: int) -> None:
+def _check_classes(dataset: Dataset, key: str, num_classes: int, of_preprocessor: Optional[int]) -> None:
+    if of_preprocessor not in (None, num_classes):
+        raise ValueError(
+            f'model.head.num_classes={num_classes} differs from data_preprocessor.num_classes={of_preprocessor}'
+        )
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
     if classes is not None and len(classes) != num_classes:
         raise ValueError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -19,6 +20,8 @@ from mmadvmoe.moe import ExpertLayer, forward_routed, router_modules
 
 #: What the name of a config begins with: the method. The rest names network, data set and variant.
 _METHOD = re.compile(r'^(?:advmoe|(?:at|plain)_(?:dense|sdense|sparse|moe))_')
+#: What torch says of a convolution or a pooling that would give an image of no size.
+_NOTHING_LEFT = ("can't be greater than actual input size", 'Output size is too small')
 _GIGA = 1e9
 
 
@@ -133,14 +136,30 @@ def flop_analyzer(classifier: nn.Module, input_shape: Sequence[int]) -> FlopAnal
     traced = _Traced(classifier).eval()
     analyzer = FlopAnalyzer(traced, (image,)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analyzer.tracer_warnings('none')
-    try:
-        with torch.no_grad():
-            analyzer.total()
-    except RuntimeError as error:
-        if 'size' not in str(error):
-            raise
-        raise ValueError(f'input shape {tuple(input_shape)} is too small for the strides of the network') from error
+    with torch.no_grad(), size_must_fit(input_shape, 'give another input_shape'):
+        analyzer.total()
     return analyzer
+
+
+@contextmanager
+def size_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
+    """Run a network on an image inside of this, to hear that the image is too small for it.
+
+    Args:
+        shape (Sequence[int]): (C, H, W), for the message.
+        advice (str): What to do about it, for the message.
+
+    Raises:
+        ValueError: A convolution or pooling found nothing left to work on.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NOTHING_LEFT):
+            raise
+        raise ValueError(
+            f'images of shape {tuple(shape)} are too small for the strides of the network: {advice}'
+        ) from error
 
 
 def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -106,7 +106,7 @@ class RobustClassifier(ImageClassifier):
             if objective.needs_routers and not getattr(self.backbone, 'num_routers', 0):
                 raise ValueError(
                     f'{key}: {type(objective).__name__} is about router logits, but the backbone '
-                    f'{type(self.backbone).__name__} has no router'
+                    f'{type(self.backbone).__name__} has no router; it takes a MoEBackbone with num_experts >= 2'
                 )
         return objectives
 

@@ -208,6 +208,23 @@ def test_what_is_right_is_left_alone(tmp_path, cfg):
     build_runner(joint_cfg(tmp_path, epochs=1, **cfg)).train()
 
 
+def test_classes_of_the_preprocessor_must_be_those_of_the_head(tmp_path):
+    model = model_cfg(data_preprocessor=dict(PAIR, num_classes=10))
+    message = stopped(joint_cfg(tmp_path, model))
+    assert 'model.head.num_classes=3 differs from data_preprocessor.num_classes=10' in message
+    build_runner(joint_cfg(tmp_path, model_cfg(data_preprocessor=dict(PAIR, num_classes=CLASSES)), epochs=1)).train()
+
+
+def test_images_smaller_than_the_strides_are_named(tmp_path):
+    """A backbone of MMPretrain, which does not check its images."""
+    backbone = dict(type='DenseNet', arch=dict(growth_rate=2, depths=[1, 1, 1], init_channels=4))
+    model = model_cfg(backbone=backbone, head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=5))
+    message = stopped(joint_cfg(tmp_path, model))
+    assert re.search(
+        r'\(3, 8, 8\) are too small for the strides.*Resize in train_dataloader\.dataset\.pipeline', message
+    )
+
+
 def test_iterations_are_checked_like_epochs(tmp_path):
     cfg = joint_cfg(
         tmp_path,

@@ -47,30 +47,30 @@ class Pad(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, conv, channels_in, channels, stride, shortcut):
+    def __init__(self, conv, channels_in, channels, stride, shortcut, name):
         super().__init__()
         self.conv1 = conv(channels_in, channels, 3, stride, 1)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3, 1, 1)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = shortcut(channels_in, channels, stride)
+        changes_shape = stride != 1 or channels_in != channels
+        self.name = name
+        self.add_module(name, shortcut(channels_in, channels, stride) if changes_shape else nn.Sequential())
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(out + getattr(self, self.name)(x))
 
 
 def plain_conv(channels_in, channels, kernel, stride=1, padding=0):
     return nn.Conv2d(channels_in, channels, kernel, stride, padding, bias=False)
 
 
-def _stages(conv, channels_in, widths, blocks, shortcut):
+def _stages(conv, channels_in, widths, blocks, shortcut, name='shortcut'):
     for index, width in enumerate(widths):
         layers = []
         for block in range(blocks):
-            layers.append(BasicBlock(conv, channels_in, width, 2 if index and not block else 1, shortcut))
+            layers.append(BasicBlock(conv, channels_in, width, 2 if index and not block else 1, shortcut, name))
             channels_in = width
         yield f'layer{index + 1}', nn.Sequential(*layers)
 
@@ -113,26 +113,33 @@ class Network(nn.Module):
 
 
 class ResNet18(Network):
-    def __init__(self, stem, width, experts=1, classes=10):
+    """With ``imagenet``, a 7x7 stem and max pooling, experts in the shortcuts too, and other names for two layers."""
+
+    def __init__(self, stem, width, experts=1, classes=10, imagenet=False):
         super().__init__()
-        self.conv1 = plain_conv(3, stem, 3, 1, 1)
+        self.imagenet = imagenet
+        self.conv1 = plain_conv(3, stem, 7, 2, 3) if imagenet else plain_conv(3, stem, 3, 1, 1)
         self.bn1 = nn.BatchNorm2d(stem)
 
         def conv(*args):
             return ExpertConv(*args, experts=experts) if experts > 1 else plain_conv(*args)
 
         def shortcut(channels_in, channels, stride):
-            return nn.Sequential(plain_conv(channels_in, channels, 1, stride), nn.BatchNorm2d(channels))
+            kind = conv if imagenet else plain_conv
+            return nn.Sequential(kind(channels_in, channels, 1, stride, 0), nn.BatchNorm2d(channels))
 
-        for name, stage in _stages(conv, stem, [width * 2**i for i in range(4)], 2, shortcut):
+        widths = [width * 2**i for i in range(4)]
+        for name, stage in _stages(conv, stem, widths, 2, shortcut, 'downsample' if imagenet else 'shortcut'):
             self.add_module(name, stage)
-        self.linear = nn.Linear(8 * width, classes)
+        self.add_module('fc' if imagenet else 'linear', nn.Linear(8 * width, classes))
 
     def run(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
+        if self.imagenet:
+            x = F.max_pool2d(x, 3, 2, 1)
         for index in range(4):
             x = getattr(self, f'layer{index + 1}')(x)
-        return self.linear(x.mean((2, 3)))
+        return (self.fc if self.imagenet else self.linear)(x.mean((2, 3)))
 
 
 class WideBlock(nn.Module):
@@ -156,13 +163,16 @@ class WideBlock(nn.Module):
 
 
 class WideResNet28(Network):
-    def __init__(self, stem, widen, experts=1, classes=10):
+    """With ``imagenet``, a 7x7 stem, its norm and max pooling."""
+
+    def __init__(self, stem, widen, experts=1, classes=10, imagenet=False):
         super().__init__()
 
         def conv(*args):
             return ExpertConv(*args, experts=experts) if experts > 1 else plain_conv(*args)
 
-        self.conv1 = plain_conv(3, stem, 3, 1, 1)
+        self.conv1 = plain_conv(3, stem, 7, 2, 3) if imagenet else plain_conv(3, stem, 3, 1, 1)
+        self.bn0 = nn.BatchNorm2d(stem) if imagenet else None
         channels = stem
         for index in range(3):
             width = stem * widen * 2**index
@@ -178,6 +188,8 @@ class WideResNet28(Network):
 
     def run(self, x):
         x = self.conv1(x)
+        if self.bn0 is not None:
+            x = F.max_pool2d(F.relu(self.bn0(x)), 3, 2, 1)
         for block in (self.block1, self.block2, self.block3):
             x = block.layer(x)
         return self.fc(F.relu(self.bn1(x)).mean((2, 3)))

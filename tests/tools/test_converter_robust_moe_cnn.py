@@ -36,11 +36,29 @@ MIXTURES = {
         24,
     ),
     'vgg16-bn': (lambda: VGG16(4, experts=2), 'moe_vgg16-bn_cifar', dict(base_channels=4), 128),
+    'resnet18-imagenet': (
+        lambda: ResNet18(4, 4, experts=2, imagenet=True),
+        'moe_resnet18_imagenet',
+        dict(stem_channels=4, base_channels=4),
+        32,
+    ),
+    'wrn-28-10-imagenet': (
+        lambda: WideResNet28(2, 3, experts=2, imagenet=True),
+        'moe_wrn-28-10_imagenet',
+        dict(base_channels=2, widen_factor=3, activate_transitions=False),
+        24,
+    ),
 }
 DENSE = {
     'resnet18': (lambda: ResNet18(4, 4), 'resnet18_cifar', dict(stem_channels=4, base_channels=4), 32),
     'wrn-28-10': (lambda: WideResNet28(2, 3), 'wrn-28-10_cifar', dict(base_channels=2, widen_factor=3), 24),
     'vgg16-bn': (lambda: VGG16(4), 'vgg16-bn_cifar', dict(base_channels=4), 128),
+    'resnet18-imagenet': (
+        lambda: ResNet18(4, 4, imagenet=True),
+        'resnet18_imagenet',
+        dict(stem_channels=4, base_channels=4),
+        32,
+    ),
     'densenet-bc-40-12': (
         lambda: DenseNet40(2, 4),
         'densenet-bc-40-12_cifar',
@@ -82,8 +100,11 @@ def model_cfg(base, small, channels):
     backbone.merge_from_dict(small) if hasattr(backbone, 'merge_from_dict') else backbone.update(small)
     if cfg.backbone.type == 'MoEBackbone':
         cfg.backbone.gate = 'logit'
+        # The reference's router sees images at full size, also those of ImageNet.
+        cfg.backbone.router.stem_stride = 1
     if channels is not None:
         cfg.head.in_channels = channels
+    cfg.head.num_classes = 10
     return cfg
 
 

@@ -40,8 +40,10 @@ def launch(tmp_path):
 @pytest.mark.parametrize('script', sorted(TOOLS.glob('*.sh')), ids=lambda path: path.name)
 def test_syntax_and_mode(script):
     assert subprocess.run(['bash', '-n', str(script)]).returncode == 0
-    # torchrun.sh is there to be sourced.
-    assert os.access(script, os.X_OK) == (script.name != 'torchrun.sh')
+    # Those without a shebang are there to be sourced.
+    assert (
+        os.access(script, os.X_OK) == script.read_text().startswith('#!') == (script.stem not in ('torchrun', 'slurm'))
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,12 @@
 
 import argparse
 import ast
-import sys
 from pathlib import Path
 
+from config_files import CONFIGS, DATA_SETS, config_files, cost_of, write
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-import mmadvmoe  # noqa: F401
-from mmadvmoe.evaluation.cost import count_cost
-
-CONFIGS = Path(__file__).parents[2] / 'configs'
 README = CONFIGS / 'README.md'
 BEGIN, END = '<!-- tables: tools/analysis_tools/config_table.py -->', '<!-- end of the tables -->'
 NETWORKS = {
@@ -20,7 +16,8 @@ NETWORKS = {
     'vgg16-bn': 'VGG-16-BN',
     'densenet-bc-40-12': 'DenseNet-BC-40-12',
 }
-DATA_SETS = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'tiny-imagenet': 'Tiny-ImageNet', 'imagenet': 'ImageNet'}
+#: Data sets of the paper.
+PAPER_DATA_SETS = ('cifar10', 'cifar100', 'tiny-imagenet', 'imagenet')
 KINDS = {'dense': 'Dense', 'sdense': 'S-Dense', 'sparse': 'Sparse', 'moe': 'MoE'}
 COST_HEAD = [
     'Network',
@@ -46,9 +43,11 @@ def links(method: str, cell: str) -> str:
     found = []
     for kind, text in KINDS.items():
         name = f'{method}_{kind}_{cell}'
-        for path in sorted((CONFIGS / 'baselines').glob(f'{name}*.py')):
-            stage = path.stem.removeprefix(name).lstrip('_')
-            found.append(link(path, f'{text} {stage}'.strip()))
+        for path in config_files():
+            # With an underscore, because the name of one data set begins with that of another.
+            if f'{path.stem}_'.startswith(f'{name}_'):
+                stage = path.stem.removeprefix(name).removeprefix('_')
+                found.append(link(path, f'{text} {stage}'.strip()))
     return ', '.join(found)
 
 
@@ -56,8 +55,8 @@ def cost_row(network: str, data: str) -> list[str]:
     """One network on one data set, with what it costs."""
     cell = f'{network}_{data}'
     config = CONFIGS / f'advmoe_{cell}.py'
-    moe = count_cost(Config.fromfile(config))
-    dense = count_cost(Config.fromfile(CONFIGS / 'baselines' / f'at_dense_{cell}.py'))
+    moe = cost_of(Config.fromfile(config))
+    dense = cost_of(Config.fromfile(CONFIGS / 'baselines' / f'at_dense_{cell}.py'))
     return [
         NETWORKS[network],
         DATA_SETS[data],
@@ -99,12 +98,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def tables() -> str:
     """Both tables: the networks of the paper with their costs, and all other configs."""
     init_default_scope('mmpretrain')
-    costs = markdown(COST_HEAD, [cost_row(network, data) for network in NETWORKS for data in DATA_SETS])
-    others = [
-        path
-        for path in sorted(CONFIGS.rglob('*.py'))
-        if '_base_' not in path.parts and f']({path.relative_to(CONFIGS).as_posix()})' not in costs
-    ]
+    costs = markdown(COST_HEAD, [cost_row(network, data) for network in NETWORKS for data in PAPER_DATA_SETS])
+    others = [path for path in config_files() if f']({path.relative_to(CONFIGS).as_posix()})' not in costs]
     rest = markdown(['Config', 'What it is'], [[link(path, path.stem), what_differs(path)] for path in others])
     return f'{costs}\n\nAll other configs, among them variants of the above:\n\n{rest}'
 
@@ -115,11 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     text = README.read_text(encoding='utf-8')
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    new = f'{before}{BEGIN}\n\n{tables()}\n\n{END}{after}'
-    if args.check and new != text:
-        sys.exit(f'{README} differs from what the configs give; run: python tools/analysis_tools/config_table.py')
-    if not args.check:
-        README.write_text(new, encoding='utf-8')
+    write({README: f'{before}{BEGIN}\n\n{tables()}\n\n{END}{after}'}, args.check)
 
 
 if __name__ == '__main__':

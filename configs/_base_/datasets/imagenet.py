@@ -1,21 +1,23 @@
+_base_ = 'cifar10.py'
+
 # ImageNet-1k at 224x224: 10,000 images of the training set to select on, the 50,000 official validation images for
 # the result.
 data_root = 'data/imagenet'
-
+_evaluated = dict(
+    type='ImageNetSplit',
+    data_root=data_root,
+    pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type='ResizeEdge', scale=256, edge='short'),
+        dict(type='CenterCrop', crop_size=224),
+        dict(type='PackInputs'),
+    ],
+)
 train_dataloader = dict(
-    batch_size=128,
     num_workers=8,
-    # With persistent workers, a resumed run could not draw the augmentations that an uninterrupted
-    # one draws.
-    persistent_workers=False,
-    worker_init_fn=dict(type='seed_worker'),
-    # A last batch of one image would leave batch norm without a variance.
-    drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type='ImageNetSplit',
         data_root=data_root,
-        split='train',
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='RandomResizedCrop', scale=224),
@@ -24,43 +26,5 @@ train_dataloader = dict(
         ],
     ),
 )
-# The learning rates of the schedules are meant for 128 images an iteration on all GPUs together.
-auto_scale_lr = dict(enable=False, base_batch_size=128)
-
-val_dataloader = dict(
-    batch_size=128,
-    num_workers=4,
-    persistent_workers=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='ImageNetSplit',
-        data_root=data_root,
-        split='val',
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='ResizeEdge', scale=256, edge='short'),
-            dict(type='CenterCrop', crop_size=224),
-            dict(type='PackInputs'),
-        ],
-    ),
-)
-val_evaluator = dict(type='Accuracy', topk=(1,))
-
-test_dataloader = dict(
-    batch_size=128,
-    num_workers=4,
-    persistent_workers=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='ImageNetSplit',
-        data_root=data_root,
-        split='test',
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='ResizeEdge', scale=256, edge='short'),
-            dict(type='CenterCrop', crop_size=224),
-            dict(type='PackInputs'),
-        ],
-    ),
-)
-test_evaluator = val_evaluator
+val_dataloader = dict(num_workers=4, dataset=_evaluated)
+test_dataloader = dict(num_workers=4, dataset=_evaluated)

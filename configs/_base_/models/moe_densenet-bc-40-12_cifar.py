@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         type='MoEBackbone',
         num_experts=2,
-        include=[r'stages\.\d\.block\.\d\.conv\d'],
+        include=[r'stages\.\d\.block\.\d+\.conv\d'],
         routing='image',
         router=dict(type='ResNetRouter', stem_stride=2),
         backbone=dict(type='DenseNet_CIFAR', arch=dict(growth_rate=6, depths=[6, 6, 6], init_channels=24)),

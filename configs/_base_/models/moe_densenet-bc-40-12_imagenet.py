@@ -1,22 +1,8 @@
+_base_ = 'moe_densenet-bc-40-12_cifar.py'
+
 # DenseNet-BC-40-12 for ImageNet with 2 pathways that grow half as fast; stem and transitions are shared. The network
 # is so cheap that the router is small and sees the image at an eighth of its size.
 model = dict(
-    type='RobustClassifier',
-    data_preprocessor=dict(type='AdvDataPreprocessor', mode='pair'),
-    backbone=dict(
-        type='MoEBackbone',
-        num_experts=2,
-        include=[r'stages\.\d\.block\.\d\.conv\d'],
-        routing='image',
-        router=dict(type='ResNetRouter', stem_stride=8, num_blocks=1),
-        backbone=dict(type='DenseNet', arch=dict(growth_rate=6, depths=[6, 6, 6], init_channels=24)),
-    ),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(
-        type='LinearClsHead',
-        num_classes=1000,
-        in_channels=69,
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
-    ),
-    robust_loss=dict(type='TRADESLoss', beta=6.0),
+    backbone=dict(router=dict(stem_stride=8, num_blocks=1), backbone=dict(type='DenseNet')),
+    head=dict(num_classes=1000),
 )

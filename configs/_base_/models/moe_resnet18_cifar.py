@@ -5,7 +5,7 @@ model = dict(
     backbone=dict(
         type='MoEBackbone',
         num_experts=2,
-        include=[r'layer\d\.\d\.conv\d'],
+        include=[r'layer\d\.\d+\.conv\d'],
         routing='image',
         router=dict(type='ResNetRouter'),
         backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=64, base_channels=32),

@@ -1,22 +1,12 @@
+_base_ = 'moe_resnet18_cifar.py'
+
 # ResNet-18 for ImageNet with 2 pathways of half the width; blocks and shortcuts hold experts, only the stem is shared.
 # The router sees the image at a quarter of its size: at full size it would cost more than the network.
 model = dict(
-    type='RobustClassifier',
-    data_preprocessor=dict(type='AdvDataPreprocessor', mode='pair'),
     backbone=dict(
-        type='MoEBackbone',
-        num_experts=2,
-        include=[r'layer\d\.\d\.conv\d', r'layer\d\.\d\.downsample\.0'],
-        routing='image',
-        router=dict(type='ResNetRouter', stem_stride=4),
-        backbone=dict(type='ResNet', depth=18, stem_channels=32, base_channels=32),
+        include=[r'layer\d\.\d+\.conv\d', r'layer\d\.\d+\.downsample\.0'],
+        router=dict(stem_stride=4),
+        backbone=dict(type='ResNet', stem_channels=32),
     ),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(
-        type='LinearClsHead',
-        num_classes=1000,
-        in_channels=256,
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
-    ),
-    robust_loss=dict(type='TRADESLoss', beta=6.0),
+    head=dict(num_classes=1000),
 )

@@ -5,7 +5,7 @@ model = dict(
     backbone=dict(
         type='MoEBackbone',
         num_experts=2,
-        include=[r'layer\d\.\d\.conv\d', r'layer\d\.\d\.shortcut'],
+        include=[r'layer\d\.\d+\.conv\d', r'layer\d\.\d+\.shortcut'],
         routing='image',
         router=dict(type='ResNetRouter'),
         backbone=dict(type='WideResNet_CIFAR', depth=28, widen_factor=10, base_channels=8),

@@ -1,15 +1,4 @@
+_base_ = 'vgg16-bn_cifar.py'
+
 # VGG-16-BN for robust training on ImageNet: that for CIFAR, with a larger picture to average to 2x2.
-model = dict(
-    type='RobustClassifier',
-    data_preprocessor=dict(type='AdvDataPreprocessor', mode='pair'),
-    backbone=dict(type='ScaledVGG', depth=16, base_channels=64, with_last_pool=False),
-    neck=dict(type='AdaptiveAveragePooling', output_size=2),
-    head=dict(
-        type='StackedLinearClsHead',
-        num_classes=1000,
-        in_channels=2048,
-        mid_channels=[256, 256],
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
-    ),
-    robust_loss=dict(type='TRADESLoss', beta=6.0),
-)
+model = dict(head=dict(num_classes=1000))

@@ -10,6 +10,7 @@ from mmpretrain.models.backbones import DenseNet
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from .image_size import check_image_size
 from .widths import check_width
 
 
@@ -65,12 +66,7 @@ class DenseNet_CIFAR(DenseNet):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: (B, C, H, W) -> the features of the blocks in ``out_indices``."""
-        if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f'images of {x.shape[-2]}x{x.shape[-1]} are too small for the {type(self).__name__}, whose transitions '
-                f'need at least {self.min_size}x{self.min_size}: enlarge them (a Resize in the pipeline of the data '
-                'set) or give backbone.arch.depths fewer blocks'
-            )
+        check_image_size(self, x, self.min_size, 'transitions', 'give backbone.arch.depths fewer blocks')
         return super().forward(x)
 
     def _freeze_stages(self) -> None:

@@ -10,6 +10,7 @@ from mmpretrain.models.backbones import VGG
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from .image_size import check_image_size
 from .widths import check_width
 
 _IMAGE_CHANNELS = 3
@@ -73,10 +74,5 @@ class ScaledVGG(VGG):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: (B, 3, H, W) -> the features of the stages in ``out_indices``."""
-        if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f'images of {x.shape[-2]}x{x.shape[-1]} are too small for the {type(self).__name__}, whose poolings '
-                f'need at least {self.min_size}x{self.min_size}: enlarge them (a Resize in the pipeline of the data '
-                'set) or set backbone.num_stages lower'
-            )
+        check_image_size(self, x, self.min_size, 'poolings', 'set backbone.num_stages lower')
         return super().forward(x)

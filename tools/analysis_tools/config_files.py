@@ -1,0 +1,61 @@
+"""The configs of this repository, and what they cost: what the tools beside this file write tables and indexes from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.config import Config
+
+import mmadvmoe  # noqa: F401
+from mmadvmoe.evaluation.cost import Cost, count_cost, input_shape_of
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / 'configs'
+#: Data sets by the word for them in the name of a config.
+DATA_SETS = {
+    'cifar10': 'CIFAR-10',
+    'cifar100': 'CIFAR-100',
+    'tiny-imagenet': 'Tiny-ImageNet',
+    'imagenet': 'ImageNet-1k',
+    'digits': 'scikit-learn digits',
+}
+#: What in the config of a model changes nothing of its network.
+_TRAINING = ('data_preprocessor', 'robust_loss', 'router_loss', 'stage')
+_counted: dict[str, Cost] = {}
+
+
+def config_files() -> list[Path]:
+    """All configs that can be trained, sorted."""
+    return sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
+
+
+def data_set_of(path: Path) -> str:
+    """The data set that the name of a config tells.
+
+    Raises:
+        ValueError: It tells none.
+    """
+    named = [DATA_SETS[word] for word in path.stem.split('_') if word in DATA_SETS]
+    if len(named) != 1:
+        raise ValueError(f'{path}: the name must hold one of {tuple(DATA_SETS)} between underscores')
+    return named[0]
+
+
+def cost_of(cfg: Config) -> Cost:
+    """What one image costs; the networks that several configs share are counted once."""
+    network = {key: value for key, value in cfg.model.items() if key not in _TRAINING}
+    key = f'{network} {input_shape_of(cfg)}'
+    if key not in _counted:
+        _counted[key] = count_cost(cfg)
+    return _counted[key]
+
+
+def write(texts: Mapping[Path, str], check: bool) -> None:
+    """Write files; with ``check`` write none, and exit with a message where one has other contents."""
+    for path, text in texts.items():
+        if not check:
+            path.write_text(text, encoding='utf-8')
+        elif not path.is_file() or path.read_text(encoding='utf-8') != text:
+            sys.exit(f'{path} differs from what the configs give; run: python {Path(sys.argv[0])}')
