@@ -10,8 +10,8 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
-from mmadvmoe.engine.dist import finish_distributed, prepare_distributed
 from mmadvmoe.attacks import STANDARD_ATTACKS
+from mmadvmoe.engine.dist import finish_distributed, prepare_distributed
 from mmadvmoe.engine.launch import (
     add_common_arguments,
     build_runner,
@@ -87,8 +87,8 @@ def parse_args() -> argparse.Namespace:
         allowed = OUT_SUFFIXES[args.out_item]
         if not args.out.endswith(allowed):
             parser.error(
-                f'--out {args.out!r} for --out-item {args.out_item} must end in {" or ".join(allowed)}; a folder for the '
-                'outcomes of all images has no ending, and no --out-item'
+                f'--out {args.out!r} for --out-item {args.out_item} must end in {" or ".join(allowed)}; a folder '
+                'for the outcomes of all images has no ending, and no --out-item'
             )
     return args
 
