@@ -148,6 +148,8 @@ def test_a_mixture_of_experts_is_always_attacked_through_its_routes() -> None:
     own = dict(fgsm=dict(type='FGSM', eps=0.1), mine=dict(type='RoutePGD', eps=0.1, steps=1))
     assert list(evaluate(_moe(), DIGITS, own).outcomes.by_name) == ['clean', 'fgsm', 'mine']
     assert list(evaluate(_dense(), DIGITS, ['fgsm'], eps=0.1).outcomes.by_name) == ['clean', 'fgsm']
+    with pytest.raises(TypeError, match=r'attacks\.own must be the config of an attack'):
+        evaluate(_moe(), DIGITS, dict(own=dict(eps=0.1)))
 
 
 def test_a_record_says_what_became_of_an_image(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         **kwargs,
     ) -> None:
         if add_route_attack:
-            attacks = with_route_attack(attacks, Victim.from_classifier(runner.model))
+            attacks = with_route_attack(attacks, Victim.from_classifier(runner.model), f'{self.mode}_cfg.attacks')
         if cascade:
             kwargs['survivors_only'] = list(attacks)
         super().__init__(runner, dataloader, evaluator, attacks, **kwargs)
