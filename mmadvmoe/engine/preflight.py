@@ -83,7 +83,7 @@ class PreflightHook(Hook):
                 continue
             # What a data set draws for a check must not change what it draws in training.
             with preserve_rng_state():
-                _check_data(getattr(runner, key).dataset, key, model)
+                _check_dataset(getattr(runner, key).dataset, key, model)
 
 
 def _names(given: Any, wanted: type) -> bool:
@@ -149,17 +149,39 @@ def _read_some(dataset: Dataset) -> list[dict]:
     return [dataset[index * len(dataset) // count] for index in range(count)]
 
 
-def _check_data(dataset: Dataset, key: str, model: nn.Module) -> None:
+def check_data(
+    dataset: Dataset,
+    key: str,
+    num_classes: Optional[int],
+    samples: Sequence[dict] = (),
+    of_preprocessor: Optional[int] = None,
+) -> None:
+    """Check a data set against the classes of a model.
+
+    Args:
+        dataset: The data set.
+        key: Config key of its loader, for errors.
+        num_classes: K, or None where the model does not tell.
+        samples: Some samples of the data set.
+        of_preprocessor: Classes that the data preprocessor counts, if it does.
+
+    Raises:
+        ValueError: There is no image, or classes or labels do not fit.
+    """
     if not len(dataset):
         raise ValueError(f'{key}.dataset ({type(dataset).__name__}) holds no image')
+    if num_classes is not None:
+        _check_classes(dataset, key, num_classes, of_preprocessor)
+        _check_labels(dataset, samples, key, num_classes)
+
+
+def _check_dataset(dataset: Dataset, key: str, model: nn.Module) -> None:
     samples = _read_some(dataset) if isinstance(model.data_preprocessor, AdvDataPreprocessor) else []
     if samples:
         check_images([sample['inputs'] for sample in samples], key)
         _check_size(samples[0]['inputs'], key, model)
     num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
-    if num_classes is not None:
-        _check_classes(dataset, key, num_classes, getattr(model.data_preprocessor, 'num_classes', None))
-        _check_labels(dataset, samples, key, num_classes)
+    check_data(dataset, key, num_classes, samples, getattr(model.data_preprocessor, 'num_classes', None))
 
 
 def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
