@@ -57,7 +57,8 @@ class PreflightHook(Hook):
 
     Raises:
         ValueError: Labels and classes do not fit, the attack has no victim, there is no image or a batch would hold a
-            single one, or images differ in size or are not in 0..255.
+            single one, images differ in size or are not in 0..255, or those of training and validation differ in size
+            where tokens are routed.
 
     Examples:
         >>> custom_hooks = [dict(type='PreflightHook')]
@@ -75,12 +76,15 @@ class PreflightHook(Hook):
         _check_batches(runner.train_dataloader)
         num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
         with_images = isinstance(preprocessor, AdvDataPreprocessor)
+        shapes = {}
         for key in ('train_dataloader', 'val_dataloader'):
             if key == 'val_dataloader' and runner.val_loop is None:
                 continue
             # What a data set draws for a check must not change what it draws in training.
             with preserve_rng_state():
-                _check_data(getattr(runner, key).dataset, key, num_classes, with_images)
+                shapes[key] = _check_data(getattr(runner, key).dataset, key, num_classes, with_images)
+        if getattr(model.backbone, 'routing', None) == 'token':
+            _check_lengths(shapes)
 
 
 def _names(given: Any, wanted: type) -> bool:
@@ -146,7 +150,8 @@ def _read_some(dataset: Dataset) -> list[dict]:
     return [dataset[index * len(dataset) // count] for index in range(count)]
 
 
-def _check_data(dataset: Dataset, key: str, num_classes: Optional[int], with_images: bool) -> None:
+def _check_data(dataset: Dataset, key: str, num_classes: Optional[int], with_images: bool) -> Optional[tuple[int, ...]]:
+    """Check a data set; the shape of its images, where they were to be looked at."""
     if not len(dataset):
         raise ValueError(f'{key}.dataset ({type(dataset).__name__}) holds no image')
     samples = _read_some(dataset) if with_images else []
@@ -155,6 +160,17 @@ def _check_data(dataset: Dataset, key: str, num_classes: Optional[int], with_ima
     if num_classes is not None:
         _check_classes(dataset, key, num_classes)
         _check_labels(dataset, samples, key, num_classes)
+    return tuple(samples[0]['inputs'].shape) if samples else None
+
+
+def _check_lengths(shapes: Mapping[str, Optional[tuple[int, ...]]]) -> None:
+    """Refuse to choose the best checkpoint at a sequence length that token routers never met in training."""
+    if len(set(shapes.values())) > 1:
+        found = ', '.join(f'{key}.dataset.pipeline gives images of {shape}' for key, shape in shapes.items())
+        raise ValueError(
+            f"backbone.routing='token' needs sequences of one length in training and validation, but {found}; set the "
+            'same crop_size or scale in both'
+        )
 
 
 def _parts(dataset: Dataset) -> Iterator[Dataset]:
