@@ -6,12 +6,12 @@ _base_ = [
     '_base_/advmoe_runtime.py',
 ]
 
-# A quarter of the widths of the CIFAR network; the router is the paper's.
+# A quarter of the widths of the CIFAR network, the router included.
 model = dict(
     data_preprocessor=dict(attack=_base_.train_attack, router_attack=_base_.router_attack),
-    backbone=dict(backbone=dict(stem_channels=16, base_channels=8)),
+    backbone=dict(router=dict(base_channels=4), backbone=dict(stem_channels=16, base_channels=8)),
     head=dict(in_channels=64),
     router_loss=_base_.router_loss,
 )
-# Half of the iterations are the experts': as many steps for them as in 30 epochs of joint training.
-train_cfg = dict(max_epochs=60, val_interval=10)
+# Half of the iterations are the experts': as many steps for them as in 60 epochs of joint training.
+train_cfg = dict(max_epochs=120, val_interval=20)

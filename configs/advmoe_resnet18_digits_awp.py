@@ -1,7 +1,7 @@
 _base_ = 'advmoe_resnet18_digits.py'
 
-# Each group learns at adversarially perturbed weights of its own. The first quarter of its 570 updates is plain.
+# Each group learns at adversarially perturbed weights of its own. The first quarter of its 1,140 updates is plain.
 optim_wrapper = dict(
-    experts=dict(type='AWPOptimWrapper', gamma=5e-3, warmup_iters=142),
-    router=dict(type='AWPOptimWrapper', gamma=5e-3, warmup_iters=142),
+    experts=dict(type='AWPOptimWrapper', gamma=5e-3, warmup_iters=285),
+    router=dict(type='AWPOptimWrapper', gamma=5e-3, warmup_iters=285),
 )

@@ -6,5 +6,5 @@ model = dict(
     data_preprocessor=dict(attack=_base_.router_attack),
     router_loss=[dict(type='RouterLabelLoss', alpha=6.0, beta=6.0)],
 )
-train_cfg = dict(max_epochs=30, val_interval=5)
+train_cfg = dict(max_epochs=60, val_interval=10)
 custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True), *_base_.custom_hooks[1:]]

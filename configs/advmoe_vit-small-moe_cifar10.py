@@ -11,5 +11,5 @@ model = dict(
     data_preprocessor=dict(attack=_base_.train_attack, router_attack=_base_.router_attack),
     backbone=dict(backbone=dict(img_size=32, patch_size=4)),
     head=dict(num_classes=10),
-    router_loss=[*_base_.router_loss, _base_.z_loss],
+    router_loss=_base_.token_router_loss,
 )

@@ -8,5 +8,5 @@ _base_ = [
 
 model = dict(
     data_preprocessor=dict(to_rgb=True, attack=_base_.train_attack, router_attack=_base_.router_attack),
-    router_loss=[*_base_.router_loss, _base_.z_loss],
+    router_loss=_base_.token_router_loss,
 )

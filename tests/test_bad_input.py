@@ -140,6 +140,14 @@ def half_unpacked(cfg):
 
 
 CASES = {
+    'token router in a CNN': (
+        set_to(model__backbone__router=dict(type='TokenRouter', _delete_=True)),
+        ['backbone.router.type=TokenRouter', "backbone.routing='image'", "'ResNetRouter'"],
+    ),
+    'token routing of a CNN': (
+        set_to(model__backbone__routing='token', model__backbone__router=None),
+        ["backbone.routing='token'", 'ResNet_CIFAR has none', "routing='image' or 'layer'"],
+    ),
     'negative eps': (attack(eps=-0.1), ['TRADESAttack', 'eps=-0.1', 'at least 0']),
     'eps in 0..255': (attack(eps=8), ['TRADESAttack', 'eps=8 is above 1', '[0, 1]', 'eps=8 / 255']),
     'negative alpha': (attack(alpha=-1.0), ['TRADESAttack', 'alpha=-1.0', 'at least 0']),
@@ -247,6 +255,36 @@ CASES = {
     ),
 }
 
+
+def longer_sequences(cfg):
+    """Validation as the config has it, on larger images than training."""
+    original = Config.fromfile(str(CONFIGS / 'advmoe_vit-small-moe_digits.py'))
+    cfg.update({key: original[key] for key in original if key.startswith('val_')})
+    cfg.val_dataloader.dataset.pipeline.insert(0, dict(type='Resize', scale=12))
+    cfg.train_cfg.max_epochs = 6  # one more than warm-up takes
+
+
+TOKEN_CASES = {
+    'K above N': (set_to(model__backbone__router__top_k=5), ['router.top_k=5', '[1, 4]', 'num_experts=4']),
+    'no capacity': (set_to(model__backbone__router__capacity_factor=0), ['router.capacity_factor=0', 'above 0']),
+    'negative capacity at test': (
+        set_to(model__backbone__router__eval_capacity_factor=-1.0),
+        ['router.eval_capacity_factor=-1.0', 'above 0', 'None for no drops'],
+    ),
+    'pattern of no block': (
+        set_to(model__backbone__include=[r'layers\.9\.ffn']),
+        ['backbone.include', '9', 'matches no feed-forward network', 'layers.0.ffn'],
+    ),
+    'router of images': (
+        set_to(model__backbone__router=dict(type='ResNetRouter', _delete_=True)),
+        ['backbone.router.type=ResNetRouter', "backbone.routing='token'", "'TokenRouter'"],
+    ),
+    'sequences of another length in validation': (
+        longer_sequences,
+        ["backbone.routing='token'", 'train_dataloader', '(3, 8, 8)', 'val_dataloader', '(3, 12, 12)', 'crop_size'],
+    ),
+}
+
 JOINT_CASES = {
     'pairs for a classifier that ignores them': (
         plain_classifier('pair'),
@@ -265,6 +303,13 @@ def test_the_config_itself_trains(tmp_path):
 def test_training_in_turns(tmp_path, case):
     changes, parts = CASES[case]
     message = message_of(tmp_path, 'advmoe_resnet18_digits.py', changes)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize('case', TOKEN_CASES)
+def test_training_of_a_transformer(tmp_path, case):
+    changes, parts = TOKEN_CASES[case]
+    message = message_of(tmp_path, 'advmoe_vit-small-moe_digits.py', changes)
     assert [part for part in parts if part not in message] == [], message
 
 

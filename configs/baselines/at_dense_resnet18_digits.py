@@ -11,4 +11,4 @@ model = dict(
     backbone=dict(stem_channels=16, base_channels=16),
     head=dict(in_channels=128),
 )
-train_cfg = dict(max_epochs=30, val_interval=5)
+train_cfg = dict(max_epochs=60, val_interval=10)

@@ -8,7 +8,7 @@ _base_ = [
 
 model = dict(
     data_preprocessor=dict(attack=_base_.train_attack),
-    backbone=dict(backbone=dict(stem_channels=16, base_channels=8)),
+    backbone=dict(router=dict(base_channels=4), backbone=dict(stem_channels=16, base_channels=8)),
     head=dict(in_channels=64),
 )
-train_cfg = dict(max_epochs=30, val_interval=5)
+train_cfg = dict(max_epochs=60, val_interval=10)

@@ -9,4 +9,4 @@ model = dict(
     # The pathway of advmoe_resnet18_digits.py, whose cost is to be matched.
     target=dict(backbone=dict(base_channels=8), head=dict(in_channels=64)),
 )
-train_cfg = dict(max_epochs=15, val_interval=5)
+train_cfg = dict(max_epochs=30, val_interval=10)

@@ -62,7 +62,8 @@ class PreflightHook(Hook):
 
     Raises:
         ValueError: Labels and classes do not fit, the attack has no victim, there is no image or a batch would hold a
-            single one, or images differ in size, are too small for the network or are not in 0..255.
+            single one, images differ in size, are too small for the network or are not in 0..255, or those of training
+            and validation differ in size where tokens are routed.
 
     Examples:
         >>> custom_hooks = [dict(type='PreflightHook')]
@@ -78,12 +79,15 @@ class PreflightHook(Hook):
         preprocessor = model.data_preprocessor
         _check_attack(model, preprocessor)
         _check_batches(runner.train_dataloader)
+        shapes = {}
         for key in ('train_dataloader', 'val_dataloader'):
             if key == 'val_dataloader' and runner.val_loop is None:
                 continue
             # What a data set draws for a check must not change what it draws in training.
             with preserve_rng_state():
-                _check_dataset(getattr(runner, key).dataset, key, model)
+                shapes[key] = _check_dataset(getattr(runner, key).dataset, key, model)
+        if getattr(model.backbone, 'routing', None) == 'token':
+            _check_lengths(shapes)
 
 
 def _names(given: Any, wanted: type) -> bool:
@@ -175,13 +179,15 @@ def check_data(
         _check_labels(dataset, samples, key, num_classes)
 
 
-def _check_dataset(dataset: Dataset, key: str, model: nn.Module) -> None:
+def _check_dataset(dataset: Dataset, key: str, model: nn.Module) -> Optional[tuple[int, ...]]:
+    """Check a data set; the shape of its images, where they were looked at."""
     samples = _read_some(dataset) if isinstance(model.data_preprocessor, AdvDataPreprocessor) else []
     if samples:
         check_images([sample['inputs'] for sample in samples], key)
         _check_size(samples[0]['inputs'], key, model)
     num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
     check_data(dataset, key, num_classes, samples, getattr(model.data_preprocessor, 'num_classes', None))
+    return tuple(samples[0]['inputs'].shape) if samples else None
 
 
 def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
@@ -190,6 +196,16 @@ def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
     device = next(model.parameters()).device
     with Victim.from_classifier(model).frozen() as victim, torch.no_grad(), size_must_fit(image.shape, advice):
         victim(image[None].to(device) / 255)
+
+
+def _check_lengths(shapes: Mapping[str, Optional[tuple[int, ...]]]) -> None:
+    """Refuse to choose the best checkpoint at a sequence length that token routers never met in training."""
+    if len(set(shapes.values())) > 1:
+        found = ', '.join(f'{key}.dataset.pipeline gives images of {shape}' for key, shape in shapes.items())
+        raise ValueError(
+            f"backbone.routing='token' needs sequences of one length in training and validation, but {found}; set the "
+            'same crop_size or scale in both'
+        )
 
 
 def _parts(dataset: Dataset) -> Iterator[Dataset]:

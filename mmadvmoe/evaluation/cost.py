@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmadvmoe.moe import ExpertLayer, forward_routed, router_modules
 
 #: What the name of a config begins with: the method. The rest names network, data set and variant.
-_METHOD = re.compile(r'^(?:advmoe|(?:at|plain)_(?:dense|sdense|sparse|moe))_')
+_METHOD = re.compile(r'^(?:advmoe|(?:at|plain)(?:_(?:dense|sdense|sparse|moe))?)_')
 #: What torch says of a convolution or a pooling that would give an image of no size.
 _NOTHING_LEFT = ("can't be greater than actual input size", 'Output size is too small')
 _GIGA = 1e9
@@ -191,7 +191,7 @@ def find_dense_config(path: Union[str, Path]) -> Optional[Path]:
     """The config of the dense network that belongs to a config, by their names.
 
     ``advmoe_<network>_<dataset>_<variant>.py``, ``baselines/at_moe_<network>_<dataset>.py`` and the like belong to
-    ``baselines/at_dense_<network>_<dataset>.py``.
+    ``baselines/at_dense_<network>_<dataset>.py``. ``-moe`` behind a network says that it has experts, and is left out.
 
     Args:
         path (str or Path): A config file.
@@ -200,7 +200,8 @@ def find_dense_config(path: Union[str, Path]) -> Optional[Path]:
         Path or None: The file, if it exists.
     """
     path = Path(path)
-    words = _METHOD.sub('', path.stem).split('_')
+    network, *others = _METHOD.sub('', path.stem).split('_')
+    words = [network.removesuffix('-moe'), *others]
     for folder in (path.parent, path.parent / 'baselines', path.parent.parent / 'baselines'):
         # Whatever follows network and data set names a variant of the method.
         for end in range(len(words), 1, -1):

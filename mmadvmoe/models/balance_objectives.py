@@ -92,9 +92,9 @@ class RouterLocalEntropyLoss(RouterOrderLoss):
 
 @MODELS.register_module()
 class RouterGlobalEntropyLoss(RouterOrderLoss):
-    r"""Ask for the use of all experts: :math:`L = -w \cdot H(E_x r(x))`, minus the entropy of the mean softmax, in nats.
+    r"""Ask for the use of all experts: :math:`L = -w \cdot H(E_x r(x))`, in nats.
 
-    The mean is over the batch of all processes. Beside :class:`RouterLocalEntropyLoss` of the same weight it is the
+    It is the entropy of the mean softmax, negated; the mean is over the batch of all processes. Beside :class:`RouterLocalEntropyLoss` of the same weight it is the
     mutual information of image and expert. Mustafa et al., "Multimodal Contrastive Learning with LIMoE",
     arXiv:2206.02770, equation 5.
     """

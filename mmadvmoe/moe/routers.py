@@ -58,6 +58,9 @@ class _RouterBlock(nn.Module):
         return F.relu(out + x, inplace=True)
 
 
+_INIT = [dict(type='Kaiming', layer='Conv2d'), dict(type='Normal', layer='Linear', std=0.01)]
+
+
 @MODELS.register_module()
 class ResNetRouter(BaseRouter):
     """The image-level router of AdvMoE: a small CIFAR ResNet on the input image.
@@ -74,7 +77,8 @@ class ResNetRouter(BaseRouter):
         num_stages (int): Each but the first halves height and width. Defaults to 3.
         stem_stride (int): Stride of the first convolution; above 1 for large images. Defaults to 1.
         norm_cfg (dict, optional): Norm layers. Defaults to ``dict(type='BN')``.
-        init_cfg (dict, optional): Defaults to He initialisation of convolutions and the linear layer.
+        init_cfg (dict, optional): Defaults to He initialisation of the convolutions and a normal distribution of
+            standard deviation 0.01 for the linear layer, so that no expert is ahead at the start.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class ResNetRouter(BaseRouter):
         norm_cfg: Optional[dict] = None,
         init_cfg: Optional[dict] = None,
     ) -> None:
-        super().__init__(num_experts, init_cfg or dict(type='Kaiming', layer=['Conv2d', 'Linear']))
+        super().__init__(num_experts, init_cfg or _INIT)
         norm_cfg = norm_cfg or dict(type='BN')
         self.conv1 = nn.Conv2d(in_channels, base_channels, 3, stem_stride, 1, bias=False)
         self.bn1 = build_norm_layer(norm_cfg, base_channels)[1]

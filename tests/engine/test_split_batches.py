@@ -38,6 +38,21 @@ ROUTERS = dict(
     idle_on_one=dict(type='SplitByBrightness'),
     idle_on_both=dict(type='SplitByBrightness', bias=100.0),
 )
+#: The fourth case: each token of a transformer is sent for itself.
+TRANSFORMER = dict(
+    type='MoEBackbone',
+    num_experts=2,
+    include=['ffn'],
+    routing='token',
+    router=dict(type='TokenRouter', init_std=1.0),
+    backbone=dict(
+        type='VisionTransformer',
+        arch=dict(embed_dims=8, num_layers=2, num_heads=2, feedforward_channels=8),
+        img_size=8,
+        patch_size=4,
+    ),
+)
+CASES = [*ROUTERS, 'tokens']
 
 
 def config(case, schedule, batch_size, work_dir):
@@ -51,8 +66,14 @@ def config(case, schedule, batch_size, work_dir):
         ],
         data_preprocessor=dict(attack=dict(type='TRADESAttack', eps=8 / 255, alpha=4 / 255, steps=2)),
     )
-    model['backbone']['router'] = ROUTERS[case]
-    model['backbone']['backbone']['norm_cfg'] = GROUP_NORM
+    if case == 'tokens':
+        model.update(backbone=TRANSFORMER, neck=None)
+        model['head']['in_channels'] = 8
+        # Without a norm over 0, tokens of dark and of bright images look the same behind the first norm layer.
+        model['data_preprocessor'].update(mean=[127.5] * 3, std=[127.5] * 3)
+    else:
+        model['backbone']['router'] = ROUTERS[case]
+        model['backbone']['backbone']['norm_cfg'] = GROUP_NORM
     cfg = run_cfg(work_dir, schedule, model=model)
     cfg.train_dataloader.batch_size = batch_size
     cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=False)
@@ -64,7 +85,7 @@ def train(work_dir, launcher, batch_size):
     environment = Config(dict(env_cfg=dict(dist_cfg=dict(timeout=120))))
     prepare_distributed(environment, launcher)
     results = {}
-    for case in ROUTERS:
+    for case in CASES:
         for name, schedule in dict(new_batch={}, reuse_batch=dict(reuse_batch=True)).items():
             cfg = config(case, schedule, batch_size, f'{work_dir}/{case}_{name}')
             cfg.merge_from_dict({key: environment[key] for key in environment if key != 'custom_hooks'})
@@ -91,7 +112,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize('schedule', ['new_batch', 'reuse_batch'])
-@pytest.mark.parametrize('case', list(ROUTERS))
+@pytest.mark.parametrize('case', CASES)
 def test_two_processes_train_the_weights_of_one(runs, case, schedule):
     alone, *ranks = (run[f'{case}_{schedule}'] for run in runs)
     for rank in ranks:
@@ -102,6 +123,10 @@ def test_two_processes_train_the_weights_of_one(runs, case, schedule):
 
 def test_the_cases_are_what_they_claim(runs):
     for schedule in ('new_batch', 'reuse_batch'):
+        # 4 images of 4 patches and a class token, in two layers on two processes; both experts are used.
+        routers = [counts for run in runs[1:] for counts in run[f'tokens_{schedule}']['counts']]
+        assert [sum(counts) for counts in routers] == [20] * 4
+        assert all(sum(counts) > 0 for counts in zip(*routers))
         on_one = [run[f'idle_on_one_{schedule}']['counts'][0] for run in runs[1:]]
         assert on_one == [(4, 0), (0, 4)]
         assert [run[f'idle_on_both_{schedule}']['counts'][0] for run in runs[1:]] == [(4, 0), (4, 0)]

@@ -145,6 +145,21 @@ def test_dense_config_is_found_by_name(name):
     assert find_dense_config(CONFIGS / name) == CONFIGS / 'baselines/at_dense_resnet18_digits.py'
 
 
+@pytest.mark.parametrize(
+    'name',
+    [
+        'advmoe_vit-small-moe_imagenet.py',
+        'advmoe_vit-small-moe_imagenet_upcycled.py',
+        'baselines/at_vit-small-moe_imagenet.py',
+    ],
+)
+def test_a_transformer_with_experts_belongs_to_the_dense_one_of_its_active_size(name):
+    path = find_dense_config(CONFIGS / name)
+    assert path == CONFIGS / 'baselines/at_dense_vit-small_imagenet.py'
+    dense, moe = (Config.fromfile(file).model.backbone for file in (path, CONFIGS / name))
+    assert moe.router.top_k == 1 and moe.backbone.arch == dense.arch
+
+
 def test_dense_config_that_does_not_exist_is_not_made_up(tmp_path):
     assert find_dense_config(tmp_path / 'advmoe_resnet18_digits.py') is None
 

@@ -80,6 +80,15 @@ def test_finished_runs_are_not_run_again(script: dict, tmp_path: Path) -> None:
 
 def test_rows_are_configs_that_exist(script: dict) -> None:
     assert all((ROOT / config).is_file() for config in script['METHODS'].values())
+    assert len(script['METHODS']) == sum(len(rows) for rows in script['FAMILIES'].values())
+
+
+def test_a_family_has_its_own_methods(script: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, count in (([], 5), (['--family', 'vit'], 3), (['--family', 'vit', '--methods', 'AT(Dense)'], 1)):
+        monkeypatch.setattr('sys.argv', ['digits_table.py', *arguments])
+        methods = script['parse_args']().methods
+        assert len(methods) == count
+        assert all('vit' in script['METHODS'][label] for label in methods) == (count == 3)
 
 
 def test_a_run_is_trained_tested_and_written_down(

@@ -24,14 +24,22 @@ from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Rows of the table: label and config.
-METHODS = {
-    'AT(Dense)': 'configs/baselines/at_dense_resnet18_digits.py',
-    'AT(S-Dense)': 'configs/baselines/at_sdense_resnet18_digits.py',
-    'AT(MoE)': 'configs/baselines/at_moe_resnet18_digits.py',
-    'AdvMoE (paper)': 'configs/advmoe_resnet18_digits.py',
-    'AdvMoE (reference)': 'configs/advmoe_resnet18_digits_reference.py',
+#: Rows of the tables: label and config, by the kind of network.
+FAMILIES = {
+    'resnet18': {
+        'AT(Dense)': 'configs/baselines/at_dense_resnet18_digits.py',
+        'AT(S-Dense)': 'configs/baselines/at_sdense_resnet18_digits.py',
+        'AT(MoE)': 'configs/baselines/at_moe_resnet18_digits.py',
+        'AdvMoE (paper)': 'configs/advmoe_resnet18_digits.py',
+        'AdvMoE (reference)': 'configs/advmoe_resnet18_digits_reference.py',
+    },
+    'vit': {
+        'AT(Dense ViT)': 'configs/baselines/at_dense_vit-small_digits.py',
+        'AT(ViT-MoE)': 'configs/baselines/at_vit-small-moe_digits.py',
+        'AdvMoE (ViT-MoE)': 'configs/advmoe_vit-small-moe_digits.py',
+    },
 }
+METHODS = {label: config for rows in FAMILIES.values() for label, config in rows.items()}
 #: Columns of the table: label and metric of the test.
 ACCURACIES = {
     'SA': 'clean/accuracy/top1',
@@ -54,7 +62,8 @@ class RunError(RuntimeError):
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3, 4], help='[0 1 2 3 4]')
-    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS), metavar='LABEL', help='[all]')
+    parser.add_argument('--family', choices=FAMILIES, default='resnet18', help='kind of network [%(default)s]')
+    parser.add_argument('--methods', nargs='+', choices=METHODS, metavar='LABEL', help='[all of the family]')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time [2]')
     parser.add_argument('--threads', type=int, default=1, help='OMP_NUM_THREADS of each run [1]')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/digits_table'), help='[%(default)s]')
@@ -67,7 +76,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--retry-failed', action='store_true', help='run failed runs again')
     parser.add_argument('--table', action='store_true', help='print the table of what is there and run nothing')
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.methods = args.methods or list(FAMILIES[args.family])
+    return args
 
 
 def run(label: str, seed: int, args: argparse.Namespace) -> dict:

@@ -4,6 +4,8 @@ The limit is what hard routing can cost at best: the dense network of one pathwa
 same batch. Everything is timed in turn in one process, round by round, and ratios are taken inside a round, so a
 machine that slows down for a while changes both sides. Table and JSON give the median ratio over the rounds.
 
+``--family vit`` times token experts instead; see ``vit_family.py`` beside this file.
+
 Weights are drawn at random; the router is set so that it spreads the images over all experts. As in an attack, models
 are in eval mode and parameters are frozen. A forward runs without gradients; an attack step is a forward and the
 gradient with respect to the images, through the router's gate too.
@@ -12,11 +14,13 @@ gradient with respect to the images, through the router's gate too.
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import time
 from pathlib import Path
 
 import torch
+import vit_family
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
@@ -26,18 +30,28 @@ import mmadvmoe.moe  # noqa: F401  registers MoEBackbone
 ROOT = Path(__file__).resolve().parents[2]
 # Different batches have different loads per expert, and each load is a shape of its own to the library underneath.
 NUM_BATCHES = 4
+#: What the families take unless told otherwise.
+FAMILIES = dict(
+    cnn=dict(config=ROOT / 'configs/advmoe_resnet18_cifar10.py', num_experts=[2, 4, 8, 16], batch_size=64),
+    vit=dict(config=ROOT / 'configs/advmoe_vit-small-moe_imagenet.py', num_experts=[4, 8, 16], batch_size=32),
+)
 MASKED_EVERY = 5  # The masked form takes up to 2 N times as long: it is timed in every fifth round only.
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--config', default=str(ROOT / 'configs/advmoe_resnet18_cifar10.py'))
-    parser.add_argument('--num-experts', type=int, nargs='+', default=[2, 4, 8, 16], metavar='N')
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--image-size', type=int, default=32)
+    parser.add_argument('--family', choices=FAMILIES, default='cnn')
+    parser.add_argument('--config', help=_defaults('config'))
+    parser.add_argument('--num-experts', type=int, nargs='+', metavar='N', help=_defaults('num_experts'))
+    parser.add_argument('--batch-size', type=int, help=_defaults('batch_size'))
+    parser.add_argument('--image-size', type=int, default=32, help='pixels, of the family cnn [%(default)s]')
+    parser.add_argument(
+        '--tokens', type=int, nargs='+', default=[64, 196], help='patches, square numbers, of the family vit [64 196]'
+    )
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--threads', type=int, help='threads of one operation [what PyTorch takes]')
     parser.add_argument('--json', help='file to write the rows to')
+    parser.set_defaults(**FAMILIES[parser.parse_known_args()[0].family])
     args = parser.parse_args()
     for name in ('batch_size', 'image_size', 'rounds', 'threads'):
         value = getattr(args, name)
@@ -45,7 +59,14 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'--{name.replace("_", "-")} {value} must be at least 1')
     if min(args.num_experts) < 2:
         parser.error(f'--num-experts {min(args.num_experts)}: a mixture has at least 2 experts')
+    for tokens in args.tokens:
+        if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+            parser.error(f'--tokens {tokens} must be a square number, the patches of a square image')
     return args
+
+
+def _defaults(name: str) -> str:
+    return f'[{", ".join(f"{family}: {values[name]}" for family, values in FAMILIES.items())}]'.replace(f'{ROOT}/', '')
 
 
 def load_masked_form() -> type[nn.Module]:
@@ -97,6 +118,8 @@ def run_attack_step(model: nn.Module, images: Tensor) -> None:
 
 def time_rounds(models: dict[str, nn.Module], batches: Tensor, rounds: int, step) -> dict[str, list[float]]:
     """Seconds of ``step`` for each model in each round, models in turn; the masked form in every fifth round."""
+    # What other processes take does not count; with several threads there is no such clock.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for name, model in models.items():
         for images in batches[: 1 if name == 'masked' else None]:
             step(model, images)
@@ -105,9 +128,9 @@ def time_rounds(models: dict[str, nn.Module], batches: Tensor, rounds: int, step
         for name, model in models.items():
             if name == 'masked' and i % MASKED_EVERY:
                 continue
-            start = time.perf_counter()
+            start = clock()
             step(model, batches[i % len(batches)])
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -151,20 +174,30 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     config = Config.fromfile(args.config).model.backbone.to_dict()
-    if config['type'] != 'MoEBackbone' or config.get('routing', 'image') != 'image':
+    routing = dict(cnn='image', vit='token')[args.family]
+    if config['type'] != 'MoEBackbone' or config.get('routing', 'image') != routing:
         raise SystemExit(
-            f'{args.config}: backbone must be a MoEBackbone with routing="image": the limit has one router'
+            f'{args.config}: backbone must be a MoEBackbone with routing="{routing}" for --family {args.family}'
         )
     torch.manual_seed(0)
-    batches = torch.rand(NUM_BATCHES, args.batch_size, 3, args.image_size, args.image_size)
     print(f'{args.config}: batch {args.batch_size}, {args.rounds} rounds, {torch.get_num_threads()} threads')
+    if args.family == 'vit':
+        rows = vit_family.run(args, config, time_rounds, dict(forward=run_forward, attack=run_attack_step))
+    else:
+        rows = run_cnns(args, config)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=2) + '\n')
+
+
+def run_cnns(args: argparse.Namespace, config: dict) -> list[dict]:
+    """One row per number of experts."""
+    batches = torch.rand(NUM_BATCHES, args.batch_size, 3, args.image_size, args.image_size)
     rows = []
     for num_experts in args.num_experts:
         row, extra = benchmark(config, num_experts, batches, args.rounds)
         print_row(row, extra)
         rows.append(row)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + '\n')
+    return rows
 
 
 if __name__ == '__main__':

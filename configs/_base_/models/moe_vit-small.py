@@ -28,3 +28,11 @@ model = dict(
 # What keeps the routers of tokens in order, with the weights of their papers.
 balance_loss = dict(type='RouterBalanceLoss', weight=0.01)
 z_loss = dict(type='RouterZLoss', weight=0.001)
+# What token routers learn in their turn: the paper's objective, that of the experts, and little beside it. Measured on
+# digits: already with a RouterKLLoss of weight 1 they end at equal probabilities for all experts.
+token_router_loss = [
+    dict(type='TRADESLoss', beta=6.0),
+    dict(type='RouterBalanceLoss', weight=0.1),
+    dict(type='RouterKLLoss', weight=0.1),
+    z_loss,
+]
