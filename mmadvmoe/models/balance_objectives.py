@@ -94,9 +94,9 @@ class RouterLocalEntropyLoss(RouterOrderLoss):
 class RouterGlobalEntropyLoss(RouterOrderLoss):
     r"""Ask for the use of all experts: :math:`L = -w \cdot H(E_x r(x))`, in nats.
 
-    It is the entropy of the mean softmax, negated; the mean is over the batch of all processes. Beside :class:`RouterLocalEntropyLoss` of the same weight it is the
-    mutual information of image and expert. Mustafa et al., "Multimodal Contrastive Learning with LIMoE",
-    arXiv:2206.02770, equation 5.
+    The entropy of the mean softmax, negated; the mean is over the batch of all processes. Beside
+    :class:`RouterLocalEntropyLoss` of the same weight it is minus the mutual information of image and expert. Mustafa
+    et al., "Multimodal Contrastive Learning with LIMoE", arXiv:2206.02770, equation 5.
     """
 
     term = 'global_entropy'
