@@ -30,7 +30,8 @@ FAMILIES = {
         'AT(Dense)': 'configs/baselines/at_dense_resnet18_digits.py',
         'AT(S-Dense)': 'configs/baselines/at_sdense_resnet18_digits.py',
         'AT(MoE)': 'configs/baselines/at_moe_resnet18_digits.py',
-        'AdvMoE (paper)': 'configs/advmoe_resnet18_digits.py',
+        'AdvMoE': 'configs/advmoe_resnet18_digits.py',
+        'AdvMoE (paper)': 'configs/advmoe_resnet18_digits_paper.py',
         'AdvMoE (reference)': 'configs/advmoe_resnet18_digits_reference.py',
     },
     'vit': {
