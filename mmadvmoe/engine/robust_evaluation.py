@@ -5,7 +5,6 @@ Dimension letters: B images, K classes, L routers of the network (0 for a dense 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mmadvmoe.attacks import RoutePGD, Victim, build_attack
 from mmadvmoe.evaluation import CLEAN, WORST, Outcome, RobustOutcomes
+from mmadvmoe.evaluation.chunks import chunk_seed
 from mmadvmoe.registry import ATTACKS
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
@@ -105,12 +105,6 @@ def _moves_routes(cfg: Mapping) -> bool:
     kind = cfg['type']
     kind = ATTACKS.get(kind) if isinstance(kind, str) else kind
     return isinstance(kind, type) and issubclass(kind, RoutePGD)
-
-
-def chunk_seed(seed: int, attack: str, chunk_index: int) -> int:
-    """Mix a 32-bit seed for one attack on one chunk; the same on every machine."""
-    digest = hashlib.sha256(f'{seed}/{attack}/{chunk_index}'.encode()).digest()
-    return int.from_bytes(digest[:4], 'little')
 
 
 def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, place: Sequence[int]) -> tuple[Tensor, Tensor]:
