@@ -5,6 +5,7 @@ from .bound import BoundAttack, NonFiniteImagesError
 from .builder import build_attack
 from .kl import kl_divergence
 from .library import JSMA, register_torchattacks
+from .pathway import Pathway
 from .route_pgd import RoutePGD
 from .trades import TRADESAttack
 from .victim import Victim
@@ -17,6 +18,7 @@ __all__ = [
     'AutoAttack',
     'BoundAttack',
     'NonFiniteImagesError',
+    'Pathway',
     'RoutePGD',
     'TRADESAttack',
     'Victim',
