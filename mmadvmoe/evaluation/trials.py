@@ -80,7 +80,9 @@ class Images:
 
 
 @torch.no_grad()
-def classify(victim: Victim, images: Tensor, clean: Tensor, route: Optional[Tensor] = None, batch: int = 128) -> Outcome:
+def classify(
+    victim: Victim, images: Tensor, clean: Tensor, route: Optional[Tensor] = None, batch: int = 128
+) -> Outcome:
     """What a model makes of images.
 
     Args:

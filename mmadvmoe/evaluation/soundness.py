@@ -1,0 +1,260 @@
+"""Whether a robust accuracy can be believed: what attacks of all kinds find, to be held against each other.
+
+After Carlini et al., On evaluating adversarial robustness, arXiv:1902.06705, section 3 and 5, and Croce & Hein,
+arXiv:2003.01690. This file measures; :mod:`mmadvmoe.evaluation.soundness_checks` judges.
+
+Dimension letters: B images, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from mmadvmoe.attacks import Victim, build_attack
+from mmadvmoe.attacks import steps as ball
+from mmadvmoe.attacks.forced_route import ForcedRoutePGD
+from mmadvmoe.attacks.rescaled import Rescaled
+
+from .gradient_checks import ascents, gradients, median_margin
+from .substitute import predict, train_substitute
+from .threat_model import ThreatModel
+from .trials import Images, classify
+
+#: Radii at which robust accuracy is measured, in units of eps; the ball that holds every image comes on top.
+EPS_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
+#: Steps of the attacks, in units of those of the threat model; a single step comes on top.
+STEP_FACTORS = (0.1, 0.5, 1.0, 2.0)
+RESTARTS = (1, 4)
+#: Random points of each ball that count as one attack.
+NOISE_DRAWS = 20
+
+
+@dataclass(eq=False)
+class Measured:
+    """What attacks found. Robust accuracies count images that are right without an attack and under it, in percent.
+
+    Attributes:
+        sa: Standard accuracy, in percent.
+        stands: Under the name of each attack at the threat model, the images that stand, (B,) bool: ``'gate'`` (PGD
+            on the model as it is) and ``'square'``, ``'noise'``, ``'transfer'``; of a mixture also ``'held'`` and
+            ``'forced_<n>'``.
+        is_moe: Whether the model is a mixture.
+        eps_curve, steps_curve, restarts_curve: Points ``dict(eps=..., ra=..., gate=...)``, with ``steps`` or
+            ``restarts`` in place of eps; ``gate`` is that of plain PGD and ``ra`` that of RoutePGD (which is PGD on
+            a dense model). Restarts are of plain PGD.
+        changed_at_zero: Predictions that attacks at eps 0 changed.
+        outside: How far any adversarial image was outside its ball or [0, 1]; 0 if none was.
+        zero_gradient: Share of images whose gradient is exactly zero.
+        ascent: Share of images where a small step along the gradient gains more than random ones.
+        margin: Median distance of the two largest logits.
+        rescaled: RA of PGD with the route held, on the model with its logits divided by ``margin``; ``unscaled`` that
+            on the model as it is.
+        agreement: Clean images on which the surrogate predicts what the model predicts, in percent.
+        substitute: Whether the surrogate was trained here rather than given.
+    """
+
+    sa: float
+    is_moe: bool
+    stands: dict[str, Tensor] = field(default_factory=dict)
+    eps_curve: list[dict] = field(default_factory=list)
+    steps_curve: list[dict] = field(default_factory=list)
+    restarts_curve: list[dict] = field(default_factory=list)
+    changed_at_zero: int = 0
+    outside: float = 0.0
+    zero_gradient: float = 0.0
+    ascent: float = 1.0
+    margin: float = 0.0
+    rescaled: float = 0.0
+    unscaled: float = 0.0
+    agreement: float = 0.0
+    substitute: bool = True
+
+    def ra(self, *names: str) -> float:
+        """RA in the worst case over some attacks, in percent."""
+        return percent(torch.stack([self.stands[name] for name in names]).all(dim=0))
+
+    @property
+    def white_box(self) -> list[str]:
+        """Names of the attacks that use the gradient of the model itself."""
+        return [name for name in self.stands if name not in ('square', 'noise', 'transfer')]
+
+
+def percent(mask: Tensor) -> float:
+    """Share of (B,) bool, in percent."""
+    return 100.0 * float(mask.double().mean())
+
+
+class _Bench:
+    """Runs attacks on one model, and notes how far outside the threat model they went."""
+
+    def __init__(self, victim: Victim, data: Images) -> None:
+        self.victim, self.data = victim, data
+        clean = classify(victim, data.images, data.images)
+        self.logits, self.route = clean.logits, clean.expert if victim.num_routers else None
+        self.right = clean.prediction.to(data.images.device) == data.labels
+        self.outside = 0.0
+
+    def attack(
+        self, name: str, threat: ThreatModel, kind: Any, model: Optional[Victim] = None, **others: Any
+    ) -> Tensor:
+        """Adversarial images of an attack on the model, or on another one."""
+        return self.made(
+            self.data.attacked(name, build_attack(threat.attack(kind, **others), model or self.victim)), threat
+        )
+
+    def made(self, adversarial: Tensor, threat: ThreatModel) -> Tensor:
+        """Note how far ``adversarial`` goes beyond the threat model, and give it back."""
+        beyond = [
+            threat.distance(adversarial, self.data.images).max() - threat.eps,
+            -adversarial.min(),
+            adversarial.max() - 1,
+        ]
+        self.outside = max(self.outside, *map(float, beyond))
+        return adversarial
+
+    def stands(self, adversarial: Tensor, frozen: bool = False) -> Tensor:
+        """Images that are right without an attack and right in ``adversarial``, (B,) bool."""
+        outcome = classify(self.victim, adversarial, self.data.images, self.route if frozen else None)
+        return self.right & (outcome.prediction.to(self.right.device) == self.data.labels)
+
+
+def measure(
+    victim: Victim,
+    data: Images,
+    threat: ThreatModel,
+    surrogate: Optional[Victim] = None,
+    num_queries: int = 1000,
+) -> Measured:
+    """Attack a model in all the ways that the checks compare.
+
+    Args:
+        victim: The model, a mixture with any level of routing, or a dense one.
+        data: The images.
+        threat: The threat model in which robust accuracy is claimed.
+        surrogate: Model to make transferred adversarial images on. Defaults to one that is trained on the answers
+            of ``victim``, see :func:`~mmadvmoe.evaluation.substitute.train_substitute`.
+        num_queries: Queries of Square for each image.
+
+    Raises:
+        RuntimeError: An attack fails.
+        FloatingPointError: A logit is not finite.
+    """
+    bench = _Bench(victim, data)
+    measured = Measured(percent(bench.right), victim.num_routers > 0)
+    _measure_at_zero(bench, threat, measured)
+    _measure_white_box(bench, threat, measured)
+    _measure_curves(bench, threat, measured)
+    _measure_gradients(bench, threat, measured)
+    _measure_black_box(bench, threat, measured, surrogate, num_queries)
+    measured.outside = bench.outside
+    return measured
+
+
+def _measure_at_zero(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
+    nothing = replace(threat.scaled(0.0), steps=2)
+    for kind in ('PGD', 'RoutePGD') if measured.is_moe else ('PGD',):
+        stands = bench.stands(bench.attack(f'{kind} at eps 0', nothing, kind))
+        measured.changed_at_zero += int((stands != bench.right).sum())
+
+
+def _measure_white_box(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
+    measured.stands['gate'] = bench.stands(bench.attack('PGD', threat, 'PGD'))
+    if not measured.is_moe:
+        return
+    measured.stands['held'] = bench.stands(bench.attack('PGD, route held', threat, 'PGD', route='held'))
+    for n in range(bench.victim.num_experts):
+        adversarial = bench.attack(f'PGD, route {n} forced', threat, ForcedRoutePGD, expert=n)
+        measured.stands[f'forced_{n}'] = bench.stands(adversarial)
+
+
+def _measure_curves(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
+    def point(where: str, at: ThreatModel) -> dict[str, float]:
+        gate = measured.stands['gate'] if at == threat else bench.stands(bench.attack(f'PGD at {where}', at, 'PGD'))
+        judge = gate
+        if measured.is_moe:
+            judge = bench.stands(bench.attack(f'RoutePGD at {where}', at, 'RoutePGD'))
+            if at == threat:
+                measured.stands['route_pgd'] = judge
+        return dict(ra=percent(judge), gate=percent(gate))
+
+    everything = threat.everything(bench.data.images.shape[1:])
+    radii = sorted({factor * threat.eps for factor in EPS_STEPS if factor * threat.eps < everything} | {everything})
+    measured.eps_curve.append(dict(eps=0.0, ra=measured.sa, gate=measured.sa))
+    for eps in radii:
+        measured.eps_curve.append(
+            dict(eps=eps, **point(f'eps {eps:.4g}', threat if eps == threat.eps else threat.scaled(eps)))
+        )
+    at_threat = next(each for each in measured.eps_curve if each['eps'] == threat.eps)
+    for steps in sorted({1, *(max(1, round(factor * threat.steps)) for factor in STEP_FACTORS)}):
+        values = (
+            dict(ra=at_threat['ra'], gate=at_threat['gate'])
+            if steps == threat.steps
+            else point(f'{steps} steps', replace(threat, steps=steps))
+        )
+        measured.steps_curve.append(dict(steps=steps, **values))
+    for restarts in RESTARTS:
+        # The same name, so that the first run has the same random start.
+        adversarial = bench.attack('PGD with restarts', threat, 'PGD', restarts=restarts)
+        gate = percent(bench.stands(adversarial))
+        measured.restarts_curve.append(dict(restarts=restarts, ra=gate, gate=gate))
+
+
+def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
+    grad = gradients(bench.victim, bench.data, bench.route)
+    measured.zero_gradient = float((grad.flatten(1) == 0).all(dim=1).double().mean())
+    along, best = ascents(bench.victim, bench.data, threat, grad, bench.route)
+    # Of images that are wrong as they are, nothing is left to gain.
+    gains = (along > best)[bench.right]
+    measured.ascent = float(gains.double().mean()) if len(gains) else 1.0
+    measured.margin = median_margin(bench.logits)
+    if measured.margin > 0:
+        frozen = dict(route='held')
+        adversarial = bench.attack('PGD, logits as they are', threat, 'PGD', **frozen)
+        measured.unscaled = percent(bench.stands(adversarial, frozen=True))
+        rescaled = Rescaled(bench.victim, measured.margin)
+        adversarial = bench.attack('PGD, logits rescaled', threat, 'PGD', rescaled, **frozen)
+        measured.rescaled = percent(bench.stands(adversarial, frozen=True))
+
+
+def _measure_black_box(
+    bench: _Bench, threat: ThreatModel, measured: Measured, surrogate: Optional[Victim], num_queries: int
+) -> None:
+    data = bench.data
+    measured.stands['noise'] = _noise(bench, threat)
+    measured.substitute = surrogate is None
+    if surrogate is None:
+        surrogate, measured.agreement = train_substitute(bench.victim, data.images, threat, data.seed)
+    else:
+        same = predict(surrogate, data.images) == predict(bench.victim, data.images)
+        measured.agreement = percent(same)
+    measured.stands['transfer'] = bench.stands(bench.attack('PGD on the surrogate', threat, 'PGD', surrogate))
+    square = build_attack(dict(type='Square', norm=threat.norm, eps=threat.eps, n_queries=num_queries), bench.victim)
+    adversarial = data.attacked(f'Square, {num_queries} queries', square)
+    measured.stands['square'] = bench.stands(bench.made(adversarial, threat))
+
+
+def _noise(bench: _Bench, threat: ThreatModel) -> Tensor:
+    """Images that stand at some random points of the ball, (B,) bool."""
+    images, stands = bench.data.images, bench.right
+    accelerators = [] if images.device.type == 'cpu' else [images.device]
+    with torch.random.fork_rng(accelerators):
+        torch.manual_seed(bench.data.seed)
+        for _ in range(NOISE_DRAWS):
+            points = bench.made(ball.random_start(images, threat.eps, threat.norm), threat)
+            stands = stands & bench.stands(points)
+    return stands
+
+
+def ra_of_each(measured: Measured) -> dict[str, float]:
+    """RA under each attack at the threat model, in percent."""
+    return {name: measured.ra(name) for name in measured.stands}
+
+
+def curves(measured: Measured) -> dict[str, Sequence[dict]]:
+    """RA against eps, steps and restarts."""
+    return dict(eps=measured.eps_curve, steps=measured.steps_curve, restarts=measured.restarts_curve)
