@@ -7,6 +7,7 @@ from .kl import kl_divergence
 from .library import JSMA, register_torchattacks
 from .pathway import Pathway
 from .route_pgd import RoutePGD
+from .standard import STANDARD_ATTACKS, attack_norm, is_standard_attack, standard_attack
 from .trades import TRADESAttack
 from .victim import Victim
 
@@ -14,6 +15,7 @@ from .victim import Victim
 register_torchattacks()
 
 __all__ = [
+    'STANDARD_ATTACKS',
     'JSMA',
     'AutoAttack',
     'BoundAttack',
@@ -22,6 +24,9 @@ __all__ = [
     'RoutePGD',
     'TRADESAttack',
     'Victim',
+    'attack_norm',
     'build_attack',
+    'is_standard_attack',
     'kl_divergence',
+    'standard_attack',
 ]

@@ -1,7 +1,9 @@
 """Outcomes of robust evaluation and the metrics made of them."""
 
+from .folder import OutcomeFolder, SavedChunk, SavedEvaluation, read_evaluation
 from .outcomes import (
     CLEAN,
+    NORMS,
     WORST,
     Outcome,
     RobustOutcomes,
@@ -13,11 +15,16 @@ from .outcomes import (
 
 __all__ = [
     'CLEAN',
+    'NORMS',
     'WORST',
     'Outcome',
+    'OutcomeFolder',
     'RobustOutcomes',
+    'SavedChunk',
+    'SavedEvaluation',
     'as_data_samples',
     'compute_metrics',
     'gather_outcomes',
+    'read_evaluation',
     'route_metrics',
 ]
