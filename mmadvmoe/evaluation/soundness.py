@@ -23,7 +23,7 @@ from mmadvmoe.attacks.rescaled import Rescaled
 from .gradient_checks import ascents, gradients, median_margin
 from .substitute import predict, train_substitute
 from .threat_model import ThreatModel
-from .trials import Images, classify
+from .trials import Images
 
 #: Radii at which robust accuracy is measured, in units of eps; the ball that holds every image comes on top.
 EPS_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -94,7 +94,7 @@ class _Bench:
 
     def __init__(self, victim: Victim, data: Images) -> None:
         self.victim, self.data = victim, data
-        clean = classify(victim, data.images, data.images)
+        clean = data.classified(victim, data.images)
         self.logits, self.route = clean.logits, clean.expert if victim.num_routers else None
         self.right = clean.prediction.to(data.images.device) == data.labels
         self.outside = 0.0
@@ -119,7 +119,7 @@ class _Bench:
 
     def stands(self, adversarial: Tensor, frozen: bool = False) -> Tensor:
         """Images that are right without an attack and right in ``adversarial``, (B,) bool."""
-        outcome = classify(self.victim, adversarial, self.data.images, self.route if frozen else None)
+        outcome = self.data.classified(self.victim, adversarial, 'an attack', self.route if frozen else None)
         return self.right & (outcome.prediction.to(self.right.device) == self.data.labels)
 
 

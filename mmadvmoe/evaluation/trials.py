@@ -1,6 +1,6 @@
 """Attack images that are in memory, chunk by chunk, one attack at a time.
 
-Dimension letters: B images, K classes, D decisions of the routers for one image (0 for a dense model).
+Dimension letters: B images, D decisions of the routers for one image (0 for a dense model).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 
-from .chunks import chunk_seed
-from .outcomes import Outcome
+from .chunks import chunk_seed, classify
+from .outcomes import CLEAN, Outcome
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
@@ -78,35 +78,28 @@ class Images:
             )
         return torch.cat(parts)
 
+    def classified(self, victim: Victim, images: Tensor, name: str = CLEAN, route: Optional[Tensor] = None) -> Outcome:
+        """What a model makes of all images, or of what an attack made of them.
 
-@torch.no_grad()
-def classify(
-    victim: Victim, images: Tensor, clean: Tensor, route: Optional[Tensor] = None, batch: int = 128
-) -> Outcome:
-    """What a model makes of images.
+        Args:
+            victim: The model.
+            images: Attacked ones, (B, 3, H, W), or ``self.images``.
+            name: Name of the attack, or ``'clean'``.
+            route: Experts to take in place of the routers' choice, (B,) or (B, D).
 
-    Args:
-        victim: The model.
-        images: (B, 3, H, W) in [0, 1].
-        clean: The images without an attack, of the same shape.
-        route: Experts to take in place of the routers' choice, (B,) or (B, D).
-        batch: Images at a time.
-
-    Raises:
-        FloatingPointError: A logit is not finite.
-    """
-    logits, experts = [], []
-    with victim.frozen():
-        for start in range(0, len(images), batch):
-            rows = slice(start, start + batch)
-            given = None if route is None else route[rows].to(images.device)
-            part, routings = victim.forward_routed(images[rows], given)
-            decisions = [routing.decisions for routing in routings] or [torch.empty(len(part), 0, dtype=torch.int64)]
-            logits.append(part.float().cpu())
-            experts.append(torch.cat(decisions, dim=1).cpu())
-    logits = torch.cat(logits)
-    finite = logits.isfinite().all(dim=1)
-    if not finite.all():
-        rows = (~finite).nonzero().squeeze(1).tolist()
-        raise FloatingPointError(f'the logits of {len(rows)} of {len(images)} images are not finite (rows {rows[:10]})')
-    return Outcome(logits, torch.cat(experts), (images - clean).abs().flatten(1).amax(dim=1).float().cpu())
+        Raises:
+            FloatingPointError: A logit is not finite.
+        """
+        return Outcome.cat(
+            [
+                classify(
+                    victim,
+                    images[rows],
+                    self.images[rows],
+                    name,
+                    range(rows.start, rows.stop),
+                    None if route is None else route[rows].to(images.device),
+                )
+                for rows in self.chunks()
+            ]
+        )
