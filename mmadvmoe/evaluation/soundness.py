@@ -8,7 +8,6 @@ Dimension letters: B images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
@@ -26,12 +25,27 @@ from .threat_model import ThreatModel
 from .trials import Images
 
 #: Radii at which robust accuracy is measured, in units of eps; the ball that holds every image comes on top.
-EPS_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
+EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 #: Steps of the attacks, in units of those of the threat model; a single step comes on top.
 STEP_FACTORS = (0.1, 0.5, 1.0, 2.0)
-RESTARTS = (1, 4)
+RESTARTS = 4
 #: Random points of each ball that count as one attack.
 NOISE_DRAWS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One point of a curve.
+
+    Attributes:
+        at: eps, steps or restarts.
+        gate: Images that stand under plain PGD, (B,) bool.
+        judge: Images that stand under RoutePGD, which on a dense model is PGD, (B,) bool.
+    """
+
+    at: float
+    gate: Tensor
+    judge: Tensor
 
 
 @dataclass(eq=False)
@@ -44,9 +58,8 @@ class Measured:
             on the model as it is) and ``'square'``, ``'noise'``, ``'transfer'``; of a mixture also ``'held'`` and
             ``'forced_<n>'``.
         is_moe: Whether the model is a mixture.
-        eps_curve, steps_curve, restarts_curve: Points ``dict(eps=..., ra=..., gate=...)``, with ``steps`` or
-            ``restarts`` in place of eps; ``gate`` is that of plain PGD and ``ra`` that of RoutePGD (which is PGD on
-            a dense model). Restarts are of plain PGD.
+        eps_curve, steps_curve, restarts_curve: Points in ascending order, the first two from the same random starts.
+            Restarts are of plain PGD.
         changed_at_zero: Predictions that attacks at eps 0 changed.
         outside: How far any adversarial image was outside its ball or [0, 1]; 0 if none was.
         zero_gradient: Share of images whose gradient is exactly zero.
@@ -61,9 +74,9 @@ class Measured:
     sa: float
     is_moe: bool
     stands: dict[str, Tensor] = field(default_factory=dict)
-    eps_curve: list[dict] = field(default_factory=list)
-    steps_curve: list[dict] = field(default_factory=list)
-    restarts_curve: list[dict] = field(default_factory=list)
+    eps_curve: list[Point] = field(default_factory=list)
+    steps_curve: list[Point] = field(default_factory=list)
+    restarts_curve: list[Point] = field(default_factory=list)
     changed_at_zero: int = 0
     outside: float = 0.0
     zero_gradient: float = 0.0
@@ -100,12 +113,12 @@ class _Bench:
         self.outside = 0.0
 
     def attack(
-        self, name: str, threat: ThreatModel, kind: Any, model: Optional[Victim] = None, **others: Any
+        self, name: str, threat: ThreatModel, kind: Any = 'PGD', model: Optional[Victim] = None, **others: Any
     ) -> Tensor:
-        """Adversarial images of an attack on the model, or on another one."""
-        return self.made(
-            self.data.attacked(name, build_attack(threat.attack(kind, **others), model or self.victim)), threat
-        )
+        """Adversarial images of an attack on the model, or on another one; one kind has the same random starts."""
+        attack = build_attack(threat.attack(kind, **others), model or self.victim)
+        draw = kind if isinstance(kind, str) else kind.__name__
+        return self.made(self.data.attacked(name, attack, draw), threat)
 
     def made(self, adversarial: Tensor, threat: ThreatModel) -> Tensor:
         """Note how far ``adversarial`` goes beyond the threat model, and give it back."""
@@ -163,45 +176,36 @@ def _measure_at_zero(bench: _Bench, threat: ThreatModel, measured: Measured) -> 
 
 
 def _measure_white_box(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
-    measured.stands['gate'] = bench.stands(bench.attack('PGD', threat, 'PGD'))
+    measured.stands['gate'] = bench.stands(bench.attack('PGD', threat))
     if not measured.is_moe:
         return
-    measured.stands['held'] = bench.stands(bench.attack('PGD, route held', threat, 'PGD', route='held'))
+    measured.stands['held'] = bench.stands(bench.attack('PGD, route held', threat, route='held'))
     for n in range(bench.victim.num_experts):
         adversarial = bench.attack(f'PGD, route {n} forced', threat, ForcedRoutePGD, expert=n)
         measured.stands[f'forced_{n}'] = bench.stands(adversarial)
+    measured.stands['route_pgd'] = bench.stands(bench.attack('RoutePGD', threat, 'RoutePGD'))
 
 
 def _measure_curves(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
-    def point(where: str, at: ThreatModel) -> dict[str, float]:
-        gate = measured.stands['gate'] if at == threat else bench.stands(bench.attack(f'PGD at {where}', at, 'PGD'))
-        judge = gate
-        if measured.is_moe:
-            judge = bench.stands(bench.attack(f'RoutePGD at {where}', at, 'RoutePGD'))
-            if at == threat:
-                measured.stands['route_pgd'] = judge
-        return dict(ra=percent(judge), gate=percent(gate))
+    def point(at: float, where: str, ball_at: ThreatModel) -> Point:
+        gate = bench.stands(bench.attack(f'PGD at {where}', ball_at))
+        judge = bench.stands(bench.attack(f'RoutePGD at {where}', ball_at, 'RoutePGD')) if measured.is_moe else gate
+        return Point(at, gate, judge)
 
+    gate = measured.stands['gate']
+    judge = measured.stands.get('route_pgd', gate)
     everything = threat.everything(bench.data.images.shape[1:])
-    radii = sorted({factor * threat.eps for factor in EPS_STEPS if factor * threat.eps < everything} | {everything})
-    measured.eps_curve.append(dict(eps=0.0, ra=measured.sa, gate=measured.sa))
-    for eps in radii:
-        measured.eps_curve.append(
-            dict(eps=eps, **point(f'eps {eps:.4g}', threat if eps == threat.eps else threat.scaled(eps)))
-        )
-    at_threat = next(each for each in measured.eps_curve if each['eps'] == threat.eps)
-    for steps in sorted({1, *(max(1, round(factor * threat.steps)) for factor in STEP_FACTORS)}):
-        values = (
-            dict(ra=at_threat['ra'], gate=at_threat['gate'])
-            if steps == threat.steps
-            else point(f'{steps} steps', replace(threat, steps=steps))
-        )
-        measured.steps_curve.append(dict(steps=steps, **values))
-    for restarts in RESTARTS:
-        # The same name, so that the first run has the same random start.
-        adversarial = bench.attack('PGD with restarts', threat, 'PGD', restarts=restarts)
-        gate = percent(bench.stands(adversarial))
-        measured.restarts_curve.append(dict(restarts=restarts, ra=gate, gate=gate))
+    radii = {factor * threat.eps for factor in EPS_FACTORS if factor * threat.eps < everything} | {everything}
+    measured.eps_curve = [Point(0.0, bench.right, bench.right), Point(threat.eps, gate, judge)]
+    for eps in sorted(radii - {threat.eps}):
+        measured.eps_curve.append(point(eps, f'eps {eps:.4g}', threat.scaled(eps)))
+    measured.steps_curve = [Point(threat.steps, gate, judge)]
+    for steps in sorted({1, *(max(1, round(factor * threat.steps)) for factor in STEP_FACTORS)} - {threat.steps}):
+        measured.steps_curve.append(point(steps, f'{steps} steps', replace(threat, steps=steps)))
+    for curve in (measured.eps_curve, measured.steps_curve):
+        curve.sort(key=lambda each: each.at)
+    stands = bench.stands(bench.attack(f'PGD with {RESTARTS} restarts', threat, restarts=RESTARTS))
+    measured.restarts_curve = [Point(1, gate, gate), Point(RESTARTS, stands, stands)]
 
 
 def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
@@ -213,11 +217,10 @@ def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -
     measured.ascent = float(gains.double().mean()) if len(gains) else 1.0
     measured.margin = median_margin(bench.logits)
     if measured.margin > 0:
-        frozen = dict(route='held')
-        adversarial = bench.attack('PGD, logits as they are', threat, 'PGD', **frozen)
-        measured.unscaled = percent(bench.stands(adversarial, frozen=True))
         rescaled = Rescaled(bench.victim, measured.margin)
-        adversarial = bench.attack('PGD, logits rescaled', threat, 'PGD', rescaled, **frozen)
+        as_is = bench.attack('PGD, logits as they are', threat, route='held')
+        measured.unscaled = percent(bench.stands(as_is, frozen=True))
+        adversarial = bench.attack('PGD, logits rescaled', threat, model=rescaled, route='held')
         measured.rescaled = percent(bench.stands(adversarial, frozen=True))
 
 
@@ -232,7 +235,7 @@ def _measure_black_box(
     else:
         same = predict(surrogate, data.images) == predict(bench.victim, data.images)
         measured.agreement = percent(same)
-    measured.stands['transfer'] = bench.stands(bench.attack('PGD on the surrogate', threat, 'PGD', surrogate))
+    measured.stands['transfer'] = bench.stands(bench.attack('PGD on the surrogate', threat, model=surrogate))
     square = build_attack(dict(type='Square', norm=threat.norm, eps=threat.eps, n_queries=num_queries), bench.victim)
     adversarial = data.attacked(f'Square, {num_queries} queries', square)
     measured.stands['square'] = bench.stands(bench.made(adversarial, threat))
@@ -255,6 +258,10 @@ def ra_of_each(measured: Measured) -> dict[str, float]:
     return {name: measured.ra(name) for name in measured.stands}
 
 
-def curves(measured: Measured) -> dict[str, Sequence[dict]]:
-    """RA against eps, steps and restarts."""
-    return dict(eps=measured.eps_curve, steps=measured.steps_curve, restarts=measured.restarts_curve)
+def curves(measured: Measured) -> dict[str, list[dict]]:
+    """RA against ``eps``, ``steps`` and ``restarts``: ``ra`` in the worst case that was looked for, ``gate`` by PGD."""
+    points = dict(eps=measured.eps_curve, steps=measured.steps_curve, restarts=measured.restarts_curve)
+    return {
+        name: [{name: each.at, 'ra': percent(each.judge), 'gate': percent(each.gate)} for each in curve]
+        for name, curve in points.items()
+    }

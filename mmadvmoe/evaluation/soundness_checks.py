@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .soundness import NOISE_DRAWS, Measured
+from .soundness import NOISE_DRAWS, Measured, Point, percent
 
 PASS, WARN, SKIP = 'PASS', 'WARN', 'SKIP'
 
-#: By how many points an attack may seem weaker than another by chance alone.
+#: What may be chance whatever the number of images, in points.
 CHANCE = 1.0
-#: From here on a difference says that an attack is too weak to be reported alone, in points.
+#: An attack that misses more than this, in points, is too weak to be reported alone.
 GAP = 2.0
 #: By how much rounding may bring an image out of its ball.
 ROUNDING = 1e-6
@@ -56,7 +57,7 @@ def judge(measured: Measured) -> list[Check]:
         _logit_scale(measured),
         _black_box(measured, 'noise', f'the best of {NOISE_DRAWS} random points of the ball'),
         _black_box(measured, 'transfer', _surrogate_words(measured)),
-        _black_box(measured, 'square', 'Square, which sees logits only'),
+        _black_box(measured, 'square', 'Square'),
         _routes(measured),
     ]
 
@@ -71,34 +72,41 @@ def _eps_zero(m: Measured) -> Check:
     return _verdict('eps_zero', 'RA at eps 0 equals SA', changed == 0, message, sa=m.sa, changed=changed)
 
 
-def _falls(name: str, title: str, what: str, curve: Sequence[dict]) -> Check:
-    """RA may not rise from one point of a curve to the next; of plain PGD no more than of RoutePGD."""
-    rises = [
-        (after[key] - before[key], before, after, key) for before, after in pairwise(curve) for key in ('ra', 'gate')
-    ]
-    rise, before, after, key = max(rises, key=lambda each: each[0])
-    path = ', '.join(f'{each["ra"]:.1f} at {what} {each[what]:.4g}' for each in curve)
+def _falls(name: str, title: str, what: str, curve: Sequence[Point]) -> Check:
+    """RA may not rise from one point of a curve to the next, neither that of PGD nor that of RoutePGD.
+
+    By chance it may: if about as many images stand at the later point alone as at the earlier one alone.
+    """
+    rises = []
+    for before, after in pairwise(curve):
+        for key in ('judge', 'gate'):
+            old, new = getattr(before, key), getattr(after, key)
+            gained, lost = int((new & ~old).sum()), int((old & ~new).sum())
+            by_chance = max(CHANCE / 100 * len(old), 2 * math.sqrt(gained + lost))
+            rises.append((gained - lost - by_chance, before, after, key))
+    excess, before, after, key = max(rises, key=lambda each: each[0])
+    path = ', '.join(f'{percent(each.judge):.1f} at {what} {each.at:.4g}' for each in curve)
     message = f'RA is {path}'
-    if rise > CHANCE:
-        attack = 'PGD' if key == 'gate' else 'RA'
+    old, new = (percent(getattr(each, key)) for each in (before, after))
+    if excess > 0:
+        attack = 'RA by PGD' if key == 'gate' else 'RA'
         message = (
-            f'from {what} {before[what]:.4g} to {after[what]:.4g}, {attack} rises from {before[key]:.1f} to '
-            f'{after[key]:.1f}; {message}'
+            f'from {what} {before.at:.4g} to {after.at:.4g}, {attack} rises from {old:.1f} to {new:.1f}; {message}'
         )
-    return _verdict(name, title, rise <= CHANCE, message, largest_rise=max(rise, 0.0))
+    return _verdict(name, title, excess <= 0, message, **{'from': old, 'to': new})
 
 
 def _large_eps(m: Measured) -> Check:
     last = m.eps_curve[-1]
-    message = f'in the ball of eps {last["eps"]:.4g}, which holds every image, RA is {last["ra"]:.1f}'
-    good = last['ra'] <= CHANCE
-    return _verdict('large_eps', 'RA reaches 0 at large eps', good, message, eps=last['eps'], ra=last['ra'])
+    ra = percent(last.judge)
+    message = f'in the ball of eps {last.at:.4g}, which holds every image, RA is {ra:.1f}'
+    return _verdict('large_eps', 'RA reaches 0 at large eps', ra <= CHANCE, message, eps=last.at, ra=ra)
 
 
 def _converged(m: Measured) -> Check:
     usual, doubled = m.steps_curve[-2:]
-    drop = usual['ra'] - doubled['ra']
-    message = f'RA is {usual["ra"]:.1f} at {usual["steps"]} steps and {doubled["ra"]:.1f} at {doubled["steps"]}'
+    drop = percent(usual.judge) - percent(doubled.judge)
+    message = f'RA is {percent(usual.judge):.1f} at {usual.at} steps and {percent(doubled.judge):.1f} at {doubled.at}'
     return _verdict('converged', 'twice the steps find nothing new', drop <= GAP, message, drop=drop)
 
 
@@ -139,19 +147,24 @@ def _surrogate_words(m: Measured) -> str:
 
 
 def _black_box(m: Measured, name: str, words: str) -> Check:
-    """White-box attacks must find at least what an attack without gradients of the model finds."""
-    white, black, both = m.ra(*m.white_box), m.ra(name), m.ra(*m.white_box, name)
-    message = f'RA {white:.1f} by white-box attacks, {black:.1f} by {words}; {both:.1f} by all of them'
-    numbers = dict(white_box=white, black_box=black, both=both)
-    return _verdict(name, f'white-box attacks are not weaker than {name}', white <= black + CHANCE, message, **numbers)
+    """White-box attacks must find what an attack without gradients of the model finds, but for a few images."""
+    white, black = m.ra(*m.white_box), m.ra(name)
+    missed = white - m.ra(*m.white_box, name)
+    message = (
+        f'RA {white:.1f} by white-box attacks, {black:.1f} by {words}, which fools {missed:.1f} % that they do not'
+    )
+    numbers = dict(white_box=white, black_box=black, missed=missed)
+    return _verdict(name, f'white-box attacks are not weaker than {name}', missed <= GAP, message, **numbers)
 
 
 def _routes(m: Measured) -> Check:
+    """PGD through the gate against attacks of as many steps that know of routes, and against one without gradients."""
     title = 'the gate hides no gradient'
     if not m.is_moe:
         return Check('routes', title, SKIP, 'a dense model has no routes', {})
     ra = {name: m.ra(name) for name in (*m.white_box, 'square')}
-    worst = min(ra, key=ra.get)
+    # RoutePGD has the runs of all the others together.
+    worst = min((name for name in ra if name != 'route_pgd'), key=ra.get)
     message = f'RA by attack: {", ".join(f"{name} {value:.1f}" for name, value in ra.items())}'
     gap = ra['gate'] - ra[worst]
     if gap > GAP:

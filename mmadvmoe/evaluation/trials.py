@@ -48,12 +48,13 @@ class Images:
         for start in range(0, len(self), self.chunk_size):
             yield slice(start, min(start + self.chunk_size, len(self)))
 
-    def attacked(self, name: str, attack: Attack) -> Tensor:
+    def attacked(self, name: str, attack: Attack, draw: Optional[str] = None) -> Tensor:
         """Attack all images.
 
         Args:
-            name: Name of the attack, for its seeds and for the log.
+            name: Name of the attack, for the log.
             attack: The attack.
+            draw: Name for its seeds; attacks of one name draw the same. Defaults to ``name``.
 
         Returns:
             Adversarial images, (B, 3, H, W).
@@ -65,7 +66,7 @@ class Images:
         for index, rows in enumerate(self.chunks()):
             started = time.monotonic()
             try:
-                part = attack(self.images[rows], self.labels[rows], seed=chunk_seed(self.seed, name, index))
+                part = attack(self.images[rows], self.labels[rows], seed=chunk_seed(self.seed, draw or name, index))
             except Exception as error:
                 raise RuntimeError(
                     f'attack {name!r} failed on images {rows.start} to {rows.stop - 1}: {type(error).__name__}: {error}'
