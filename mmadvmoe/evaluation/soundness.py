@@ -29,6 +29,8 @@ EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 #: Steps of the attacks, in units of those of the threat model; a single step comes on top.
 STEP_FACTORS = (0.1, 0.5, 1.0, 2.0)
 RESTARTS = 4
+#: Norms in which Square exists.
+SQUARE_NORMS = ('Linf', 'L2')
 #: Random points of each ball that count as one attack.
 NOISE_DRAWS = 20
 
@@ -213,7 +215,7 @@ def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -
     measured.zero_gradient = float((grad.flatten(1) == 0).all(dim=1).double().mean())
     along, best = ascents(bench.victim, bench.data, threat, grad, bench.route)
     # Of images that are wrong as they are, nothing is left to gain.
-    gains = (along > best)[bench.right]
+    gains = (along > best.clamp(min=0))[bench.right]
     measured.ascent = float(gains.double().mean()) if len(gains) else 1.0
     measured.margin = median_margin(bench.logits)
     if measured.margin > 0:
@@ -236,6 +238,8 @@ def _measure_black_box(
         same = predict(surrogate, data.images) == predict(bench.victim, data.images)
         measured.agreement = percent(same)
     measured.stands['transfer'] = bench.stands(bench.attack('PGD on the surrogate', threat, model=surrogate))
+    if threat.norm not in SQUARE_NORMS:
+        return
     square = build_attack(dict(type='Square', norm=threat.norm, eps=threat.eps, n_queries=num_queries), bench.victim)
     adversarial = data.attacked(f'Square, {num_queries} queries', square)
     measured.stands['square'] = bench.stands(bench.made(adversarial, threat))
