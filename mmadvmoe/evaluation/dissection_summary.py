@@ -10,11 +10,7 @@ from torch import Tensor
 
 from .dissection import END_TO_END, Dissection
 from .outcomes import CLEAN, Outcome
-
-
-def percent(right: Tensor) -> float:
-    """Accuracy in percent of (B,) bool."""
-    return 100.0 * float(right.double().mean())
+from .trials import percent
 
 
 def summarize(dissection: Dissection) -> dict:

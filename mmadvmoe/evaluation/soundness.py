@@ -22,7 +22,7 @@ from mmadvmoe.attacks.rescaled import Rescaled
 from .gradient_checks import ascents, gradients, median_margin
 from .substitute import predict, train_substitute
 from .threat_model import ThreatModel
-from .trials import Images
+from .trials import Images, percent, seeded
 
 #: Radii at which robust accuracy is measured, in units of eps; the ball that holds every image comes on top.
 EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -97,11 +97,6 @@ class Measured:
     def white_box(self) -> list[str]:
         """Names of the attacks that use the gradient of the model itself."""
         return [name for name in self.stands if name not in ('square', 'noise', 'transfer')]
-
-
-def percent(mask: Tensor) -> float:
-    """Share of (B,) bool, in percent."""
-    return 100.0 * float(mask.double().mean())
 
 
 class _Bench:
@@ -248,9 +243,7 @@ def _measure_black_box(
 def _noise(bench: _Bench, threat: ThreatModel) -> Tensor:
     """Images that stand at some random points of the ball, (B,) bool."""
     images, stands = bench.data.images, bench.right
-    accelerators = [] if images.device.type == 'cpu' else [images.device]
-    with torch.random.fork_rng(accelerators):
-        torch.manual_seed(bench.data.seed)
+    with seeded(images.device, bench.data.seed):
         for _ in range(NOISE_DRAWS):
             points = bench.made(ball.random_start(images, threat.eps, threat.norm), threat)
             stands = stands & bench.stands(points)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .soundness import NOISE_DRAWS, Measured, Point, percent
+from .soundness import NOISE_DRAWS, Measured, Point
+from .trials import percent
 
 PASS, WARN, SKIP = 'PASS', 'WARN', 'SKIP'
 
