@@ -1,6 +1,6 @@
 """Whether a robust accuracy can be believed: what attacks of all kinds find, to be held against each other.
 
-After Carlini et al., On evaluating adversarial robustness, arXiv:1902.06705, section 3 and 5, and Croce & Hein,
+After Carlini et al., On evaluating adversarial robustness, arXiv:1902.06705, and Croce & Hein,
 arXiv:2003.01690. This file measures; :mod:`mmadvmoe.evaluation.soundness_checks` judges.
 
 Dimension letters: B images, K classes.
@@ -57,8 +57,8 @@ class Measured:
     Attributes:
         sa: Standard accuracy, in percent.
         stands: Under the name of each attack at the threat model, the images that stand, (B,) bool: ``'gate'`` (PGD
-            on the model as it is) and ``'square'``, ``'noise'``, ``'transfer'``; of a mixture also ``'held'`` and
-            ``'forced_<n>'``.
+            on the model as it is), ``'noise'``, ``'transfer'`` and, where it exists, ``'square'``; of a mixture also
+            ``'held'``, ``'forced_<n>'`` and ``'route_pgd'``.
         is_moe: Whether the model is a mixture.
         eps_curve, steps_curve, restarts_curve: Points in ascending order, the first two from the same random starts.
             Restarts are of plain PGD.

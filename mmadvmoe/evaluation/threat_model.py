@@ -58,7 +58,9 @@ class ThreatModel:
 
     def scaled(self, eps: float) -> ThreatModel:
         """The same walk in a ball of another radius, with steps as long in proportion."""
-        return replace(self, eps=eps, alpha=self.alpha * eps / self.eps)
+        alpha = self.alpha * eps / self.eps
+        # A longer one would only be cut.
+        return replace(self, eps=eps, alpha=min(alpha, 1.0) if self.norm == 'Linf' else alpha)
 
     def attack(self, kind: str, **others: Any) -> dict:
         """The config of a gradient attack in this ball."""

@@ -28,6 +28,11 @@ def test_errors_name_the_config_key(attacks, name, message):
         ThreatModel.from_attacks(attacks, name)
 
 
+def test_no_step_is_longer_than_the_range_of_pixels():
+    assert ThreatModel('Linf', 0.1, 0.2, 1).scaled(1.0).alpha == 1
+    assert ThreatModel('L2', 0.1, 0.2, 1).scaled(1.0).alpha == 2
+
+
 def test_balls_of_any_norm():
     images, others = torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5)
     for norm, distance, everything in (('Linf', 0.5, 1.0), ('L2', 3**0.5, 12**0.5), ('L1', 6.0, 12.0)):
