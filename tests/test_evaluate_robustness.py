@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -229,6 +230,25 @@ def test_a_failing_attack_is_named_and_what_was_done_is_kept(tmp_path: Path) -> 
         evaluate(_dense(), DIGITS, attacks, out_dir=tmp_path)
     evaluate(_dense(), DIGITS, attacks, out_dir=tmp_path)
     assert len(_lines(tmp_path)) == 20
+
+
+def test_a_full_disk_stops_with_a_word_and_the_evaluation_goes_on(tmp_path: Path) -> None:
+    evaluate(_dense(), DIGITS, WEAK, out_dir=tmp_path / 'whole')
+    sizes = {path: path.stat().st_size for path in (tmp_path / 'whole').rglob('*') if path.is_file()}
+    largest = max(size for path, size in sizes.items() if path.suffix == '.pt')
+    # Room for every part, but not for all outcomes in one file.
+    assert largest < sizes[tmp_path / 'whole' / 'outcomes.jsonl']
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        with pytest.raises(OSError, match=r'outcomes\.jsonl.* could not be written .*make room there and start'):
+            evaluate(_dense(), DIGITS, WEAK, out_dir=tmp_path / 'full')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    left = sorted(path.name for path in (tmp_path / 'full').rglob('*') if path.is_file())
+    assert left == sorted(path.name for path in sizes if path.name not in ('outcomes.jsonl', 'metrics.json'))
+    evaluate(_dense(), DIGITS, WEAK, out_dir=tmp_path / 'full')
+    assert _files(tmp_path / 'full') == _files(tmp_path / 'whole')
 
 
 BAD = {
