@@ -5,7 +5,9 @@ from .bound import BoundAttack, NonFiniteImagesError
 from .builder import build_attack
 from .kl import kl_divergence
 from .library import JSMA, register_torchattacks
+from .pgd import PGD
 from .route_pgd import RoutePGD
+from .router_attack import RouterAttack
 from .trades import TRADESAttack
 from .victim import Victim
 
@@ -17,7 +19,9 @@ __all__ = [
     'AutoAttack',
     'BoundAttack',
     'NonFiniteImagesError',
+    'PGD',
     'RoutePGD',
+    'RouterAttack',
     'TRADESAttack',
     'Victim',
     'build_attack',
