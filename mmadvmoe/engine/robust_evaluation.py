@@ -5,7 +5,6 @@ Dimension letters: B images, K classes, L routers of the network (0 for a dense 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -17,18 +16,13 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.evaluation import CLEAN, Outcome, RobustOutcomes, SavedChunk
+from mmadvmoe.evaluation.chunks import chunk_seed, classify
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
 
 #: ``report(name, outcomes of the chunk so far, seconds that this attack took, None where its outcome was on disk)``
 Report = Callable[[str, RobustOutcomes, Optional[float]], None]
-
-
-def chunk_seed(seed: int, attack: str, chunk_index: int) -> int:
-    """Mix a 32-bit seed for one attack on one chunk; the same on every machine."""
-    digest = hashlib.sha256(f'{seed}/{attack}/{chunk_index}'.encode()).digest()
-    return int.from_bytes(digest[:4], 'little')
 
 
 def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, place: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -121,7 +115,7 @@ def evaluate_chunk(
         known = outcome is not None
         if not known:
             if name == CLEAN:
-                outcome = _classify(victim, images, images, CLEAN, place)
+                outcome = classify(victim, images, images, CLEAN, place)
                 _check_labels(labels, outcome.logits.shape[1], place)
             else:
                 outcome = _outcome(
@@ -187,28 +181,7 @@ def _attack(
             f'attack {name!r} failed on images {_span(place)} of the data set: {type(error).__name__}: {error}'
         ) from error
     _check_adversarial(adversarial, images, name, place)
-    return _classify(victim, adversarial, images, name, place)
-
-
-@torch.no_grad()
-def _classify(victim: Victim, images: Tensor, clean: Tensor, name: str, place: Sequence[int]) -> Outcome:
-    with victim.frozen():
-        logits, routings = victim.forward_routed(images)
-    finite = logits.isfinite().all(dim=1)
-    if not finite.all():
-        bad = [place[int(i)] for i in (~finite).nonzero()]
-        raise FloatingPointError(
-            f'the logits of {len(bad)} of {len(images)} images are not finite in {name!r} '
-            f'(images {bad[:10]} of the data set).'
-        )
-    if routings:
-        expert = torch.cat([routing.decisions for routing in routings], dim=1)
-    else:
-        expert = torch.empty(len(images), 0, dtype=torch.int64)
-    change = (images - clean).flatten(1).float()
-    distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1)
-    attacked = torch.full((len(images),), name != CLEAN)
-    return Outcome(logits.float().cpu(), expert.cpu(), distance.cpu(), attacked)
+    return classify(victim, adversarial, images, name, place)
 
 
 def _check_adversarial(adversarial: Tensor, images: Tensor, name: str, place: Sequence[int]) -> None:
