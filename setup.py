@@ -21,6 +21,7 @@ setup(
     license='Apache-2.0',
     keywords='adversarial robustness, mixture of experts, image classification, OpenMMLab',
     packages=find_packages(include=['mmadvmoe', 'mmadvmoe.*']),
+    package_data={'mmadvmoe.report': ['*.jinja']},
     python_requires='>=3.10',
     install_requires=[
         # Neither mmcv nor mmcv-lite stands here. Both provide the module `mmcv` and overwrite each
@@ -38,12 +39,14 @@ setup(
         'numpy>=1.25.0',
         'scikit-learn>=1.2.0',
         'matplotlib>=3.6.0',
+        'pillow>=9.0.0',
+        'jinja2>=3.0.0',
         'packaging>=21.0',
     ],
     extras_require={
         'lite': [openmmlab('mmcv', 'mmcv-lite')],
         # Ruff is held to one minor version: the next may format differently.
-        'tests': ['pytest>=7.4', 'pytest-xdist>=3.5', 'ruff>=0.17.0,<0.18.0'],
+        'tests': ['pytest>=7.4', 'pytest-xdist>=3.5', 'ruff>=0.17.0,<0.18.0', 'tensorboard>=2.14'],
     },
     classifiers=[
         'Intended Audience :: Science/Research',

@@ -1,5 +1,6 @@
 """Outcomes of robust evaluation and the metrics made of them."""
 
+from .examples import Examples, attack_examples
 from .outcomes import (
     CLEAN,
     WORST,
@@ -14,9 +15,11 @@ from .outcomes import (
 __all__ = [
     'CLEAN',
     'WORST',
+    'Examples',
     'Outcome',
     'RobustOutcomes',
     'as_data_samples',
+    'attack_examples',
     'compute_metrics',
     'gather_outcomes',
     'route_metrics',
