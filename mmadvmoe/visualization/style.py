@@ -28,6 +28,7 @@ _STYLE = {
     'axes.spines.top': False,
     'axes.spines.right': False,
     'axes.grid': True,
+    'axes.axisbelow': True,
     'grid.color': '#dddddd',
     'legend.frameon': False,
     'legend.fontsize': 8,
