@@ -14,14 +14,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS
-from torch import Tensor
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
+from mmadvmoe.engine.robust_evaluation import spread_images
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.visualization import draw_image_grid, save_png
 
@@ -67,17 +66,12 @@ def set_aside_other_training(cfg: Config) -> None:
         say(f'{CONFIG.name} has changed since the last demo: its results are in {aside} now')
 
 
-def load_test_images(cfg: Config) -> tuple[Tensor, Tensor]:
-    """The first test images, (B, 3, H, W) in [0, 1], and their labels."""
+def draw(cfg: Config, model: Victim) -> None:
+    """Draw test images, what an attack makes of them, and the difference; half of them fooled if so many are."""
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, indices=TRIED))
-    samples = [dataset[i] for i in range(len(dataset))]
-    images = torch.stack([sample['inputs'] for sample in samples]).float() / 255
-    return images, torch.cat([sample['data_samples'].gt_label for sample in samples])
-
-
-def draw(model: Victim, images: Tensor, labels: Tensor, attack: Mapping) -> None:
-    """Draw clean images, what an attack makes of them, and the difference; half of them fooled if so many are."""
+        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    images, labels = spread_images(dataset, model.classifier.data_preprocessor, TRIED)
+    attack = cfg.test_cfg.attacks.routepgd50
     examples = attack_examples(model, build_attack(attack, model), images, labels).telling(SHOWN)
     save_png(draw_image_grid(examples, attack_name=attack['type']), PICTURE)
 
@@ -126,8 +120,7 @@ def main() -> None:
     every_chunk = ('--cfg-options', 'default_hooks.logger.interval=1')
     call('test.py', best, '--work-dir', WORK_DIR / 'test', '--out', METRICS, '--out-item', 'metrics', *every_chunk)
     say('drawing adversarial examples')
-    images, labels = load_test_images(cfg)
-    draw(load_robust_model(cfg, best), images, labels, cfg.test_cfg.attacks.routepgd50)
+    draw(cfg, load_robust_model(cfg, best))
     say(f'done in {(time.monotonic() - started) / 60:.1f} minutes')
     print(table(json.loads(METRICS.read_text())))
     print(f'\nIn {place}: {PICTURE.name}, {METRICS.name}, checkpoints, logs and the whole config {CONFIG.name}')

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmengine.dataset import pseudo_collate
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -16,7 +15,7 @@ from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.visualization import draw_image_grid, save_png
 
 from .dist import bare_model
-from .robust_evaluation import unit_batch
+from .robust_evaluation import spread_images
 from .seeding import preserve_rng_state
 
 #: Folder in the work directory, and the name of the picture in the backends of the visualizer.
@@ -84,10 +83,8 @@ class AdversarialImagesHook(Hook):
 
     def _draw(self, runner: Runner) -> None:
         dataset = runner.val_dataloader.dataset
-        count = min(self.num_images, len(dataset))
-        place = [number * len(dataset) // count for number in range(count)]
-        batch = pseudo_collate([dataset[i] for i in place])
-        images, labels = unit_batch(bare_model(runner.model).data_preprocessor, batch, place)
+        preprocessor = bare_model(runner.model).data_preprocessor
+        images, labels = spread_images(dataset, preprocessor, self.num_images)
         examples = attack_examples(self._victim, self._attack, images, labels)
         class_names = getattr(dataset, 'metainfo', {}).get('classes')
         figure = draw_image_grid(examples, class_names, self._attack.name)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Union
 
@@ -13,24 +11,7 @@ SCALARS = '*/vis_data/scalars.json'
 _COUNTERS = ('epoch', 'iter', 'step')
 
 
-@dataclass
-class TrainingLog:
-    """The scalars of one run, over its iterations.
-
-    Attributes:
-        scalars: Under the name of each scalar, its points ``(iteration, value)`` in order.
-        files: The files they come from, in order.
-    """
-
-    scalars: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
-
-    def named(self, matches: Callable[[str], bool]) -> dict[str, list[tuple[int, float]]]:
-        """Those scalars whose names match, in the order in which they appeared."""
-        return {name: points for name, points in self.scalars.items() if matches(name)}
-
-
-def read_training_log(work_dir: Union[str, Path]) -> TrainingLog:
+def read_training_log(work_dir: Union[str, Path]) -> dict[str, list[tuple[int, float]]]:
     """Read the scalars of a run, over all of its starts.
 
     A run that was interrupted and resumed has a file for each start. What a later start logged replaces what an
@@ -41,18 +22,17 @@ def read_training_log(work_dir: Union[str, Path]) -> TrainingLog:
         work_dir (str or Path): Work directory of the run.
 
     Returns:
-        TrainingLog: Empty where the directory holds no log.
+        dict: Under the name of each scalar, its points ``(iteration, value)`` in order. Empty where the directory holds
+        no log.
 
     Raises:
         ValueError: A line of a log, other than a last one that was cut off, is not JSON.
     """
-    work_dir = Path(work_dir)
-    log = TrainingLog()
+    scalars: dict[str, list[tuple[int, float]]] = {}
     # The folders are named by the time of the start.
-    for file in sorted(work_dir.glob(SCALARS)):
-        _append(log, _records(file))
-        log.files.append(str(file.relative_to(work_dir)))
-    return log
+    for file in sorted(Path(work_dir).glob(SCALARS)):
+        _append(scalars, _records(file))
+    return scalars
 
 
 def _records(file: Path) -> list[dict]:
@@ -71,19 +51,19 @@ def _records(file: Path) -> list[dict]:
     return records
 
 
-def _append(log: TrainingLog, records: list[dict]) -> None:
+def _append(scalars: dict[str, list[tuple[int, float]]], records: list[dict]) -> None:
     first = next((record['iter'] for record in records if 'iter' in record), None)
     if first is not None:
-        for name, points in log.scalars.items():
+        for name, points in scalars.items():
             # A start goes on after a checkpoint, and its first line covers the iterations since then.
-            log.scalars[name] = [point for point in points if point[0] < first]
-    iteration = max((points[-1][0] for points in log.scalars.values() if points), default=0)
+            scalars[name] = [point for point in points if point[0] < first]
+    iteration = max((points[-1][0] for points in scalars.values() if points), default=0)
     for record in records:
         if not _is_validation(record):
             iteration = record['step']
         for name, value in record.items():
             if name not in _COUNTERS:
-                log.scalars.setdefault(name, []).append((iteration, value))
+                scalars.setdefault(name, []).append((iteration, value))
 
 
 def _is_validation(record: dict) -> bool:

@@ -35,7 +35,9 @@ def patch_grid(num_tokens: int, height: int, width: int) -> tuple[int, int, int]
         columns = rows * width // height if rows else 0
         if rows and rows * columns == num_tokens - extra and rows * width == columns * height:
             return extra, rows, columns
-    raise ValueError(f'{num_tokens} tokens make no grid of patches with the proportions of an image of {height}x{width}')
+    raise ValueError(
+        f'{num_tokens} tokens make no grid of patches with the proportions of an image of {height}x{width}'
+    )
 
 
 def draw_patch_routes(

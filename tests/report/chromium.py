@@ -47,7 +47,7 @@ class Browser:
         self._events = []
         from_browser, its_output = os.pipe()
         its_input, to_browser = os.pipe()
-        # The browser reads from descriptor 3 and writes to 4: no other may have these numbers while the shell moves them.
+        # The browser reads from descriptor 3 and writes to 4; none of ours may have these numbers.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (its_input, its_output)]
         move = f'exec "$0" "$@" 3<&{ends[0]} 4>&{ends[1]}'
         self._process = subprocess.Popen(
@@ -78,9 +78,7 @@ class Browser:
 
     def open(self, path, width, height=900, mobile=False):
         """Open a file in a window of so many CSS pixels, and wait until it is there with all that it loads."""
-        self.call(
-            'Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         self.problems.clear()
         self._events.clear()
         self.call('Page.navigate', url=path.resolve().as_uri())
