@@ -36,7 +36,7 @@ def summary(models: Sequence[ModelResults]) -> Section:
     rows.append(('test images', [_images(model) for model in models]))
     shown = [(label, *cells) for label, cells in rows if set(cells) != {_ABSENT}]
     caption = 'Accuracy (%), routes and cost of each model. GFLOPs are 10⁹ multiply-adds per image.'
-    section.items.append(Table(caption, ('', *(model.name for model in models)), shown))
+    section.items.append(Table(caption, ('', *(model.name for model in models)), shown, wide=True))
     return section
 
 
@@ -78,7 +78,9 @@ def soundness(models: Sequence[ModelResults]) -> Optional[Section]:
     for model in models:
         if model.soundness:
             rows = [(check['title'], check['status'], check['message']) for check in model.soundness['checks']]
-            caption = f'{model.name}: {model.soundness["num_warnings"]} warnings, {_scope(model.soundness)}'
+            warnings = model.soundness['num_warnings']
+            said = f'{warnings or "no"} warning{"" if warnings == 1 else "s"}'
+            caption = f'{model.name}: {said}; {_scope(model.soundness)}'
             section.items.append(Table(caption, ('check', 'result', 'numbers'), rows, wide=True))
     return section if section.items else None
 

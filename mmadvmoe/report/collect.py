@@ -28,7 +28,7 @@ from .saved_examples import SavedExamples, patch_choices, save_examples
 from .training_log import read_training_log
 
 #: Images in a report, and how many are attacked to choose them from.
-_SHOWN, _TRIED = 8, 64
+_SHOWN, _TRIED = 6, 64
 
 
 def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> None:

@@ -43,6 +43,13 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Heading:
+    """The name of the model that the next items are of, where there are several."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Listing:
     """A long text that is shown when asked for, such as a config."""
 
@@ -58,18 +65,23 @@ class Section:
         name: Its anchor.
         title: Its heading.
         intro: A paragraph on how to read it.
-        items: Tables, pictures and listings, in order.
+        items: Headings, tables, pictures and listings, in order.
     """
 
     name: str
     title: str
     intro: str
-    items: list[Table | Picture | Listing] = field(default_factory=list)
+    items: list[Heading | Table | Picture | Listing] = field(default_factory=list)
+
+    def add_model(self, name: str, items: Sequence[Heading | Table | Picture | Listing]) -> None:
+        """Add what there is of a model, under its name."""
+        if items:
+            self.items += [Heading(name), *items]
 
 
 def percent(value: float, digits: int = 1) -> str:
     """A number that is in percent already, as text."""
-    return f'{value:.{digits}f} %'
+    return f'{value:.{digits}f}%'
 
 
 def share(value: float) -> str:

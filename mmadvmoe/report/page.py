@@ -15,7 +15,7 @@ from PIL import Image
 from mmadvmoe.visualization import png_bytes
 
 from .accuracy_sections import curves, soundness, summary
-from .content import Listing, Picture, Section, Table
+from .content import Heading, Listing, Picture, Section, Table
 from .results import ModelResults
 from .route_sections import dissection, images, loads, patches
 from .run_sections import settings, training
@@ -73,7 +73,10 @@ def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
                 encoded[item.name] = _encode(file)
     environment = Environment(loader=PackageLoader('mmadvmoe.report', '.'), autoescape=True, undefined=StrictUndefined)
     environment.tests.update(
-        {kind.__name__.lower(): lambda item, kind=kind: isinstance(item, kind) for kind in (Table, Picture, Listing)}
+        {
+            kind.__name__.lower(): lambda item, kind=kind: isinstance(item, kind)
+            for kind in (Heading, Table, Picture, Listing)
+        }
     )
     html = environment.get_template('report.html.jinja').render(
         names=[model.name for model in models],

@@ -29,7 +29,7 @@ _FAILURES = dict(
 )
 _WRONG = 'wrong without an attack'
 #: Images in one figure, narrow enough for a phone.
-_ABREAST = 4
+_ABREAST = 3
 #: Images whose patches are shown.
 _PATCHED = 2
 
@@ -49,10 +49,8 @@ def dissection(models: Sequence[ModelResults]) -> Optional[Section]:
     mixtures = [model for model in known if model.dissection['failures']]
     if mixtures:
         section.items.append(_failures(mixtures))
-    for model in known:
-        section.items.append(_attack_table(model))
-        if model.dissection['experts']:
-            section.items.append(_expert_table(model))
+    section.items += [_expert_table(model) for model in mixtures]
+    section.items += [_attack_table(model) for model in known]
     return section
 
 
@@ -84,9 +82,9 @@ def _attack_table(model: ModelResults) -> Table:
         'attack on',
         'RA',
         'routes changed',
-        'route kept, prediction kept',
+        'route kept, still right',
         'route kept, flipped',
-        'route changed, prediction kept',
+        'route changed, still right',
         'route changed, flipped',
     )
     caption = f'{model.name}: {found["num_images"]:,} images, of which {percent(found["sa"])} right without an attack'
@@ -159,9 +157,10 @@ def images(models: Sequence[ModelResults]) -> Optional[Section]:
         if model.examples is None:
             continue
         examples, names = model.examples.examples, model.model['class_names']
+        pictures = []
         for number, rows in enumerate(torch.arange(len(examples)).split(_ABREAST)):
             part = examples.take(rows)
-            section.items.append(
+            pictures.append(
                 Picture(
                     f'{slug(model.name)}_images_{number}',
                     draw_image_grid(part, names, model.examples.attack),
@@ -170,6 +169,7 @@ def images(models: Sequence[ModelResults]) -> Optional[Section]:
                     f'{int(part.fooled.sum())} of them fool {model.name}.',
                 )
             )
+        section.add_model(model.name, pictures)
     return section if section.items else None
 
 
@@ -185,6 +185,7 @@ def patches(models: Sequence[ModelResults]) -> Optional[Section]:
         saved = model.examples
         if saved is None or not saved.patches_before:
             continue
+        pictures = []
         for row in range(min(_PATCHED, len(saved.examples))):
             before, after = ([layer[row] for layer in view] for view in (saved.patches_before, saved.patches_after))
             clean, attacked = (
@@ -196,7 +197,7 @@ def patches(models: Sequence[ModelResults]) -> Optional[Section]:
                 f'{name}: {int((old != new).sum())} of {len(old)} tokens'
                 for name, old, new in zip(layers, before, after)
             )
-            section.items.append(
+            pictures.append(
                 Picture(
                     f'{slug(model.name)}_patches_{row}',
                     figure,
@@ -204,4 +205,5 @@ def patches(models: Sequence[ModelResults]) -> Optional[Section]:
                     f'Experts of the patches of one image. Moved by the attack, {moved}.',
                 )
             )
+        section.add_model(model.name, pictures)
     return section if section.items else None

@@ -32,13 +32,15 @@ def training(models: Sequence[ModelResults]) -> Optional[Section]:
         'a learning rate of their own.',
     )
     for model in models:
+        pictures = []
         for name, figure in draw_training(model.scalars).items():
             ends = '; '.join(
                 f'{line.get_label()} {line.get_ydata()[0]:.3g} to {line.get_ydata()[-1]:.3g}'
                 for line in figure.axes[0].get_lines()
             )
             caption = f'{model.name}, training: {_CHARTS[name]}.'
-            section.items.append(Picture(f'{slug(model.name)}_{name}', figure, caption, f'{caption} {ends}.'))
+            pictures.append(Picture(f'{slug(model.name)}_{name}', figure, caption, f'{caption} {ends}.'))
+        section.add_model(model.name, pictures)
     return section if section.items else None
 
 
@@ -49,18 +51,23 @@ def settings(models: Sequence[ModelResults], versions: Mapping[str, str]) -> Sec
         'Settings and versions',
         'What the numbers above depend on. Checkpoints are named by their content as well.',
     )
+    rows = {model.name: _rows_of(model) for model in models}
+    shared = [row for row in rows[models[0].name] if all(row in of_model for of_model in rows.values())]
+    if len(models) > 1:
+        section.items.append(Table('All models', ('setting', 'value'), shared, wide=True))
     for model in models:
-        rows = [(key, str(model.model[key])) for key in ('config', 'checkpoint', 'checkpoint_sha256', 'work_dir')]
-        for part, result in (
-            ('evaluation', model.run),
-            ('dissection', model.dissection),
-            ('soundness', model.soundness),
-        ):
-            rows += [(f'{part}: {key}', value) for key, value in _settings(result).items()]
-        section.items.append(Table(model.name, ('setting', 'value'), rows, wide=True))
+        own = [row for row in rows[model.name] if len(models) == 1 or row not in shared]
+        section.items.append(Table(model.name, ('setting', 'value'), own, wide=True))
         section.items.append(Listing(f'Whole config of {model.name}', model.model['config_text']))
     section.items.append(Table('Versions that made this page', ('', 'version'), list(versions.items())))
     return section
+
+
+def _rows_of(model: ModelResults) -> list[tuple[str, str]]:
+    rows = [(key, str(model.model[key])) for key in ('config', 'checkpoint', 'checkpoint_sha256', 'work_dir')]
+    for part, result in (('evaluation', model.run), ('dissection', model.dissection), ('soundness', model.soundness)):
+        rows += [(f'{part}: {key}', value) for key, value in _settings(result).items()]
+    return rows
 
 
 def _settings(result: Optional[Mapping[str, Any]]) -> dict[str, str]:

@@ -162,16 +162,16 @@ def _soundness(folder, kind, ra):
 
 def _examples(folder, kind, ra):
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(8, 3, 8, 8, generator=generator)
+    images = torch.rand(6, 3, 8, 8, generator=generator)
     adversarial = (images + 0.2 * torch.randn(images.shape, generator=generator).sign()).clamp(0, 1)
-    label = torch.arange(8)
-    after = torch.where(label < 4, label + 1, label)
+    label = torch.arange(6)
+    after = torch.where(label < 3, label + 1, label)
     tokens = 17 if kind['routing'] == 'token' else 1
     decisions = len(kind['routers']) * tokens
-    route = torch.randint(kind['num_experts'], (2, 8, decisions), generator=generator)
+    route = torch.randint(kind['num_experts'], (2, 6, decisions), generator=generator)
     patches = [[], []]
     if kind['routing'] == 'token':
-        patches = [list(view.view(8, -1, tokens).permute(1, 0, 2).numpy()) for view in route]
+        patches = [list(view.view(6, -1, tokens).permute(1, 0, 2).numpy()) for view in route]
     save_examples(
         folder / 'examples.npz',
         SavedExamples(Examples(images, adversarial, label, label, after, *route), 'routepgd50', *map(tuple, patches)),
