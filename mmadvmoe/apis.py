@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
+from mmpretrain.evaluation import Accuracy
 from mmpretrain.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 import mmadvmoe  # noqa: F401  # registers the components
 from mmadvmoe.attacks import Victim
+from mmadvmoe.datasets import ChunkSampler
+from mmadvmoe.engine.evaluation_data import Data, as_dataset, unit_chunks
+from mmadvmoe.engine.evaluation_run import RobustEvaluation
+from mmadvmoe.engine.named_attacks import choose_attacks, with_route_attack
+from mmadvmoe.engine.preflight import check_data
 from mmadvmoe.engine.safe_load import check_state_dict
+from mmadvmoe.engine.seeding import preserve_rng_state
+from mmadvmoe.evaluation import CLEAN, WORST, RobustOutcomes
 
 
 def load_robust_model(
@@ -81,3 +91,99 @@ def inference(model: Victim, images: Tensor, batch_size: int = 256) -> tuple[Ten
             chosen = [routing.decisions.cpu() for routing in routings]
             experts.append(torch.cat(chosen, dim=1) if chosen else torch.empty(len(part), 0, dtype=torch.int64))
     return torch.cat(probabilities), torch.cat(experts)
+
+
+@dataclass(frozen=True)
+class RobustnessResult:
+    """What :func:`evaluate_robustness` found.
+
+    Attributes:
+        metrics: As :class:`~mmadvmoe.engine.RobustTestLoop` reports them: ``'pgd50/accuracy/top1'`` in percent, and
+            what the routes of a mixture of experts did.
+        outcomes: Logits, experts and distances of every image under every attack.
+    """
+
+    metrics: dict[str, float]
+    outcomes: RobustOutcomes
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of images that are classified rightly without an attack."""
+        return self.metrics[f'{CLEAN}/accuracy/top1'] / 100
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Share of images that are classified rightly without an attack and under every one."""
+        return self.metrics[f'{WORST}/accuracy/top1'] / 100
+
+
+def evaluate_robustness(
+    model: nn.Module,
+    data: Data,
+    attacks: Union[Mapping[str, Mapping], Sequence[str]],
+    *,
+    eps: Optional[float] = None,
+    norm: str = 'Linf',
+    cascade: bool = False,
+    chunk_size: int = 128,
+    seed: int = 0,
+    out_dir: Union[str, Path, None] = None,
+    overwrite: bool = False,
+) -> RobustnessResult:
+    """Measure the accuracy of a classifier under attacks, and the worst case of each image over all of them.
+
+    A mixture of experts is always attacked by :class:`~mmadvmoe.attacks.RoutePGD` as well, because the worst case over
+    attacks that know nothing of routes can be far too high. In several processes (with a process group) each takes its
+    share of the images, and all get the result.
+
+    Args:
+        model (nn.Module): A :class:`~mmadvmoe.attacks.Victim`, such as :func:`load_robust_model` gives, or any module
+            that maps images in [0, 1] to logits.
+        data (Mapping, Dataset or tuple): Config of a data set; a data set, with samples as MMPretrain packs them or
+            pairs of an image in [0, 1] and a label; or the tensors images (B, C, H, W) and labels (B,).
+        attacks (Mapping or Sequence): Configs of attacks under names of your own; or names of standard attacks, such as
+            ``['pgd50', 'autoattack']`` (:data:`mmadvmoe.attacks.STANDARD_ATTACKS`).
+        eps (float, optional): Radius of the standard attacks, on [0, 1] images.
+        norm (str): Norm of the standard attacks. Defaults to ``'Linf'``.
+        cascade (bool): Whether each attack gets only the images that are right so far. Accuracies are then those after
+            an attack and all before it; the worst case is the same, up to what the attacks draw. Defaults to False.
+        chunk_size (int): Images attacked at a time. What an attack draws depends on it. Defaults to 128.
+        seed (int): Seed of the attacks. Defaults to 0.
+        out_dir (str or Path, optional): Folder that gets the outcome of each image as it becomes known, and in which a
+            killed evaluation goes on where it stopped.
+        overwrite (bool): Delete the outcomes of another evaluation in ``out_dir`` instead of refusing to go on.
+
+    Returns:
+        RobustnessResult: Metrics and outcomes.
+
+    Raises:
+        TypeError: Data or attacks are of another kind.
+        ValueError: A setting is not allowed, labels and classes do not fit, images are not in [0, 1], or ``out_dir``
+            holds the outcomes of another evaluation.
+        RuntimeError: An attack failed; names it and the images. What was done before is in ``out_dir``.
+        FloatingPointError: Logits are not finite.
+
+    Examples:
+        >>> model = load_robust_model('configs/advmoe_resnet18_digits.py', 'work_dirs/demo/epoch_80.pth')
+        >>> data = dict(type='Digits', split='test', pipeline=[dict(type='PackInputs')])
+        >>> result = evaluate_robustness(model, data, ['pgd50', 'autoattack'], eps=0.2, cascade=True)
+        >>> result.clean_accuracy, result.robust_accuracy
+    """
+    victim = model if isinstance(model, Victim) else Victim(model)
+    if not isinstance(attacks, Mapping):
+        attacks = choose_attacks(attacks, eps=eps, norm=norm)
+    attacks = with_route_attack(attacks, victim)
+    dataset = as_dataset(data)
+    check_data(dataset, 'data', victim.num_classes)
+    evaluation = RobustEvaluation(
+        victim, attacks, chunk_size=chunk_size, seed=seed, survivors_only=list(attacks) if cascade else ()
+    )
+    if out_dir is not None:
+        evaluation.keep_in(out_dir, overwrite)
+    sampler = ChunkSampler(dataset, chunk_size)
+    with preserve_rng_state():
+        evaluation.begin(sampler)
+        for index, images, labels in unit_chunks(dataset, sampler, victim):
+            evaluation.evaluate(index, images, labels)
+        metrics = evaluation.finish(Evaluator(Accuracy()))
+    return RobustnessResult(metrics, evaluation.outcomes)

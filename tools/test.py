@@ -1,7 +1,8 @@
-"""Test a checkpoint, with the arguments of MMPretrain's tool of the same name."""
+"""Test a checkpoint, with the arguments of MMPretrain's tool of the same name, also under attacks chosen by name."""
 
 import argparse
 from copy import deepcopy
+from fractions import Fraction
 from pathlib import Path
 
 import mmengine
@@ -9,6 +10,7 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
+from mmadvmoe.attacks import STANDARD_ATTACKS
 from mmadvmoe.engine.dist import finish_distributed, prepare_distributed
 from mmadvmoe.engine.launch import (
     add_common_arguments,
@@ -17,6 +19,7 @@ from mmadvmoe.engine.launch import (
     load_config,
     merge_common_arguments,
 )
+from mmadvmoe.engine.named_attacks import choose_attacks
 
 OUT_SUFFIXES = {
     'pred': ('.pkl', '.pickle'),
@@ -29,11 +32,32 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='test config file')
     parser.add_argument('checkpoint', help='checkpoint file or address')
     add_common_arguments(parser)
-    parser.add_argument('--out', help='file to write metrics or predictions to')
+    parser.add_argument(
+        '--attacks',
+        nargs='+',
+        metavar='NAME',
+        help=f'attacks of test_cfg.attacks and standard ones ({", ".join(STANDARD_ATTACKS)}) to test under, in this '
+        'order; RoutePGD is put beside them on a mixture of experts',
+    )
+    parser.add_argument(
+        '--eps',
+        type=lambda text: float(Fraction(text)),
+        help='radius of --attacks on images in [0, 1], as in 8/255 [that of test_cfg.attacks]',
+    )
+    parser.add_argument('--norm', help='norm of --attacks [that of test_cfg.attacks, else Linf]')
+    parser.add_argument('--cascade', action='store_true', help='run each attack only on images that still stand')
+    parser.add_argument(
+        '--out',
+        help='file to write metrics or predictions to; or, under attacks, a folder that gets the outcome of every '
+        'image as it becomes known, and in which a killed test goes on where it stopped',
+    )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='delete the outcomes of another test in the folder --out'
+    )
     parser.add_argument(
         '--out-item',
         choices=tuple(OUT_SUFFIXES),
-        help='what --out gets: metrics, or predictions (those of the worst case where the model '
+        help='what the file --out gets: metrics, or predictions (those of the worst case where the model '
         'is tested under attacks) [pred]',
     )
     parser.add_argument('--show-dir', help='directory to save pictures of predictions in')
@@ -47,6 +71,14 @@ def parse_args() -> argparse.Namespace:
         'them, the mean score over an image and its mirror image',
     )
     args = parser.parse_args()
+    for name in ('eps', 'norm'):
+        if getattr(args, name) is not None and args.attacks is None:
+            parser.error(f'--{name} is that of the attacks which --attacks names: add --attacks')
+    args.out_dir = None
+    if args.out is not None and args.out_item is None and _means_folder(args.out):
+        args.out, args.out_dir = None, args.out
+    if args.overwrite and args.out_dir is None:
+        parser.error('--overwrite is about a folder of outcomes: add --out FOLDER')
     if args.out is None:
         if args.out_item is not None:
             parser.error('--out-item says what goes into the file that --out names: add --out')
@@ -54,8 +86,15 @@ def parse_args() -> argparse.Namespace:
         args.out_item = args.out_item or 'pred'
         allowed = OUT_SUFFIXES[args.out_item]
         if not args.out.endswith(allowed):
-            parser.error(f'--out {args.out!r} for --out-item {args.out_item} must end in {" or ".join(allowed)}')
+            parser.error(
+                f'--out {args.out!r} for --out-item {args.out_item} must end in {" or ".join(allowed)}; a folder '
+                'for the outcomes of all images has no ending, and no --out-item'
+            )
     return args
+
+
+def _means_folder(path: str) -> bool:
+    return Path(path).is_dir() or path.endswith('/') or not Path(path).suffix
 
 
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:
@@ -66,6 +105,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.resume = False
     if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise ValueError('the config must set test_dataloader, test_cfg and test_evaluator')
+    _merge_attacks(cfg, args)
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir is not None:
@@ -73,6 +113,29 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     if args.tta:
         _enable_tta(cfg)
     merge_common_arguments(cfg, args, ('test_dataloader',))
+
+
+def _merge_attacks(cfg: Config, args: argparse.Namespace) -> None:
+    """Choose attacks, and where their outcomes go."""
+    if args.attacks is not None:
+        known = cfg.test_cfg.get('attacks', {})
+        attacks = choose_attacks(args.attacks, known, args.eps, args.norm)
+        if not known:
+            cfg.test_cfg = dict(type='RobustTestLoop')
+        cfg.test_cfg.attacks = attacks
+        cfg.test_cfg.add_route_attack = True
+        # What speaks of attacks that are not run.
+        survivors, groups = cfg.test_cfg.get('survivors_only', ()), cfg.test_cfg.get('worst_of', {})
+        cfg.test_cfg.survivors_only = [name for name in survivors if name in attacks]
+        cfg.test_cfg.worst_of = {group: names for group, names in groups.items() if set(names) <= set(attacks)}
+    for name, value in dict(cascade=args.cascade, out_dir=args.out_dir, overwrite=args.overwrite).items():
+        if value:
+            if 'attacks' not in cfg.test_cfg:
+                raise ValueError(
+                    f'--{name.removesuffix("_dir")} is for tests under attacks, and test_cfg.attacks has none: add '
+                    '--attacks'
+                )
+            cfg.test_cfg[name] = value
 
 
 def _enable_visualization(cfg: Config, args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from .builder import build_attack
 from .kl import kl_divergence
 from .library import JSMA, register_torchattacks
 from .route_pgd import RoutePGD
+from .standard import STANDARD_ATTACKS, attack_norm, is_standard_attack, standard_attack
 from .trades import TRADESAttack
 from .victim import Victim
 
@@ -13,6 +14,7 @@ from .victim import Victim
 register_torchattacks()
 
 __all__ = [
+    'STANDARD_ATTACKS',
     'JSMA',
     'AutoAttack',
     'BoundAttack',
@@ -20,6 +22,9 @@ __all__ = [
     'RoutePGD',
     'TRADESAttack',
     'Victim',
+    'attack_norm',
     'build_attack',
+    'is_standard_attack',
     'kl_divergence',
+    'standard_attack',
 ]

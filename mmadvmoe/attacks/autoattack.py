@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torchattacks
 from torch import Tensor
@@ -13,6 +15,9 @@ from . import steps as ball
 from .victim import Victim
 
 VERSIONS = ('standard', 'plus', 'rand')
+
+#: The attacks of the ensembles, by the names of the original.
+PARTS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
 
 # The targeted attacks of AutoAttack try the 9 most likely wrong classes.
 _MOST_CLASSES = 10
@@ -41,6 +46,8 @@ class AutoAttack(Attack):
         norm (str): ``'Linf'`` or ``'L2'``. Defaults to ``'Linf'``.
         eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
         version (str): See above. Defaults to ``'standard'``.
+        attacks_to_run (Sequence[str], optional): The attacks to run in place of a version: some of ``PARTS``, in this
+            order. Defaults to None.
         n_classes (int): K; ``build_attack`` knows it. Defaults to 10.
         steps (int): Iterations of APGD and FAB. Defaults to 100.
         n_queries (int): Queries of Square. Defaults to 5000.
@@ -48,7 +55,7 @@ class AutoAttack(Attack):
         verbose (bool): Print the progress of each attack. Defaults to False.
 
     Raises:
-        ValueError: ``norm`` or ``version`` is unknown, or there are fewer than 2 classes.
+        ValueError: ``norm``, ``version`` or one of ``attacks_to_run`` is unknown, or there are fewer than 2 classes.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class AutoAttack(Attack):
         norm: str = 'Linf',
         eps: float = 8 / 255,
         version: str = 'standard',
+        attacks_to_run: Sequence[str] | None = None,
         n_classes: int = 10,
         steps: int = 100,
         n_queries: int = 5000,
@@ -66,6 +74,9 @@ class AutoAttack(Attack):
         super().__init__('AutoAttack', model)
         if version not in VERSIONS:
             raise ValueError(f'version={version!r} is unknown; allowed: {VERSIONS}')
+        unknown = [name for name in attacks_to_run or () if name not in PARTS]
+        if unknown or isinstance(attacks_to_run, str):
+            raise ValueError(f'attacks_to_run={attacks_to_run!r} must be a list of some of {PARTS}')
         if n_classes < 2:
             raise ValueError(f'n_classes={n_classes} must be at least 2')
         self.norm = ball.check_norm(norm)
@@ -74,6 +85,7 @@ class AutoAttack(Attack):
         self.attacks = _ensemble(
             model,
             version,
+            attacks_to_run,
             n_classes,
             dict(norm=norm, eps=eps, seed=seed, verbose=verbose),
             steps,
@@ -104,7 +116,15 @@ class AutoAttack(Attack):
         return self.get_logits(images).argmax(1) == labels
 
 
-def _ensemble(model: Victim, version: str, n_classes: int, common: dict, steps: int, n_queries: int) -> list[Attack]:
+def _ensemble(
+    model: Victim,
+    version: str,
+    attacks_to_run: Sequence[str] | None,
+    n_classes: int,
+    common: dict,
+    steps: int,
+    n_queries: int,
+) -> list[Attack]:
     """The attacks of one version, in the published order."""
     targets = dict(n_classes=min(n_classes, _MOST_CLASSES))
 
@@ -125,6 +145,16 @@ def _ensemble(model: Victim, version: str, n_classes: int, common: dict, steps: 
     def square() -> Attack:
         return torchattacks.Square(model, n_queries=n_queries, resc_schedule=False, **common)
 
+    if attacks_to_run is not None:
+        parts = {
+            'apgd-ce': lambda: [apgd('ce')],
+            'apgd-dlr': dlr,
+            'apgd-t': apgd_targeted,
+            'fab': lambda: [fab()],
+            'fab-t': lambda: [fab(multi_targeted=True)],
+            'square': lambda: [square()],
+        }
+        return [attack for name in attacks_to_run for attack in parts[name]()]
     if version == 'standard':
         return [apgd('ce'), *apgd_targeted(), fab(multi_targeted=True), square()]
     if version == 'rand':

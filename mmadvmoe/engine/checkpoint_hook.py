@@ -13,10 +13,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from mmpretrain.registry import HOOKS
 
-from .safe_load import CheckpointError, check_state_dict, load_from_local
+from mmadvmoe.atomic import PARTIAL, write_atomically
 
-# Unlike a temporary file of another program, such a file is surely ours to delete.
-_PARTIAL = '.mmadvmoe-partial'
+from .safe_load import CheckpointError, check_state_dict, load_from_local
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -37,19 +36,9 @@ class AtomicLocalBackend(LocalBackend):
                 that was there before is unharmed.
         """
         filepath = os.fspath(filepath)
-        folder = osp.dirname(filepath) or '.'
-        partial = osp.join(folder, f'.{osp.basename(filepath)}.{os.getpid()}{_PARTIAL}')
         try:
-            os.makedirs(folder, exist_ok=True)
-            with open(partial, 'wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, filepath)
-            self._sync_folder(folder)
+            write_atomically(filepath, obj)
         except OSError as error:
-            if osp.exists(partial):
-                os.remove(partial)
             raise OSError(
                 error.errno,
                 f'{filepath!r} could not be written ({error.strerror}; {len(obj) / 2**20:.1f} MiB). '
@@ -60,16 +49,6 @@ class AtomicLocalBackend(LocalBackend):
     def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
         """Write a text file atomically; arguments and errors as in :meth:`put`."""
         self.put(obj.encode(encoding), filepath)
-
-    @staticmethod
-    def _sync_folder(folder: str) -> None:
-        """Force the renaming itself to disk, before anything older is deleted."""
-        if os.name == 'posix':
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 register_backend('atomic_local', AtomicLocalBackend, force=True)
@@ -196,7 +175,7 @@ class SafeCheckpointHook(CheckpointHook):
             self.last_ckpt = last_ckpt if exists[0] else None
         if is_main_process():
             for folder in {runner.work_dir, self.out_dir}:
-                for path in glob(osp.join(escape(folder), f'.*{_PARTIAL}')):
+                for path in glob(osp.join(escape(folder), f'.*{PARTIAL}')):
                     os.remove(path)
             self.file_backend.outdated += map(self._path_of, info.get('outdated_ckpts', []))
             self._remove_outdated()

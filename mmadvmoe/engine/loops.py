@@ -12,16 +12,13 @@ from mmpretrain.registry import LOOPS
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.evaluation import (
-    CLEAN,
-    as_data_samples,
-    compute_metrics,
-    gather_outcomes,
-    route_metrics,
-)
+from mmadvmoe.evaluation import CLEAN, as_data_samples
 
 from .dist import bare_model
-from .robust_evaluation import build_attacks, check_groups, evaluate_chunk, unit_batch
+from .evaluation_run import RobustEvaluation
+from .named_attacks import check_groups, with_route_attack
+from .preflight import check_data
+from .robust_evaluation import unit_batch
 from .seeding import preserve_rng_state
 
 
@@ -52,12 +49,18 @@ class _RobustLoop:
         model = bare_model(runner.model)
         self.data_preprocessor = model.data_preprocessor
         self.victim = Victim.from_classifier(model)
-        self.attacks = build_attacks(attacks, self.victim, f'{self.mode}_cfg.attacks')
-        self.seed = seed
-        self.survivors_only = survivors_only
-        self.worst_of = worst_of or {}
-        check_groups(self.attacks, self.survivors_only, self.worst_of, self.mode)
+        self.evaluation = RobustEvaluation(
+            self.victim,
+            attacks,
+            key=f'{self.mode}_cfg.attacks',
+            chunk_size=chunk_size,
+            seed=seed,
+            survivors_only=survivors_only,
+            worst_of=worst_of,
+        )
+        check_groups(attacks, survivors_only, worst_of or {}, self.mode)
         super().__init__(runner, self._in_chunks(dataloader, chunk_size), evaluator)
+        check_data(self.dataloader.dataset, f'{self.mode}_dataloader', self.victim.num_classes)
 
     def _in_chunks(self, dataloader: Mapping, chunk_size: int) -> dict:
         """Rewrite the config of a loader so that each of its batches is one chunk."""
@@ -108,32 +111,18 @@ class _RobustLoop:
 
     def _evaluate(self) -> dict:
         sampler = self.dataloader.sampler
-        parts = []
+        self.evaluation.begin(sampler, self.runner.cfg.get('model'))
         for idx, (chunk_index, batch) in enumerate(zip(sampler.chunks(), self.dataloader)):
             self.runner.call_hook(f'before_{self.mode}_iter', batch_idx=idx, data_batch=batch)
-            place = sampler.chunk(chunk_index)
-            images, labels = unit_batch(self.data_preprocessor, batch, place)
-            part = evaluate_chunk(
-                self.victim,
-                self.attacks,
-                images,
-                labels,
-                chunk_index=chunk_index,
-                place=place,
-                seed=self.seed,
-                survivors_only=self.survivors_only,
-            )
-            parts.append(part)
+            images, labels = unit_batch(self.data_preprocessor, batch, sampler.chunk(chunk_index))
+            part = self.evaluation.evaluate(chunk_index, images, labels)
             self.runner.call_hook(
                 f'after_{self.mode}_iter',
                 batch_idx=idx,
                 data_batch=batch,
                 outputs=as_data_samples(part.by_name[CLEAN], part.place, part.label),
             )
-        outcomes = gather_outcomes(parts, len(self.dataloader.dataset))
-        metrics = compute_metrics(self.evaluator, outcomes, self.worst_of)
-        metrics.update(route_metrics(outcomes, self.victim.num_experts))
-        return metrics
+        return self.evaluation.finish(self.evaluator)
 
 
 @LOOPS.register_module()
@@ -185,6 +174,20 @@ class RobustValLoop(_RobustLoop, ValLoop):
 class RobustTestLoop(_RobustLoop, TestLoop):
     """Test under named attacks; see :class:`RobustValLoop`, whose arguments and metrics it has.
 
+    Args:
+        runner, dataloader, evaluator, attacks: As in :class:`RobustValLoop`.
+        cascade: Whether every attack gets only the images that are right without an attack and under all attacks before
+            it, as with all names in ``survivors_only``.
+        add_route_attack: Whether :class:`~mmadvmoe.attacks.RoutePGD` is put beside the attacks on a mixture of experts
+            where none of them is one.
+        out_dir: Folder that gets the outcome of each image as it becomes known, and in which a killed test goes on
+            where it stopped; see docs/evaluation.md. None to write nothing.
+        overwrite: Delete the outcomes of another evaluation in ``out_dir`` instead of refusing to go on.
+        kwargs: The other arguments of :class:`RobustValLoop`.
+
+    Raises:
+        ValueError: ``out_dir`` holds the outcomes of an evaluation with other settings.
+
     Examples:
         >>> test_cfg = dict(
         ...     type='RobustTestLoop',
@@ -197,3 +200,23 @@ class RobustTestLoop(_RobustLoop, TestLoop):
     """
 
     mode = 'test'
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: Mapping,
+        evaluator: Evaluator | Mapping | Sequence,
+        attacks: Mapping[str, dict],
+        cascade: bool = False,
+        add_route_attack: bool = False,
+        out_dir: Optional[str] = None,
+        overwrite: bool = False,
+        **kwargs,
+    ) -> None:
+        if add_route_attack:
+            attacks = with_route_attack(attacks, Victim.from_classifier(runner.model))
+        if cascade:
+            kwargs['survivors_only'] = list(attacks)
+        super().__init__(runner, dataloader, evaluator, attacks, **kwargs)
+        if out_dir is not None:
+            self.evaluation.keep_in(out_dir, overwrite)

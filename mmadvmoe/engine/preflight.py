@@ -80,7 +80,7 @@ class PreflightHook(Hook):
                 continue
             # What a data set draws for a check must not change what it draws in training.
             with preserve_rng_state():
-                _check_data(getattr(runner, key).dataset, key, num_classes, with_images)
+                check_data(getattr(runner, key).dataset, key, num_classes, with_images)
 
 
 def _names(given: Any, wanted: type) -> bool:
@@ -146,7 +146,18 @@ def _read_some(dataset: Dataset) -> list[dict]:
     return [dataset[index * len(dataset) // count] for index in range(count)]
 
 
-def _check_data(dataset: Dataset, key: str, num_classes: Optional[int], with_images: bool) -> None:
+def check_data(dataset: Dataset, key: str, num_classes: Optional[int], with_images: bool = False) -> None:
+    """Check a data set against the classes of a model.
+
+    Args:
+        dataset: The data set.
+        key: Config key of its loader, for errors.
+        num_classes: K, or None where the model does not tell.
+        with_images: Also read a few images, and check that they are as a data preprocessor takes them.
+
+    Raises:
+        ValueError: There is no image, or classes, labels or images do not fit.
+    """
     if not len(dataset):
         raise ValueError(f'{key}.dataset ({type(dataset).__name__}) holds no image')
     samples = _read_some(dataset) if with_images else []

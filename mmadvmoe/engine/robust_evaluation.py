@@ -6,107 +6,25 @@ Dimension letters: B images, K classes, L routers of the network (0 for a dense 
 from __future__ import annotations
 
 import hashlib
-import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
+from typing import Optional
 
 import torch
 from mmengine.dataset import pseudo_collate
-from mmengine.logging import print_log
 from mmpretrain.models import ClsDataPreprocessor
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmadvmoe.attacks import RoutePGD, Victim, build_attack
-from mmadvmoe.evaluation import CLEAN, WORST, Outcome, RobustOutcomes
-from mmadvmoe.registry import ATTACKS
+from mmadvmoe.attacks import Victim
+from mmadvmoe.evaluation import CLEAN, Outcome, RobustOutcomes, SavedChunk
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
 
-
-def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, Attack]:
-    """Build named attacks, and warn where they cannot judge an MoE.
-
-    Args:
-        attacks: Config of each attack under the name that its metrics get.
-        victim: The model as the attacks see it.
-        key: Config key of ``attacks``, for errors.
-
-    Raises:
-        TypeError: If ``attacks`` does not map names to configs.
-        ValueError: If there is no attack, or a name cannot be the prefix of a metric.
-    """
-    if not isinstance(attacks, Mapping):
-        raise TypeError(
-            f"{key} must map names to attack configs, such as dict(pgd10=dict(type='PGD', "
-            f'eps=8 / 255, alpha=2 / 255, steps=10)), but got {attacks!r}.'
-        )
-    if not attacks:
-        raise ValueError(
-            f"{key} holds no attack. To measure accuracy without attacks, use MMEngine's loop "
-            "(dict(type='ValLoop') or dict(type='TestLoop'))."
-        )
-    built = {}
-    for name, cfg in attacks.items():
-        if name in (CLEAN, WORST) or not name or '/' in name:
-            raise ValueError(
-                f'{key}: an attack cannot be called {name!r}. Its metrics are logged as '
-                f"'<name>/accuracy/top1', so the name must not be empty nor contain '/'; "
-                f'{CLEAN!r} and {WORST!r} are taken by the loop.'
-            )
-        if not isinstance(cfg, Mapping) or 'type' not in cfg:
-            raise TypeError(f'{key}.{name} must be the config of an attack, a dict with a type, but got {cfg!r}.')
-        built[name] = build_attack(cfg, victim)
-    if victim.num_routers and not any(_moves_routes(cfg) for cfg in attacks.values()):
-        print_log(
-            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: '
-            f'{WORST}/ is only an upper bound of its robust accuracy, and can be far too high. '
-            "Add dict(type='RoutePGD', ...).",
-            logger='current',
-            level=logging.WARNING,
-        )
-    return built
-
-
-def check_groups(
-    attacks: Collection[str], survivors_only: Sequence[str], worst_of: Mapping[str, Sequence[str]], mode: str
-) -> None:
-    """Check that the settings which refer to attacks name attacks.
-
-    Args:
-        attacks: The names of the attacks.
-        survivors_only, worst_of: As in :class:`~mmadvmoe.engine.RobustValLoop`.
-        mode: ``'val'`` or ``'test'``, for errors.
-
-    Raises:
-        TypeError: If attacks are not given as a list of names.
-        ValueError: If there is no such attack, or a group has a name that is taken.
-    """
-    keys = {f'{mode}_cfg.survivors_only': survivors_only}
-    for group, members in worst_of.items():
-        key = f'{mode}_cfg.worst_of.{group}'
-        if group in (CLEAN, WORST, *attacks) or not group or '/' in group:
-            raise ValueError(
-                f"{key}: the worst case over some attacks needs a name of its own without '/'; taken are "
-                f'{", ".join((CLEAN, WORST, *attacks))}.'
-            )
-        keys[key] = members
-    for key, names in keys.items():
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise TypeError(f'{key} must be a list of names of attacks, but got {names!r}.')
-        for name in names:
-            if name not in attacks:
-                near = get_close_matches(str(name), attacks, n=1)
-                hint = f' (did you mean {near[0]!r}?)' if near else ''
-                raise ValueError(f'{key}: there is no attack {name!r}{hint}; allowed: {", ".join(attacks)}.')
-
-
-def _moves_routes(cfg: Mapping) -> bool:
-    kind = cfg['type']
-    kind = ATTACKS.get(kind) if isinstance(kind, str) else kind
-    return isinstance(kind, type) and issubclass(kind, RoutePGD)
+#: ``report(name, outcomes of the chunk so far, seconds that this attack took, None where its outcome was on disk)``
+Report = Callable[[str, RobustOutcomes, Optional[float]], None]
 
 
 def chunk_seed(seed: int, attack: str, chunk_index: int) -> int:
@@ -186,6 +104,8 @@ def evaluate_chunk(
     place: Sequence[int],
     seed: int = 0,
     survivors_only: Collection[str] = (),
+    saved: Optional[SavedChunk] = None,
+    report: Optional[Report] = None,
 ) -> RobustOutcomes:
     """Classify one chunk of images without an attack and under each attack.
 
@@ -201,6 +121,8 @@ def evaluate_chunk(
         survivors_only: Names of the attacks that get only the images which are right so far,
             without an attack and under all attacks before. The others keep the outcome in which
             they went wrong first.
+        saved: Where the outcome under each attack is kept as soon as it is known, and taken from if it is there.
+        report: Called after each attack.
 
     Returns:
         The outcomes, on the CPU.
@@ -210,8 +132,36 @@ def evaluate_chunk(
         FloatingPointError: If a logit is not finite.
         RuntimeError: If an attack fails.
     """
-    clean = _classify(victim, images, images, CLEAN, place)
-    num_classes = clean.logits.shape[1]
+    outcomes = RobustOutcomes(torch.as_tensor(place), labels.cpu(), {})
+    for name in (CLEAN, *attacks):
+        start = time.perf_counter()
+        outcome = None if saved is None else saved.read(name)
+        known = outcome is not None
+        if not known:
+            if name == CLEAN:
+                outcome = _classify(victim, images, images, CLEAN, place)
+                _check_labels(labels, outcome.logits.shape[1], place)
+            else:
+                outcome = _outcome(
+                    victim,
+                    attacks[name],
+                    images,
+                    labels,
+                    outcomes.worst(),
+                    name=name,
+                    place=place,
+                    seed=chunk_seed(seed, name, chunk_index),
+                    survivors_only=name in survivors_only,
+                )
+            if saved is not None:
+                saved.write(name, outcome)
+        outcomes = replace(outcomes, by_name={**outcomes.by_name, name: outcome})
+        if report is not None:
+            report(name, outcomes, None if known else time.perf_counter() - start)
+    return outcomes
+
+
+def _check_labels(labels: Tensor, num_classes: int, place: Sequence[int]) -> None:
     foreign = (labels < 0) | (labels >= num_classes)
     if foreign.any():
         i = int(foreign.nonzero()[0])
@@ -219,29 +169,30 @@ def evaluate_chunk(
             f'image {place[i]} of the data set has label {int(labels[i])}, but the model has '
             f'classes 0 to {num_classes - 1}; set num_classes of the head to that of the data set.'
         )
-    outcomes = RobustOutcomes(torch.as_tensor(place), labels.cpu(), {CLEAN: clean})
-    for name, attack in attacks.items():
-        so_far = outcomes.worst()
-        rows = torch.arange(len(images))
-        if name in survivors_only:
-            rows = rows[so_far.prediction == outcomes.label]
-        outcome = so_far
-        if len(rows):
-            where = rows.to(images.device)
-            outcome = so_far.put(
-                rows,
-                _attack(
-                    victim,
-                    attack,
-                    images[where],
-                    labels[where],
-                    name=name,
-                    place=[place[int(row)] for row in rows],
-                    seed=chunk_seed(seed, name, chunk_index),
-                ),
-            )
-        outcomes = replace(outcomes, by_name={**outcomes.by_name, name: outcome})
-    return outcomes
+
+
+def _outcome(
+    victim: Victim,
+    attack: Attack,
+    images: Tensor,
+    labels: Tensor,
+    so_far: Outcome,
+    *,
+    name: str,
+    place: Sequence[int],
+    seed: int,
+    survivors_only: bool,
+) -> Outcome:
+    """The outcome under one attack, given the worst of those before it."""
+    rows = torch.arange(len(images))
+    if survivors_only:
+        rows = rows[so_far.prediction == labels.cpu()]
+    so_far = replace(so_far, attacked=torch.zeros(len(images), dtype=torch.bool))
+    if not len(rows):
+        return so_far
+    where = rows.to(images.device)
+    places = [place[int(row)] for row in rows]
+    return so_far.put(rows, _attack(victim, attack, images[where], labels[where], name=name, place=places, seed=seed))
 
 
 def _attack(
@@ -272,8 +223,10 @@ def _classify(victim: Victim, images: Tensor, clean: Tensor, name: str, place: S
         expert = torch.cat([routing.decisions for routing in routings], dim=1)
     else:
         expert = torch.empty(len(images), 0, dtype=torch.int64)
-    distance = (images - clean).abs().flatten(1).amax(dim=1)
-    return Outcome(logits.float().cpu(), expert.cpu(), distance.float().cpu())
+    change = (images - clean).flatten(1).float()
+    distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1)
+    attacked = torch.full((len(images),), name != CLEAN)
+    return Outcome(logits.float().cpu(), expert.cpu(), distance.cpu(), attacked)
 
 
 def _check_adversarial(adversarial: Tensor, images: Tensor, name: str, place: Sequence[int]) -> None:

@@ -1,8 +1,10 @@
 """Outcomes of robust evaluation and the metrics made of them."""
 
 from .examples import Examples, attack_examples
+from .folder import OutcomeFolder, SavedChunk, SavedEvaluation, read_evaluation
 from .outcomes import (
     CLEAN,
+    NORMS,
     WORST,
     Outcome,
     RobustOutcomes,
@@ -14,13 +16,18 @@ from .outcomes import (
 
 __all__ = [
     'CLEAN',
+    'NORMS',
     'WORST',
     'Examples',
     'Outcome',
+    'OutcomeFolder',
     'RobustOutcomes',
+    'SavedChunk',
+    'SavedEvaluation',
     'as_data_samples',
     'attack_examples',
     'compute_metrics',
     'gather_outcomes',
+    'read_evaluation',
     'route_metrics',
 ]

@@ -5,8 +5,8 @@ Dimension letters: B images, K classes, L routers of the network (0 for a dense 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 #: The outcome without an attack, and the worst outcome of each image.
 CLEAN, WORST = 'clean', 'worst'
 
+#: The columns of :attr:`Outcome.distance`.
+NORMS = ('linf', 'l2', 'l1')
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -27,12 +30,15 @@ class Outcome:
         logits: Class logits, (B, K) float32.
         expert: Expert that each router chose, (B, L) int64; of routers for tokens, the experts of all tokens in all
             layers, (B, D).
-        distance: Largest change of a pixel channel, (B,), for images in [0, 1].
+        distance: Distance to the clean image in each of ``NORMS``, (B, 3) float32, for images in [0, 1].
+        attacked: Whether the attack was run on the image, (B,) bool. Where it was not, because the image was wrong
+            before, this is the outcome in which it went wrong first.
     """
 
     logits: Tensor
     expert: Tensor
     distance: Tensor
+    attacked: Tensor
 
     @property
     def prediction(self) -> Tensor:
@@ -41,23 +47,26 @@ class Outcome:
 
     def where(self, mask: Tensor, other: Outcome) -> Outcome:
         """Take the images of ``mask`` (B,) from here, and all others from ``other``."""
-        return Outcome(
-            logits=torch.where(mask[:, None], self.logits, other.logits),
-            expert=torch.where(mask[:, None], self.expert, other.expert),
-            distance=torch.where(mask, self.distance, other.distance),
-        )
+        return self._combined(lambda a, b: torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b), other)
 
     def take(self, rows: Tensor) -> Outcome:
         """Pick images by their row."""
-        return Outcome(self.logits[rows], self.expert[rows], self.distance[rows])
+        return self._combined(lambda a: a[rows])
 
     def put(self, rows: Tensor, other: Outcome) -> Outcome:
         """Replace the images in ``rows`` (b,) by those of ``other``, which has b images."""
-        return Outcome(
-            logits=self.logits.index_copy(0, rows, other.logits),
-            expert=self.expert.index_copy(0, rows, other.expert),
-            distance=self.distance.index_copy(0, rows, other.distance),
-        )
+        return self._combined(lambda a, b: a.index_copy(0, rows, b), other)
+
+    @classmethod
+    def cat(cls, outcomes: Sequence[Outcome]) -> Outcome:
+        """Join the outcomes of disjoint sets of images."""
+        first, *others = outcomes
+        return first._combined(lambda *parts: torch.cat(parts), *others)
+
+    def _combined(self, function: Callable[..., Tensor], *others: Outcome) -> Outcome:
+        """Apply a function to each attribute of this outcome and the others."""
+        names = [field.name for field in fields(self)]
+        return Outcome(**{name: function(*(getattr(each, name) for each in (self, *others))) for name in names})
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +106,7 @@ class RobustOutcomes:
         """Join the outcomes of disjoint sets of images, in data set order."""
         place = torch.cat([part.place for part in parts])
         order = place.argsort()
-        by_name = {}
-        for name in parts[0].by_name:
-            outcomes = [part.by_name[name] for part in parts]
-            by_name[name] = Outcome(
-                logits=torch.cat([outcome.logits for outcome in outcomes]),
-                expert=torch.cat([outcome.expert for outcome in outcomes]),
-                distance=torch.cat([outcome.distance for outcome in outcomes]),
-            ).take(order)
+        by_name = {name: Outcome.cat([part.by_name[name] for part in parts]).take(order) for name in parts[0].by_name}
         return cls(place[order], torch.cat([part.label for part in parts])[order], by_name)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import mmadvmoe  # noqa: F401
 from mmadvmoe.attacks import Victim
-from mmadvmoe.engine.robust_evaluation import build_attacks, check_groups, evaluate_chunk
+from mmadvmoe.engine.named_attacks import build_attacks, check_groups
+from mmadvmoe.engine.robust_evaluation import evaluate_chunk
 from mmadvmoe.evaluation import RobustOutcomes, compute_metrics, gather_outcomes
 
 ATTACKS = dict(
@@ -82,6 +83,8 @@ def test_such_an_attack_gets_survivors_and_the_others_keep_their_failure(case: t
     last = outcomes.by_name['fgsm']
     assert torch.equal(last.logits[~standing], earlier.logits[~standing])
     assert torch.equal(last.distance[~standing], earlier.distance[~standing])
+    assert torch.equal(last.attacked, standing)
+    assert outcomes.by_name['pgd'].attacked.all() and not outcomes.by_name['clean'].attacked.any()
     alone = _evaluate(tuple(x[standing] if isinstance(x, Tensor) else x for x in case), {'fgsm': attacks['fgsm']})
     assert torch.equal(last.logits[standing], alone.by_name['fgsm'].logits)
     assert torch.equal(right['fgsm'], outcomes.worst().prediction == case[2])

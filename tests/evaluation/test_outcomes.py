@@ -20,7 +20,8 @@ def _outcomes(num_images: int = 40, attacks: tuple = ('a', 'b'), seed: int = 0) 
         return Outcome(
             logits=torch.randn(num_images, 3, generator=generator),
             expert=torch.randint(2, (num_images, 2), generator=generator),
-            distance=torch.rand(num_images, generator=generator),
+            distance=torch.rand(num_images, 3, generator=generator),
+            attacked=torch.ones(num_images, dtype=torch.bool),
         )
 
     label = torch.randint(3, (num_images,), generator=generator)
@@ -46,7 +47,7 @@ def test_worst_takes_the_first_attack_that_fools_each_image() -> None:
         expected = outcomes.by_name[source]
         assert torch.equal(worst.logits[i], expected.logits[i])
         assert torch.equal(worst.expert[i], expected.expert[i])
-        assert worst.distance[i] == expected.distance[i]
+        assert torch.equal(worst.distance[i], expected.distance[i])
     assert sources == {'clean', 'a', 'b'}
 
 
@@ -118,6 +119,7 @@ def test_routes_are_counted_over_routers_and_images() -> None:
 
 
 def test_a_dense_model_has_no_route_metrics() -> None:
-    outcome = Outcome(torch.eye(3), torch.empty(3, 0, dtype=torch.int64), torch.zeros(3))
+    routes, attacked = torch.empty(3, 0, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
+    outcome = Outcome(torch.eye(3), routes, torch.zeros(3, 3), attacked)
     dense = RobustOutcomes(torch.arange(3), torch.arange(3), {'clean': outcome})
     assert route_metrics(dense, 1) == {}

@@ -1,0 +1,68 @@
+"""Attacks by the names under which papers report them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from .autoattack import PARTS
+from .library import L2_ATTACKS
+from .steps import check_norm
+
+# Steps of a quarter of the radius, as in the reference evaluation (2/255 at 8/255).
+_STEP = 1 / 4
+
+_PLAIN = {'Linf': 'PGD', 'L2': 'PGDL2'}
+_SINGLE_STEP = {'Linf': 'FGSM'}
+
+#: Names that :func:`standard_attack` knows, with ``<steps>`` for a number.
+STANDARD_ATTACKS = ('fgsm', 'pgd<steps>', 'routepgd<steps>', 'autoattack', *PARTS)
+
+
+def is_standard_attack(name: str) -> bool:
+    """Whether :func:`standard_attack` knows a name."""
+    return name in ('fgsm', 'autoattack', *PARTS) or re.fullmatch(r'(route)?pgd[1-9]\d*', name) is not None
+
+
+def standard_attack(name: str, eps: float, norm: str = 'Linf') -> dict:
+    """The config of an attack that papers report by its name.
+
+    ``pgd<steps>`` and ``routepgd<steps>`` start at a random point and take steps of eps / 4. The parts of AutoAttack
+    (``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``, ``fab-t``, ``square``) have its published settings: 100 iterations
+    or 5000 queries.
+
+    Args:
+        name: One of ``STANDARD_ATTACKS``, with a number for ``<steps>``.
+        eps: Radius of the ball, on [0, 1] images.
+        norm: Of the ball.
+
+    Raises:
+        ValueError: There is no standard attack of that name, or not in that norm.
+
+    Examples:
+        >>> standard_attack('pgd50', 8 / 255)
+        {'type': 'PGD', 'eps': 0.03137..., 'alpha': 0.00784..., 'steps': 50}
+    """
+    check_norm(norm)
+    if not is_standard_attack(name):
+        raise ValueError(f'there is no standard attack {name!r}; allowed: {", ".join(STANDARD_ATTACKS)}')
+    in_ball = dict(eps=eps, norm=norm)
+    if name == 'autoattack':
+        return dict(type='AutoAttack') | in_ball
+    if name in PARTS:
+        return dict(type='AutoAttack', attacks_to_run=[name]) | in_ball
+    steps = int(re.sub(r'\D', '', name) or 1)
+    if name.startswith('route'):
+        return dict(type='RoutePGD', alpha=eps * _STEP, steps=steps) | in_ball
+    kinds = _SINGLE_STEP if name == 'fgsm' else _PLAIN
+    if norm not in kinds:
+        raise ValueError(f'there is no {name!r} in norm={norm!r}; allowed: {", ".join(kinds)}')
+    if name == 'fgsm':
+        return dict(type=kinds[norm], eps=eps)
+    return dict(type=kinds[norm], eps=eps, alpha=eps * _STEP, steps=steps)
+
+
+def attack_norm(cfg: Mapping) -> str:
+    """The norm of the ball that the config of an attack speaks of."""
+    kind = cfg['type'] if isinstance(cfg['type'], str) else cfg['type'].__name__
+    return cfg.get('norm') or ('L2' if kind in L2_ATTACKS else 'Linf')

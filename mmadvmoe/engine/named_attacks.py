@@ -1,0 +1,216 @@
+"""The attacks of an evaluation under their names."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Optional
+
+from mmengine.logging import print_log
+
+from mmadvmoe.attacks import (
+    STANDARD_ATTACKS,
+    RoutePGD,
+    Victim,
+    attack_norm,
+    build_attack,
+    is_standard_attack,
+    standard_attack,
+)
+from mmadvmoe.evaluation import CLEAN, WORST
+from mmadvmoe.registry import ATTACKS
+
+from .robust_evaluation import Attack
+
+# Largest distance of two images in [0, 1] with n values.
+_DIAMETERS = {'L2': math.sqrt, 'L1': float}
+
+
+def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, Attack]:
+    """Build named attacks, and warn where they cannot judge an MoE.
+
+    Args:
+        attacks: Config of each attack under the name that its metrics get.
+        victim: The model as the attacks see it.
+        key: Config key of ``attacks``, for errors.
+
+    Raises:
+        TypeError: If ``attacks`` does not map names to configs.
+        ValueError: If there is no attack, or a name cannot be the prefix of a metric.
+    """
+    if not isinstance(attacks, Mapping):
+        raise TypeError(
+            f"{key} must map names to attack configs, such as dict(pgd10=dict(type='PGD', "
+            f'eps=8 / 255, alpha=2 / 255, steps=10)), but got {attacks!r}.'
+        )
+    if not attacks:
+        raise ValueError(
+            f"{key} holds no attack. To measure accuracy without attacks, use MMEngine's loop "
+            "(dict(type='ValLoop') or dict(type='TestLoop'))."
+        )
+    built = {}
+    for name, cfg in attacks.items():
+        if name in (CLEAN, WORST) or not name or '/' in name:
+            raise ValueError(
+                f'{key}: an attack cannot be called {name!r}. Its metrics are logged as '
+                f"'<name>/accuracy/top1', so the name must not be empty nor contain '/'; "
+                f'{CLEAN!r} and {WORST!r} are taken by the loop.'
+            )
+        if not isinstance(cfg, Mapping) or 'type' not in cfg:
+            raise TypeError(f'{key}.{name} must be the config of an attack, a dict with a type, but got {cfg!r}.')
+        built[name] = build_attack(cfg, victim)
+    if victim.num_routers and not any(moves_routes(cfg) for cfg in attacks.values()):
+        print_log(
+            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: '
+            f'{WORST}/ is only an upper bound of its robust accuracy, and can be far too high. '
+            "Add dict(type='RoutePGD', ...).",
+            logger='current',
+            level=logging.WARNING,
+        )
+    return built
+
+
+def check_groups(
+    attacks: Collection[str], survivors_only: Sequence[str], worst_of: Mapping[str, Sequence[str]], mode: str
+) -> None:
+    """Check that the settings which refer to attacks name attacks.
+
+    Args:
+        attacks: The names of the attacks.
+        survivors_only, worst_of: As in :class:`~mmadvmoe.engine.RobustValLoop`.
+        mode: ``'val'`` or ``'test'``, for errors.
+
+    Raises:
+        TypeError: If attacks are not given as a list of names.
+        ValueError: If there is no such attack, or a group has a name that is taken.
+    """
+    keys = {f'{mode}_cfg.survivors_only': survivors_only}
+    for group, members in worst_of.items():
+        key = f'{mode}_cfg.worst_of.{group}'
+        if group in (CLEAN, WORST, *attacks) or not group or '/' in group:
+            raise ValueError(
+                f"{key}: the worst case over some attacks needs a name of its own without '/'; taken are "
+                f'{", ".join((CLEAN, WORST, *attacks))}.'
+            )
+        keys[key] = members
+    for key, names in keys.items():
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f'{key} must be a list of names of attacks, but got {names!r}.')
+        for name in names:
+            if name not in attacks:
+                near = get_close_matches(str(name), attacks, n=1)
+                hint = f' (did you mean {near[0]!r}?)' if near else ''
+                raise ValueError(f'{key}: there is no attack {name!r}{hint}; allowed: {", ".join(attacks)}.')
+
+
+def moves_routes(cfg: Mapping) -> bool:
+    """Whether the config is that of an attack that knows of the routes of a mixture of experts."""
+    kind = cfg['type']
+    kind = ATTACKS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(kind, type) and issubclass(kind, RoutePGD)
+
+
+def choose_attacks(
+    names: Sequence[str],
+    known: Mapping[str, Mapping] | None = None,
+    eps: Optional[float] = None,
+    norm: Optional[str] = None,
+) -> dict[str, dict]:
+    """Configs of attacks by name: those of a config, and the standard ones.
+
+    Args:
+        names: The names, in the order in which they are to run.
+        known: Configs of attacks under their names. One whose norm is not ``norm`` is not taken.
+        eps: Radius; of a known attack it takes the place of its own, and the step size goes with it. Defaults to
+            that of the known attacks.
+        norm: Norm of the ball. Defaults to that of the known attacks, or else ``'Linf'``.
+
+    Raises:
+        TypeError: ``names`` is not a list of names.
+        ValueError: A name is neither known nor standard or occurs twice, or the known attacks have no radius in common
+            and ``eps`` is not given.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'attacks={names!r} must be a list of names, or map names to configs of attacks')
+    known = {name: dict(cfg) for name, cfg in (known or {}).items()}
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f'attacks={list(names)} names {", ".join(twice)} more than once')
+    chosen = {}
+    for name in names:
+        cfg = known.get(name)
+        if cfg is not None and norm in (None, attack_norm(cfg)):
+            chosen[name] = cfg if eps is None else _with_radius(cfg, eps)
+        elif is_standard_attack(name):
+            chosen[name] = standard_attack(name, *_common_ball(name, known, eps, norm))
+        else:
+            allowed = ', '.join((*known, *(each for each in STANDARD_ATTACKS if each not in known)))
+            raise ValueError(
+                f'there is no attack {name!r}' + (f' in norm {norm}' if cfg else '') + f'; allowed: {allowed}'
+            )
+    return chosen
+
+
+def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim) -> dict[str, dict]:
+    """Put ``RoutePGD`` with 50 steps beside attacks on a mixture of experts that have none.
+
+    It comes after the first attack, because a cascade is fast when what fools most images for its price comes early.
+    Its radius is the largest of the attacks.
+
+    Args:
+        attacks: Configs of the attacks.
+        victim: The attacked model; nothing is added for one without routers.
+    """
+    attacks = {name: dict(cfg) for name, cfg in attacks.items()}
+    radii = [(cfg['eps'], attack_norm(cfg)) for cfg in attacks.values() if cfg.get('eps') is not None]
+    if not victim.num_routers or not radii or any(moves_routes(cfg) for cfg in attacks.values()):
+        return attacks
+    name = 'routepgd50'
+    while name in attacks:
+        name += '_'
+    first, *others = attacks
+    added = {name: standard_attack('routepgd50', *max(radii))}
+    return {first: attacks[first], **added, **{other: attacks[other] for other in others}}
+
+
+def check_radii(attacks: Mapping[str, Mapping], num_values: int) -> None:
+    """Check that no ball is larger than the space of images.
+
+    Args:
+        attacks: Configs of the attacks. Those in the L-inf norm are checked when they are built.
+        num_values: Values in one image, C·H·W.
+
+    Raises:
+        ValueError: A radius is larger than the distance of any two images in [0, 1].
+    """
+    for name, cfg in attacks.items():
+        norm, eps = attack_norm(cfg), cfg.get('eps')
+        if eps is not None and norm in _DIAMETERS and eps > _DIAMETERS[norm](num_values):
+            raise ValueError(
+                f'attack {name!r}: eps={eps!r} in the norm {norm} is larger than the distance of any two images in '
+                f'[0, 1] ({_DIAMETERS[norm](num_values):.4g}); if it is in units of 0..255, write eps={eps:g} / 255'
+            )
+
+
+def _with_radius(cfg: dict, eps: float) -> dict:
+    if 'eps' not in cfg:
+        return cfg
+    scaled = {'alpha': cfg['alpha'] * eps / cfg['eps']} if 'alpha' in cfg and cfg['eps'] else {}
+    return cfg | {'eps': eps} | scaled
+
+
+def _common_ball(name: str, known: Mapping[str, dict], eps: Optional[float], norm: Optional[str]) -> tuple[float, str]:
+    """Radius and norm of a standard attack."""
+    balls = {(cfg['eps'], attack_norm(cfg)) for cfg in known.values() if cfg.get('eps') is not None}
+    norms = {each for _, each in balls}
+    if norm is None:
+        norm = norms.pop() if len(norms) == 1 else 'Linf'
+    if eps is None:
+        radii = {radius for radius, of in balls if of == norm}
+        if len(radii) != 1:
+            found = f'the attacks of the config have {sorted(radii)}' if radii else 'no attack of the config has one'
+            raise ValueError(f'attack {name!r} needs a radius in norm {norm} (eps, or --eps): {found}')
+        (eps,) = radii
+    return eps, norm

@@ -1,0 +1,262 @@
+"""The outcomes of an evaluation on disk, written as they become known."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import mmengine
+import torch
+from torch import Tensor
+
+from mmadvmoe.atomic import PARTIAL, write_atomically
+
+from .outcomes import CLEAN, NORMS, Outcome, RobustOutcomes
+
+#: Version of the layout of the folder.
+FORMAT = 1
+RUN, PARTS, OUTCOMES, METRICS = 'run.json', 'parts', 'outcomes.jsonl', 'metrics.json'
+
+_MUST_AGREE = ('format', 'settings', 'versions')
+_SHOWN = 5
+
+
+class OutcomeFolder:
+    """A folder that gets the outcome of each chunk of images under each attack as soon as it is known.
+
+    At any moment everything in it is complete, so that an evaluation which was killed, or ran out of disk, goes on from
+    there. Several processes may write to it, each the chunks of its own.
+
+    Args:
+        path: The folder.
+        names: The names of the attacks, in the order in which they run.
+    """
+
+    def __init__(self, path: Union[str, Path], names: Sequence[str]) -> None:
+        self.path = Path(path)
+        self._numbers = {name: number for number, name in enumerate((CLEAN, *names))}
+
+    def prepare(self, run: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Begin an evaluation in the folder, or go on with one.
+
+        Args:
+            run: What the outcomes depend on, ``format``, ``settings`` and ``versions``; and what else is good to know.
+            overwrite: Delete the outcomes of another evaluation instead of refusing them.
+
+        Raises:
+            ValueError: The folder holds the outcomes of an evaluation with other settings; says which differ.
+            OSError: The disk is full, say.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f'{str(self.path)!r} is a file; outcomes of all images need a folder.')
+        for partial in self.path.glob(f'**/.*{PARTIAL}'):
+            partial.unlink()
+        # As JSON would give it back.
+        run = json.loads(json.dumps(run))
+        before = _read_json(self.path / RUN)
+        differences = [] if before is None else list(_differences(_comparable(before), _comparable(run)))
+        if before is not None and not differences and not overwrite:
+            return
+        if differences and not overwrite:
+            raise ValueError(
+                f'{str(self.path)!r} holds the outcomes of another evaluation: {_some(differences)}. To go on with '
+                'that one, start it with its own settings (they are in run.json); to delete its outcomes and begin '
+                'anew, overwrite it (--overwrite, or overwrite=True); to keep both, choose another folder.'
+            )
+        # What depends on the settings goes before the settings do.
+        for path in (self.path / METRICS, self.path / OUTCOMES, *sorted(self.path.glob(f'{PARTS}/*.pt'))):
+            path.unlink(missing_ok=True)
+        self._write(RUN, json.dumps(run, indent=2) + '\n')
+
+    def chunk(self, index: int, place: Sequence[int], label: Tensor, images: Tensor) -> SavedChunk:
+        """The part of the folder for one chunk of images.
+
+        Args:
+            index: Number of the chunk.
+            place: Place of each of its images in the data set.
+            label: True classes, (B,) int64.
+            images: (B, C, H, W), by which outcomes of other data are recognised.
+        """
+        digest = hashlib.sha256(label.cpu().numpy().tobytes())
+        digest.update(images.detach().cpu().contiguous().numpy().tobytes())
+        return SavedChunk(self, index, torch.as_tensor(place), label.cpu(), digest.hexdigest())
+
+    def part(self, index: int, name: str) -> Path:
+        """The file with the outcome of one chunk under one attack."""
+        return self.path / PARTS / f'{index:06d}.{self._numbers[name]:02d}-{name}.pt'
+
+    def finish(self, outcomes: RobustOutcomes, metrics: Mapping[str, Any]) -> None:
+        """Write the outcomes of all images, and the metrics."""
+        self._write(OUTCOMES, ''.join(json.dumps(record) + '\n' for record in as_records(outcomes)))
+        # A sign as well: who sees this file sees a complete folder.
+        self._write(METRICS, mmengine.dump(dict(metrics), file_format='json', indent=2) + '\n')
+
+    def _write(self, name: str, content: Union[str, bytes]) -> None:
+        try:
+            write_atomically(self.path / name, content.encode() if isinstance(content, str) else content)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f'{str(self.path / name)!r} could not be written ({error.strerror}). The outcomes in '
+                f'{str(self.path)!r} are intact: make room there and start the same evaluation again, and it goes on '
+                'where it stopped',
+            ) from error
+
+
+@dataclass(frozen=True)
+class SavedChunk:
+    """What is on disk of one chunk; made by :meth:`OutcomeFolder.chunk`."""
+
+    folder: OutcomeFolder
+    index: int
+    place: Tensor
+    label: Tensor
+    digest: str
+
+    def read(self, name: str) -> Optional[Outcome]:
+        """The outcome under an attack, or None if it is not known yet.
+
+        Raises:
+            ValueError: The outcome is that of other images, or the file is damaged.
+        """
+        path = self.folder.part(self.index, name)
+        if not path.is_file():
+            return None
+        part = _read_part(path)
+        if part['digest'] != self.digest:
+            raise ValueError(
+                f'{str(path)!r} holds outcomes of other images or labels than those of chunk {self.index} of the data '
+                'set. Evaluate the same data set, choose another folder, or begin anew (--overwrite, or '
+                'overwrite=True).'
+            )
+        return Outcome(**part['outcome'])
+
+    def write(self, name: str, outcome: Outcome) -> None:
+        """Keep the outcome under an attack."""
+        part = dict(
+            index=self.index, name=name, place=self.place, label=self.label, digest=self.digest, outcome=vars(outcome)
+        )
+        buffer = io.BytesIO()
+        torch.save(part, buffer)
+        self.folder._write(self.folder.part(self.index, name).relative_to(self.folder.path), buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class SavedEvaluation:
+    """What :func:`read_evaluation` reads.
+
+    Attributes:
+        settings: What was evaluated and how; see ``run.json`` in docs/evaluation.md.
+        versions: Of what the outcomes depend on.
+        metrics: All metrics; None while the evaluation is unfinished.
+        outcomes: The outcomes of all images, or of those that are done under all attacks.
+    """
+
+    settings: dict
+    versions: dict
+    metrics: Optional[dict]
+    outcomes: RobustOutcomes
+
+
+def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
+    """Read an output folder of robust evaluation.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        FileNotFoundError: The folder holds no evaluation.
+        ValueError: No image is done under all attacks, or a file is damaged.
+    """
+    path = Path(path)
+    run = _read_json(path / RUN)
+    if run is None:
+        raise FileNotFoundError(f'{str(path)!r} holds no evaluation: there is no {RUN}')
+    names = (CLEAN, *run['settings']['attacks'])
+    folder = OutcomeFolder(path, names[1:])
+    parts = []
+    for file in sorted(path.glob(f'{PARTS}/*.00-{CLEAN}.pt')):
+        clean = _read_part(file)
+        files = [folder.part(clean['index'], name) for name in names]
+        if all(each.is_file() for each in files):
+            by_name = {name: Outcome(**_read_part(each)['outcome']) for name, each in zip(names, files)}
+            parts.append(RobustOutcomes(clean['place'], clean['label'], by_name))
+    if not parts:
+        raise ValueError(f'{str(path)!r} holds no chunk that is done under all of {", ".join(names)} yet')
+    return SavedEvaluation(run['settings'], run['versions'], _read_json(path / METRICS), RobustOutcomes.merge(parts))
+
+
+def as_records(outcomes: RobustOutcomes) -> list[dict]:
+    """The lines of ``outcomes.jsonl``: index, label, clean prediction and route, and the same per attack."""
+    robust = outcomes.worst().prediction == outcomes.label
+    columns = {}
+    for name, outcome in outcomes.by_name.items():
+        entries = [
+            dict(attacked=attacked, prediction=prediction, route=route)
+            | {norm: _short(value) for norm, value in zip(NORMS, distance)}
+            for attacked, prediction, route, distance in zip(
+                outcome.attacked.tolist(),
+                outcome.prediction.tolist(),
+                outcome.expert.tolist(),
+                outcome.distance.tolist(),
+            )
+        ]
+        columns[name] = entries
+    records = []
+    for row, (index, label) in enumerate(zip(outcomes.place.tolist(), outcomes.label.tolist())):
+        entries = {name: column[row] for name, column in columns.items()}
+        clean = entries.pop(CLEAN)
+        clean = dict(prediction=clean['prediction'], route=clean['route'])
+        records.append(dict(index=index, label=label, robust=bool(robust[row]), clean=clean, attacks=entries))
+    return records
+
+
+def _short(value: float) -> float:
+    """A float32 in no more digits than it takes to tell it from all others."""
+    return float(f'{value:.9g}')
+
+
+def _comparable(run: Mapping[str, Any]) -> dict:
+    return {key: run.get(key) for key in _MUST_AGREE}
+
+
+def _differences(before: Any, now: Any, key: str = '') -> list[str]:
+    """Where two trees of settings differ, as ``'settings.seed is 0 there and 1 here'``."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        found = []
+        for name in (*before, *(name for name in now if name not in before)):
+            found += _differences(before.get(name), now.get(name), f'{key}.{name}' if key else name)
+        # A mapping of attacks also says in which order they run.
+        if not found and list(before) != list(now):
+            found.append(f'the order of {key} is {list(before)} there and {list(now)} here')
+        return found
+    return [] if before == now else [f'{key} is {_said(before)} there and {_said(now)} here']
+
+
+def _said(value: Any) -> str:
+    return 'not set' if value is None else json.dumps(value)
+
+
+def _some(parts: Sequence[str]) -> str:
+    more = f'; and {len(parts) - _SHOWN} more' if len(parts) > _SHOWN else ''
+    return '; '.join(parts[:_SHOWN]) + more
+
+
+def _read_json(path: Path) -> Optional[dict]:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _read_part(path: Path) -> dict:
+    try:
+        return torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f'{str(path)!r} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}). Delete it, and the '
+            'evaluation computes it anew.'
+        ) from error
