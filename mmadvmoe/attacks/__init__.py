@@ -5,6 +5,7 @@ from .bound import BoundAttack, NonFiniteImagesError
 from .builder import build_attack
 from .kl import kl_divergence
 from .library import JSMA, register_torchattacks
+from .pathway import Pathway
 from .route_pgd import RoutePGD
 from .standard import STANDARD_ATTACKS, attack_norm, is_standard_attack, standard_attack
 from .trades import TRADESAttack
@@ -19,6 +20,7 @@ __all__ = [
     'AutoAttack',
     'BoundAttack',
     'NonFiniteImagesError',
+    'Pathway',
     'RoutePGD',
     'TRADESAttack',
     'Victim',

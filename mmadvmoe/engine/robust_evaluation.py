@@ -5,7 +5,6 @@ Dimension letters: B images, K classes, L routers of the network (0 for a dense 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -19,18 +18,13 @@ from torch.utils.data import Dataset
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.evaluation import CLEAN, Outcome, RobustOutcomes, SavedChunk
+from mmadvmoe.evaluation.chunks import chunk_seed
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
 
 #: ``report(name, outcomes of the chunk so far, seconds that this attack took, None where its outcome was on disk)``
 Report = Callable[[str, RobustOutcomes, Optional[float]], None]
-
-
-def chunk_seed(seed: int, attack: str, chunk_index: int) -> int:
-    """Mix a 32-bit seed for one attack on one chunk; the same on every machine."""
-    digest = hashlib.sha256(f'{seed}/{attack}/{chunk_index}'.encode()).digest()
-    return int.from_bytes(digest[:4], 'little')
 
 
 def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, place: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,149 @@
+"""What the analysis tools share: a trained model, the images to attack it on, and a JSON file for what comes out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from mmpretrain.registry import DATASETS
+
+from .apis import load_robust_model
+from .attacks import Victim
+from .engine.checkpoint_hook import AtomicLocalBackend
+from .engine.launch import check_checkpoint, load_config
+from .engine.robust_evaluation import unit_batch
+from .evaluation.threat_model import ThreatModel
+from .evaluation.trials import Images
+
+#: Version of the files; to be raised when a number in them changes its meaning.
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is analysed.
+
+    Attributes:
+        victim: The trained model.
+        data: Test images, evenly spread over the test set.
+        threat: The threat model that the config tests with.
+        header: What the file of results says of all this.
+    """
+
+    victim: Victim
+    data: Images
+    threat: ThreatModel
+    header: Mapping
+
+
+def add_arguments(parser: argparse.ArgumentParser, num_images: int) -> None:
+    """Add the arguments that say what to analyse.
+
+    Args:
+        parser: The parser of a tool.
+        num_images: Default of ``--num-images``.
+    """
+    parser.add_argument('config', help='config file, with test_dataloader and test_cfg.attacks')
+    parser.add_argument('checkpoint', help='checkpoint file or address')
+    parser.add_argument(
+        '--num-images',
+        type=int,
+        default=num_images,
+        metavar='M',
+        help='test images to attack, evenly spread over the test set [%(default)s, or all if there are fewer]',
+    )
+    parser.add_argument(
+        '--attack',
+        metavar='NAME',
+        help='attack of test_cfg.attacks whose norm, eps, alpha and steps are used [the first that has them]',
+    )
+    parser.add_argument('--seed', type=int, default=0, help='where random starts come from [%(default)s]')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='[%(default)s]')
+    parser.add_argument('--out', metavar='FILE.json', help='file to write all numbers to')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    if args.num_images < 1:
+        parser.error(f'--num-images {args.num_images} must be at least 1')
+    if args.out is not None and not args.out.endswith('.json'):
+        parser.error(f'--out {args.out!r} must end in .json')
+
+
+def load_subject(args: argparse.Namespace, kind: str) -> Subject:
+    """Load the model and the images that the arguments name.
+
+    Args:
+        args: As :func:`add_arguments` has them parsed.
+        kind: What the file of results is called in itself.
+
+    Raises:
+        FileNotFoundError: There is no such config or checkpoint.
+        ValueError: The config does not say how the model is tested.
+    """
+    # Progress is worth seeing, and MMEngine's default hides it.
+    MMLogger.get_instance('mmadvmoe', logger_name='mmadvmoe', log_level='INFO')
+    cfg = load_config(args.config)
+    check_checkpoint(args.checkpoint, 'CHECKPOINT')
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    attacks = (cfg.get('test_cfg') or {}).get('attacks')
+    if cfg.get('test_dataloader') is None or not attacks:
+        raise ValueError(f'{args.config} must set test_dataloader and test_cfg.attacks')
+    threat = ThreatModel.from_attacks(attacks, args.attack)
+    victim = load_robust_model(cfg, args.checkpoint, args.device)
+    data, class_names = _test_images(cfg, victim, args)
+    backbone = getattr(victim.classifier, 'backbone', None)
+    is_moe = victim.num_routers > 0
+    names = ['router'] if is_moe and backbone.routing == 'image' else getattr(backbone, 'expert_layer_names', ())
+    header = dict(
+        kind=kind,
+        format=FORMAT,
+        config=args.config,
+        checkpoint=args.checkpoint,
+        num_images=len(data),
+        seed=args.seed,
+        class_names=class_names,
+        threat_model=asdict(threat),
+        routing=backbone.routing if is_moe else None,
+        num_experts=victim.num_experts,
+        routers=list(names),
+    )
+    return Subject(victim, data, threat, header)
+
+
+def _test_images(cfg: Config, victim: Victim, args: argparse.Namespace) -> tuple[Images, list[str]]:
+    """Test images on the device of the model, and the names of the classes."""
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmpretrain'):
+        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    count = min(args.num_images, len(dataset))
+    # Data sets are often sorted by class.
+    place = [i * len(dataset) // count for i in range(count)]
+    images, labels = [], []
+    batch_size = cfg.test_cfg.get('chunk_size', 128)
+    for start in range(0, count, batch_size):
+        rows = place[start : start + batch_size]
+        samples = [dataset[i] for i in rows]
+        batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
+        part, truth = unit_batch(victim.classifier.data_preprocessor, batch, rows)
+        images.append(part)
+        labels.append(truth)
+    names = dataset.metainfo.get('classes') or range(victim.num_classes)
+    data = Images(torch.cat(images), torch.cat(labels), batch_size, args.seed)
+    return data, [str(name) for name in names]
+
+
+def write_json(path: str, content: Mapping) -> None:
+    """Write a file at once or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    AtomicLocalBackend().put_text(json.dumps(content, indent=1, allow_nan=False) + '\n', path)

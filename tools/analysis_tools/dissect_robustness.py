@@ -1,0 +1,39 @@
+"""Why a model fails under attack: attack all of it, its routers alone, its experts alone, and each expert by itself.
+
+Reads threat model and images from the config's test_cfg and test_dataloader, prints tables, and writes all numbers to
+one JSON file. docs/dissection.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from mmadvmoe.analysis import add_arguments, check_arguments, load_subject, write_json
+from mmadvmoe.evaluation.dissection import dissect
+from mmadvmoe.evaluation.dissection_summary import summarize
+from mmadvmoe.evaluation.dissection_tables import dissection_tables
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, num_images=1000)
+    args = parser.parse_args()
+    check_arguments(parser, args)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    started = time.monotonic()
+    subject = load_subject(args, 'dissection')
+    found = summarize(dissect(subject.victim, subject.data, subject.threat))
+    report = dict(subject.header, seconds=round(time.monotonic() - started, 1), **found)
+    print(dissection_tables(report))
+    if args.out is not None:
+        write_json(args.out, report)
+        print(f'\nall numbers: {args.out}')
+
+
+if __name__ == '__main__':
+    main()
