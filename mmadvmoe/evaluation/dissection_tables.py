@@ -24,7 +24,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [
-        '  '.join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
+        '  '.join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+        ).rstrip()
         for line in lines
     ]
     return '\n'.join([text[0], '-' * max(map(len, text)), *text[1:]])
@@ -68,8 +70,7 @@ def _attacks(report: Mapping) -> str:
     if not is_moe:
         header, rows = header[:4], [row[:4] for row in rows]
     return (
-        'Attacks. Counts: route/prediction, of the images that are right without an attack\n'
-        f'{text_table(header, rows)}'
+        f'Attacks. Counts: route/prediction, of the images that are right without an attack\n{text_table(header, rows)}'
     )
 
 

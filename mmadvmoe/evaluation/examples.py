@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 
+from .trials import classify
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -66,7 +68,6 @@ class Examples:
         return self.take(rows[:count])
 
 
-@torch.no_grad()
 def attack_examples(
     victim: Victim, attack: Callable[..., Tensor], images: Tensor, labels: Tensor, seed: int = 0
 ) -> Examples:
@@ -80,15 +81,6 @@ def attack_examples(
         seed: Seed of the attack; the random state of the caller is left as it is.
     """
     adversarial = attack(images, labels, seed=seed)
-    before, route_before = _classify(victim, images)
-    after, route_after = _classify(victim, adversarial)
-    parts = (images, adversarial, labels, before, after, route_before, route_after)
+    before, after = classify(victim, images, images), classify(victim, adversarial, images)
+    parts = (images, adversarial, labels, before.prediction, after.prediction, before.expert, after.expert)
     return Examples(*(part.cpu() for part in parts))
-
-
-def _classify(victim: Victim, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Predicted class (B,) and decisions of the routers (B, D)."""
-    with victim.frozen():
-        logits, routings = victim.forward_routed(images)
-    decisions = [routing.decisions for routing in routings]
-    return logits.argmax(1), torch.cat([logits.new_empty(len(images), 0, dtype=torch.int64), *decisions], dim=1)

@@ -80,7 +80,9 @@ class Images:
 
 
 @torch.no_grad()
-def classify(victim: Victim, images: Tensor, clean: Tensor, route: Optional[Tensor] = None, batch: int = 128) -> Outcome:
+def classify(
+    victim: Victim, images: Tensor, clean: Tensor, route: Optional[Tensor] = None, batch: int = 128
+) -> Outcome:
     """What a model makes of images.
 
     Args:
@@ -107,4 +109,6 @@ def classify(victim: Victim, images: Tensor, clean: Tensor, route: Optional[Tens
     if not finite.all():
         rows = (~finite).nonzero().squeeze(1).tolist()
         raise FloatingPointError(f'the logits of {len(rows)} of {len(images)} images are not finite (rows {rows[:10]})')
-    return Outcome(logits, torch.cat(experts), (images - clean).abs().flatten(1).amax(dim=1).float().cpu())
+    change = (images - clean).flatten(1).float()
+    distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1).cpu()
+    return Outcome(logits, torch.cat(experts), distance, attacked=torch.ones(len(images), dtype=torch.bool))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -37,9 +38,9 @@ _STYLE = {
 }
 
 
-def style():
+def style() -> AbstractContextManager:
     """Inside this context, figures are made in the shared look, whatever the user's settings are."""
-    return rc_context(_STYLE)
+    return matplotlib.style.context(['default', _STYLE])
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
@@ -58,7 +59,9 @@ def single_axes(height: float, title: str, xlabel: str = '', ylabel: str = '') -
 def png_bytes(figure: Figure) -> bytes:
     """A figure as the content of a PNG file. Equal figures give equal bytes."""
     stream = io.BytesIO()
-    figure.savefig(stream, format='png', dpi=_DPI, metadata={'Software': None})
+    # Ticks are made as late as this.
+    with style():
+        figure.savefig(stream, format='png', dpi=_DPI, metadata={'Software': None})
     return stream.getvalue()
 
 
