@@ -164,7 +164,7 @@ def images(models: Sequence[ModelResults]) -> Optional[Section]:
                 Picture(
                     f'{slug(model.name)}_images_{number}',
                     draw_image_grid(part, names, model.examples.attack),
-                    f'{model.name} under {model.examples.attack}. Above clean, below attacked, last the change.',
+                    f'{model.name} under {model.examples.attack}: clean, attacked, and the change.',
                     f'{len(part)} images, clean, attacked by {model.examples.attack} and their difference; '
                     f'{int(part.fooled.sum())} of them fool {model.name}.',
                 )

@@ -76,6 +76,8 @@ def _settings(result: Optional[Mapping[str, Any]]) -> dict[str, str]:
         return {}
     if 'settings' in result:
         wanted = {**result['settings'], 'versions': result['versions'], 'machine': result.get('machine', {})}
+        # The whole config is shown below the table.
+        wanted['model'] = {key: value for key, value in wanted['model'].items() if key != 'config'}
     else:
         wanted = {
             key: result[key] for key in ('num_images', 'seed', 'seconds', 'threat_model', 'routing', 'num_experts')
