@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
-from mmpretrain.registry import DATASETS
+from torch.utils.data import Subset
 
 from .apis import load_robust_model
+from .atomic import write_atomically
 from .attacks import Victim
-from .engine.checkpoint_hook import AtomicLocalBackend
+from .datasets import ChunkSampler
+from .engine.evaluation_data import as_dataset, unit_chunks
 from .engine.launch import check_checkpoint, load_config
-from .engine.robust_evaluation import unit_batch
 from .evaluation.threat_model import ThreatModel
 from .evaluation.trials import Images
 
@@ -121,23 +121,15 @@ def load_subject(args: argparse.Namespace, kind: str) -> Subject:
 
 def _test_images(cfg: Config, victim: Victim, args: argparse.Namespace) -> tuple[Images, list[str]]:
     """Test images on the device of the model, and the names of the classes."""
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmpretrain'):
-        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    dataset = as_dataset(cfg.test_dataloader.dataset)
     count = min(args.num_images, len(dataset))
     # Data sets are often sorted by class.
-    place = [i * len(dataset) // count for i in range(count)]
-    images, labels = [], []
-    batch_size = cfg.test_cfg.get('chunk_size', 128)
-    for start in range(0, count, batch_size):
-        rows = place[start : start + batch_size]
-        samples = [dataset[i] for i in rows]
-        batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
-        part, truth = unit_batch(victim.classifier.data_preprocessor, batch, rows)
-        images.append(part)
-        labels.append(truth)
+    spread = Subset(dataset, [i * len(dataset) // count for i in range(count)])
+    chunk_size = cfg.test_cfg.get('chunk_size', 128)
+    chunks = list(unit_chunks(spread, ChunkSampler(spread, chunk_size), victim))
+    images, labels = (torch.cat([chunk[part] for chunk in chunks]) for part in (1, 2))
     names = dataset.metainfo.get('classes') or range(victim.num_classes)
-    data = Images(torch.cat(images), torch.cat(labels), batch_size, args.seed)
-    return data, [str(name) for name in names]
+    return Images(images, labels, chunk_size, args.seed), [str(name) for name in names]
 
 
 def write_json(path: str, content: Mapping) -> None:
@@ -146,4 +138,4 @@ def write_json(path: str, content: Mapping) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    AtomicLocalBackend().put_text(json.dumps(content, indent=1, allow_nan=False) + '\n', path)
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + '\n').encode())

@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
-from mmpretrain.registry import DATASETS
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
+from mmadvmoe.engine.evaluation_data import as_dataset
 from mmadvmoe.engine.robust_evaluation import spread_images
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.visualization import draw_image_grid, save_png
@@ -68,8 +67,7 @@ def set_aside_other_training(cfg: Config) -> None:
 
 def draw(cfg: Config, model: Victim) -> None:
     """Draw test images, what an attack makes of them, and the difference; half of them fooled if so many are."""
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    dataset = as_dataset(cfg.test_dataloader.dataset)
     images, labels = spread_images(dataset, model.classifier.data_preprocessor, TRIED)
     attack = cfg.test_cfg.attacks.routepgd50
     examples = attack_examples(model, build_attack(attack, model), images, labels).telling(SHOWN)

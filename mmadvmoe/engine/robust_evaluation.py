@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.evaluation import CLEAN, Outcome, RobustOutcomes, SavedChunk
-from mmadvmoe.evaluation.chunks import chunk_seed
+from mmadvmoe.evaluation.chunks import chunk_seed, classify
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
@@ -133,7 +133,7 @@ def evaluate_chunk(
         known = outcome is not None
         if not known:
             if name == CLEAN:
-                outcome = _classify(victim, images, images, CLEAN, place)
+                outcome = classify(victim, images, images, CLEAN, place)
                 _check_labels(labels, outcome.logits.shape[1], place)
             else:
                 outcome = _outcome(
@@ -199,28 +199,7 @@ def _attack(
             f'attack {name!r} failed on images {_span(place)} of the data set: {type(error).__name__}: {error}'
         ) from error
     _check_adversarial(adversarial, images, name, place)
-    return _classify(victim, adversarial, images, name, place)
-
-
-@torch.no_grad()
-def _classify(victim: Victim, images: Tensor, clean: Tensor, name: str, place: Sequence[int]) -> Outcome:
-    with victim.frozen():
-        logits, routings = victim.forward_routed(images)
-    finite = logits.isfinite().all(dim=1)
-    if not finite.all():
-        bad = [place[int(i)] for i in (~finite).nonzero()]
-        raise FloatingPointError(
-            f'the logits of {len(bad)} of {len(images)} images are not finite in {name!r} '
-            f'(images {bad[:10]} of the data set).'
-        )
-    if routings:
-        expert = torch.cat([routing.decisions for routing in routings], dim=1)
-    else:
-        expert = torch.empty(len(images), 0, dtype=torch.int64)
-    change = (images - clean).flatten(1).float()
-    distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1)
-    attacked = torch.full((len(images),), name != CLEAN)
-    return Outcome(logits.float().cpu(), expert.cpu(), distance.cpu(), attacked)
+    return classify(victim, adversarial, images, name, place)
 
 
 def _check_adversarial(adversarial: Tensor, images: Tensor, name: str, place: Sequence[int]) -> None:

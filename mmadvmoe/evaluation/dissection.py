@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from mmadvmoe.attacks import Pathway, Victim, build_attack
 
 from .outcomes import CLEAN, Outcome
 from .threat_model import ThreatModel
-from .trials import Images, classify
+from .trials import Images
 
 END_TO_END = 'end_to_end'
 
@@ -65,31 +64,28 @@ def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
         RuntimeError: An attack fails.
         FloatingPointError: A logit is not finite.
     """
-    clean = classify(victim, data.images, data.images)
+    clean = data.classified(victim, data.images)
 
     def attacked(name: str, kind: str, model: Victim = victim, **others: str) -> Tensor:
         return data.attacked(name, build_attack(threat.attack(kind, **others), model))
 
-    def outcome_of(images: Tensor, route: Optional[Tensor] = None, model: Victim = victim) -> Outcome:
-        return classify(model, images, data.images, route)
-
     outcomes = {CLEAN: clean}
     label = data.labels.cpu()
     if not victim.num_routers:
-        outcomes[END_TO_END] = outcome_of(attacked('PGD', 'PGD'))
+        outcomes[END_TO_END] = data.classified(victim, attacked('PGD', 'PGD'), 'PGD')
         return Dissection(label, outcomes, (), 1, clean.logits.shape[1], ())
-    outcomes['gate'] = outcome_of(attacked('PGD through the gate', 'PGD'))
-    outcomes['route_pgd'] = outcome_of(attacked('RoutePGD', 'RoutePGD'))
-    outcomes[END_TO_END] = worse_of(clean, outcomes['gate'], outcomes['route_pgd'], label)
-    outcomes['router'] = outcome_of(attacked('attack on the route', 'RouterAttack'))
-    held = attacked('PGD with the route frozen', 'PGD', route='held')
-    outcomes['experts'] = outcome_of(held, clean.expert)
-    outcomes['experts_free'] = outcome_of(held)
+    for key, kind in (('gate', 'PGD'), ('route_pgd', 'RoutePGD'), ('router', 'RouterAttack')):
+        outcomes[key] = data.classified(victim, attacked(key, kind), key)
+        if key == 'route_pgd':
+            outcomes[END_TO_END] = worse_of(clean, outcomes['gate'], outcomes['route_pgd'], label)
+    held = attacked('experts', 'PGD', route='held')
+    outcomes['experts'] = data.classified(victim, held, 'experts', clean.expert)
+    outcomes['experts_free'] = data.classified(victim, held, 'experts_free')
     pathways = []
     for expert in range(victim.num_experts):
-        pathway = Pathway(victim, expert)
-        adversarial = attacked(f'PGD on expert {expert}', 'PGD', pathway)
-        pathways.append((outcome_of(data.images, model=pathway), outcome_of(adversarial, model=pathway)))
+        pathway, name = Pathway(victim, expert), f'expert {expert}'
+        adversarial = attacked(name, 'PGD', pathway)
+        pathways.append((data.classified(pathway, data.images), data.classified(pathway, adversarial, name)))
     with torch.no_grad(), victim.frozen():
         widths = [routing.decisions.shape[1] for routing in victim.forward_routed(data.images[:1])[1]]
     return Dissection(label, outcomes, pathways, victim.num_experts, clean.logits.shape[1], widths)

@@ -68,10 +68,9 @@ def _attacks(report: Mapping) -> str:
     if len(report['routers']) > 1:
         header.append('decisions changed %')
     if not is_moe:
-        header, rows = header[:4], [row[:4] for row in rows]
-    return (
-        f'Attacks. Counts: route/prediction, of the images that are right without an attack\n{text_table(header, rows)}'
-    )
+        return text_table([*header[:2], 'stand', 'fall'], [row[:4] for row in rows])
+    counted = 'Attacks. Counts: route/prediction, of the images that are right without an attack'
+    return f'{counted}\n{text_table(header, rows)}'
 
 
 def _failures(report: Mapping) -> str:

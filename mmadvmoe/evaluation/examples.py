@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 
-from .trials import classify
+from .chunks import classify
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Attack images that are in memory, chunk by chunk, one attack at a time.
 
-Dimension letters: B images, K classes, D decisions of the routers for one image (0 for a dense model).
+Dimension letters: B images, D decisions of the routers for one image (0 for a dense model).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 
-from .chunks import chunk_seed
-from .outcomes import Outcome
+from .chunks import chunk_seed, classify
+from .outcomes import CLEAN, Outcome
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
@@ -48,12 +48,13 @@ class Images:
         for start in range(0, len(self), self.chunk_size):
             yield slice(start, min(start + self.chunk_size, len(self)))
 
-    def attacked(self, name: str, attack: Attack) -> Tensor:
+    def attacked(self, name: str, attack: Attack, draw: Optional[str] = None) -> Tensor:
         """Attack all images.
 
         Args:
-            name: Name of the attack, for its seeds and for the log.
+            name: Name of the attack, for the log.
             attack: The attack.
+            draw: Name for its seeds; attacks of one name draw the same. Defaults to ``name``.
 
         Returns:
             Adversarial images, (B, 3, H, W).
@@ -65,7 +66,7 @@ class Images:
         for index, rows in enumerate(self.chunks()):
             started = time.monotonic()
             try:
-                part = attack(self.images[rows], self.labels[rows], seed=chunk_seed(self.seed, name, index))
+                part = attack(self.images[rows], self.labels[rows], seed=chunk_seed(self.seed, draw or name, index))
             except Exception as error:
                 raise RuntimeError(
                     f'attack {name!r} failed on images {rows.start} to {rows.stop - 1}: {type(error).__name__}: {error}'
@@ -78,37 +79,28 @@ class Images:
             )
         return torch.cat(parts)
 
+    def classified(self, victim: Victim, images: Tensor, name: str = CLEAN, route: Optional[Tensor] = None) -> Outcome:
+        """What a model makes of all images, or of what an attack made of them.
 
-@torch.no_grad()
-def classify(
-    victim: Victim, images: Tensor, clean: Tensor, route: Optional[Tensor] = None, batch: int = 128
-) -> Outcome:
-    """What a model makes of images.
+        Args:
+            victim: The model.
+            images: Attacked ones, (B, 3, H, W), or ``self.images``.
+            name: Name of the attack, or ``'clean'``.
+            route: Experts to take in place of the routers' choice, (B,) or (B, D).
 
-    Args:
-        victim: The model.
-        images: (B, 3, H, W) in [0, 1].
-        clean: The images without an attack, of the same shape.
-        route: Experts to take in place of the routers' choice, (B,) or (B, D).
-        batch: Images at a time.
-
-    Raises:
-        FloatingPointError: A logit is not finite.
-    """
-    logits, experts = [], []
-    with victim.frozen():
-        for start in range(0, len(images), batch):
-            rows = slice(start, start + batch)
-            given = None if route is None else route[rows].to(images.device)
-            part, routings = victim.forward_routed(images[rows], given)
-            decisions = [routing.decisions for routing in routings] or [torch.empty(len(part), 0, dtype=torch.int64)]
-            logits.append(part.float().cpu())
-            experts.append(torch.cat(decisions, dim=1).cpu())
-    logits = torch.cat(logits)
-    finite = logits.isfinite().all(dim=1)
-    if not finite.all():
-        rows = (~finite).nonzero().squeeze(1).tolist()
-        raise FloatingPointError(f'the logits of {len(rows)} of {len(images)} images are not finite (rows {rows[:10]})')
-    change = (images - clean).flatten(1).float()
-    distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1).cpu()
-    return Outcome(logits, torch.cat(experts), distance, attacked=torch.ones(len(images), dtype=torch.bool))
+        Raises:
+            FloatingPointError: A logit is not finite.
+        """
+        return Outcome.cat(
+            [
+                classify(
+                    victim,
+                    images[rows],
+                    self.images[rows],
+                    name,
+                    range(rows.start, rows.stop),
+                    None if route is None else route[rows].to(images.device),
+                )
+                for rows in self.chunks()
+            ]
+        )

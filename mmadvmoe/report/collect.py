@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
-from mmpretrain.registry import DATASETS
 
 from mmadvmoe.apis import load_robust_model
+from mmadvmoe.atomic import write_atomically
 from mmadvmoe.attacks import RoutePGD, Victim, build_attack
+from mmadvmoe.engine.evaluation_data import as_dataset
 from mmadvmoe.engine.launch import check_checkpoint, load_config
 from mmadvmoe.engine.robust_evaluation import spread_images
 from mmadvmoe.evaluation import attack_examples
@@ -97,7 +95,7 @@ def make_examples(folder: Path, device: str) -> None:
     model = json.loads((folder / MODEL).read_text(encoding='utf-8'))
     cfg = load_config(model['config'])
     victim = load_robust_model(cfg, model['checkpoint'], device)
-    images, labels = spread_images(_test_set(cfg), victim.classifier.data_preprocessor, _TRIED)
+    images, labels = spread_images(as_dataset(cfg.test_dataloader.dataset), victim.classifier.data_preprocessor, _TRIED)
     name = _shown_attack(cfg.test_cfg.attacks)
     examples = attack_examples(victim, build_attack(cfg.test_cfg.attacks[name], victim), images, labels).telling(_SHOWN)
     patches = [patch_choices(victim, view.to(device)) for view in (examples.images, examples.adversarial)]
@@ -113,19 +111,10 @@ def _shown_attack(attacks: Mapping[str, Mapping]) -> str:
     return next(iter(attacks))
 
 
-def _test_set(cfg: Config) -> torch.utils.data.Dataset:
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmpretrain'):
-        return DATASETS.build(cfg.test_dataloader.dataset)
-
-
 def _class_names(cfg: Config, victim: Victim) -> list[str]:
-    names = getattr(_test_set(cfg), 'metainfo', {}).get('classes') or range(victim.num_classes)
+    names = getattr(as_dataset(cfg.test_dataloader.dataset), 'metainfo', {}).get('classes') or range(victim.num_classes)
     return [str(name) for name in names]
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """Write a file at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix('.part')
-    unfinished.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
-    os.replace(unfinished, path)
+    write_atomically(path, (json.dumps(content, indent=1) + '\n').encode())

@@ -5,7 +5,7 @@ Letters: B images, T tokens of an image in a layer.
 
 from __future__ import annotations
 
-import os
+import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmadvmoe.atomic import write_atomically
 from mmadvmoe.attacks import Victim
 from mmadvmoe.evaluation import Examples
 
@@ -43,11 +44,9 @@ def save_examples(path: Path, saved: SavedExamples) -> None:
     for view in ('before', 'after'):
         for layer, choice in enumerate(getattr(saved, f'patches_{view}')):
             content[f'patches_{view}_{layer}'] = choice
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix('.part')
-    with unfinished.open('wb') as file:
-        np.savez_compressed(file, **content)
-    os.replace(unfinished, path)
+    file = io.BytesIO()
+    np.savez_compressed(file, **content)
+    write_atomically(path, file.getvalue())
 
 
 def load_examples(path: Path) -> SavedExamples:

@@ -1,0 +1,172 @@
+"""The verdicts on a robust accuracy: what speaks against it, in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .soundness import NOISE_DRAWS, Measured, Point, percent
+
+PASS, WARN, SKIP = 'PASS', 'WARN', 'SKIP'
+
+#: What may be chance whatever the number of images, in points.
+CHANCE = 1.0
+#: An attack that misses more than this, in points, is too weak to be reported alone.
+GAP = 2.0
+#: By how much rounding may bring an image out of its ball.
+ROUNDING = 1e-6
+#: Share of images without any gradient from which on something hides it.
+ZERO_SHARE = 0.01
+#: Share of images on which the gradient must beat random directions.
+ASCENT_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict.
+
+    Attributes:
+        name: What it is called in files.
+        title: What should hold.
+        status: ``'PASS'``, ``'WARN'``, or ``'SKIP'`` where there is nothing to check.
+        message: The numbers that decided, in words.
+        numbers: The same numbers.
+    """
+
+    name: str
+    title: str
+    status: str
+    message: str
+    numbers: dict[str, float]
+
+
+def judge(measured: Measured) -> list[Check]:
+    """All checks, in the order in which they are printed."""
+    return [
+        _eps_zero(measured),
+        _falls('eps_curve', 'RA falls as eps grows', 'eps', measured.eps_curve),
+        _large_eps(measured),
+        _falls('steps', 'more steps do not help the defender', 'steps', measured.steps_curve),
+        _falls('restarts', 'more restarts do not help the defender', 'restarts', measured.restarts_curve),
+        _converged(measured),
+        _inside(measured),
+        _zero_gradient(measured),
+        _ascent(measured),
+        _logit_scale(measured),
+        _black_box(measured, 'noise', f'the best of {NOISE_DRAWS} random points of the ball'),
+        _black_box(measured, 'transfer', _surrogate_words(measured)),
+        _black_box(measured, 'square', 'Square'),
+        _routes(measured),
+    ]
+
+
+def _verdict(name: str, title: str, good: bool, message: str, **numbers: float) -> Check:
+    return Check(name, title, PASS if good else WARN, message, numbers)
+
+
+def _eps_zero(m: Measured) -> Check:
+    changed = m.changed_at_zero
+    message = f'SA is {m.sa:.1f}; attacks at eps 0 changed the outcome of {changed} images'
+    return _verdict('eps_zero', 'RA at eps 0 equals SA', changed == 0, message, sa=m.sa, changed=changed)
+
+
+def _falls(name: str, title: str, what: str, curve: Sequence[Point]) -> Check:
+    """RA may not rise from one point of a curve to the next, neither that of PGD nor that of RoutePGD.
+
+    By chance it may: if about as many images stand at the later point alone as at the earlier one alone.
+    """
+    rises = []
+    for before, after in pairwise(curve):
+        for key in ('judge', 'gate'):
+            old, new = getattr(before, key), getattr(after, key)
+            gained, lost = int((new & ~old).sum()), int((old & ~new).sum())
+            by_chance = max(CHANCE / 100 * len(old), 2 * math.sqrt(gained + lost))
+            rises.append((gained - lost - by_chance, before, after, key))
+    excess, before, after, key = max(rises, key=lambda each: each[0])
+    path = ', '.join(f'{percent(each.judge):.1f} at {what} {each.at:.4g}' for each in curve)
+    message = f'RA is {path}'
+    old, new = (percent(getattr(each, key)) for each in (before, after))
+    if excess > 0:
+        attack = 'RA by PGD' if key == 'gate' else 'RA'
+        message = (
+            f'from {what} {before.at:.4g} to {after.at:.4g}, {attack} rises from {old:.1f} to {new:.1f}; {message}'
+        )
+    return _verdict(name, title, excess <= 0, message, **{'from': old, 'to': new})
+
+
+def _large_eps(m: Measured) -> Check:
+    last = m.eps_curve[-1]
+    ra = percent(last.judge)
+    message = f'in the ball of eps {last.at:.4g}, which holds every image, RA is {ra:.1f}'
+    return _verdict('large_eps', 'RA reaches 0 at large eps', ra <= CHANCE, message, eps=last.at, ra=ra)
+
+
+def _converged(m: Measured) -> Check:
+    usual, doubled = m.steps_curve[-2:]
+    drop = percent(usual.judge) - percent(doubled.judge)
+    message = f'RA is {percent(usual.judge):.1f} at {usual.at} steps and {percent(doubled.judge):.1f} at {doubled.at}'
+    return _verdict('converged', 'twice the steps find nothing new', drop <= GAP, message, drop=drop)
+
+
+def _inside(m: Measured) -> Check:
+    message = f'adversarial images are at most {max(m.outside, 0.0):.1e} outside'
+    good = m.outside <= ROUNDING
+    return _verdict('inside', 'adversarial images are in the ball and in [0, 1]', good, message, outside=m.outside)
+
+
+def _zero_gradient(m: Measured) -> Check:
+    message = f'{100 * m.zero_gradient:.1f} % of the images have a gradient of exactly zero'
+    good = m.zero_gradient <= ZERO_SHARE
+    return _verdict('zero_gradient', 'images have a gradient', good, message, share=m.zero_gradient)
+
+
+def _ascent(m: Measured) -> Check:
+    message = f'a small step along the gradient gains more than random ones on {100 * m.ascent:.1f} % of the images'
+    good = m.ascent >= ASCENT_SHARE
+    return _verdict('ascent', 'the gradient leads upwards', good, message, share=m.ascent)
+
+
+def _logit_scale(m: Measured) -> Check:
+    title = 'the scale of the logits hides nothing'
+    if m.margin <= 0:
+        return _verdict('logit_scale', title, False, 'the two largest logits are equal on most images', margin=0.0)
+    drop = m.unscaled - m.rescaled
+    message = (
+        f'PGD with the route held: RA {m.unscaled:.1f}, and {m.rescaled:.1f} with the logits divided by their median '
+        f'margin of {m.margin:.3g}'
+    )
+    numbers = dict(margin=m.margin, ra=m.unscaled, rescaled=m.rescaled)
+    return _verdict('logit_scale', title, drop <= GAP, message, **numbers)
+
+
+def _surrogate_words(m: Measured) -> str:
+    which = 'a substitute trained on its answers' if m.substitute else 'the given surrogate'
+    return f'PGD on {which} (same prediction on {m.agreement:.0f} % of the images)'
+
+
+def _black_box(m: Measured, name: str, words: str) -> Check:
+    """White-box attacks must find what an attack without gradients of the model finds, but for a few images."""
+    white, black = m.ra(*m.white_box), m.ra(name)
+    missed = white - m.ra(*m.white_box, name)
+    message = (
+        f'RA {white:.1f} by white-box attacks, {black:.1f} by {words}, which fools {missed:.1f} % that they do not'
+    )
+    numbers = dict(white_box=white, black_box=black, missed=missed)
+    return _verdict(name, f'white-box attacks are not weaker than {name}', missed <= GAP, message, **numbers)
+
+
+def _routes(m: Measured) -> Check:
+    """PGD through the gate against attacks of as many steps that know of routes, and against one without gradients."""
+    title = 'the gate hides no gradient'
+    if not m.is_moe:
+        return Check('routes', title, SKIP, 'a dense model has no routes', {})
+    ra = {name: m.ra(name) for name in (*m.white_box, 'square')}
+    # RoutePGD has the runs of all the others together.
+    worst = min((name for name in ra if name != 'route_pgd'), key=ra.get)
+    message = f'RA by attack: {", ".join(f"{name} {value:.1f}" for name, value in ra.items())}'
+    gap = ra['gate'] - ra[worst]
+    if gap > GAP:
+        message = f'PGD through the gate is {gap:.1f} points above {worst}; {message}'
+    return _verdict('routes', title, gap <= GAP, message, gap=gap, **ra)

@@ -1,0 +1,98 @@
+"""A stand-in for a model that shows nothing but its predictions, to attack in its place.
+
+Papernot et al., Practical black-box attacks against machine learning, arXiv:1602.02697.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmadvmoe.attacks import Victim, build_attack
+from mmadvmoe.attacks import steps as ball
+
+from .threat_model import ThreatModel
+
+#: Rounds of training; after each but the last, its own adversarial images are put to the model as further questions.
+_ROUNDS = 3
+_STEPS = 120
+_BATCH = 128
+_LEARNING_RATE = 2e-3
+_CHANNELS = 32
+#: Steps of the attacks that make the further questions.
+_ATTACK_STEPS = 5
+
+
+class _Network(nn.Module):
+    """Convolutions down to 8x8 or less, and a linear layer: (B, C, H, W) -> (B, K)."""
+
+    def __init__(self, shape: torch.Size, num_classes: int) -> None:
+        super().__init__()
+        channels, size = shape[0], min(shape[1:])
+        layers = [nn.Conv2d(channels, _CHANNELS, 3, 1, 1), nn.ReLU()]
+        while size > 8:
+            layers += [nn.Conv2d(_CHANNELS, _CHANNELS, 3, 2, 1), nn.ReLU()]
+            size = (size + 1) // 2
+        layers += [nn.Conv2d(_CHANNELS, 2 * _CHANNELS, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(2 * _CHANNELS * 16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x))
+
+
+def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: int = 0) -> tuple[Victim, float]:
+    """Train a small network to say what a model says in the balls around some images.
+
+    The model is asked for predicted classes only, so whatever hides its gradient hides nothing here.
+
+    Args:
+        victim: The model.
+        images: (B, C, H, W) in [0, 1].
+        threat: The balls.
+        seed: Seed of the training; the random state of the caller is left as it is.
+
+    Returns:
+        The substitute, and on how many of ``images`` its prediction is that of the model, in percent.
+    """
+    device = images.device
+    accelerators = [] if device.type == 'cpu' else [device]
+    with torch.random.fork_rng(accelerators, device_type='cuda' if device.type == 'cpu' else device.type):
+        torch.manual_seed(seed)
+        network = _Network(images.shape[1:], victim.num_classes).to(device)
+        substitute = Victim(network, num_classes=victim.num_classes)
+        pool, answers = images, predict(victim, images)
+        attack_cfg = ThreatModel(threat.norm, threat.eps, threat.eps / 2, _ATTACK_STEPS).attack('PGD')
+        for number in range(_ROUNDS):
+            _fit(network, victim, pool, answers, threat)
+            if number < _ROUNDS - 1:
+                attack = build_attack(attack_cfg, substitute)
+                harder = torch.cat([attack(part, predict(victim, part)) for part in images.split(_BATCH)])
+                pool, answers = torch.cat([pool, harder]), torch.cat([answers, predict(victim, harder)])
+    agreement = (predict(substitute, images) == answers[: len(images)]).double().mean()
+    return substitute, 100 * float(agreement)
+
+
+def _fit(network: nn.Module, victim: Victim, pool: Tensor, answers: Tensor, threat: ThreatModel) -> None:
+    """Adam on the pool and, half of each batch, on random points around it."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE)
+    network.train()
+    for _ in range(_STEPS):
+        rows = torch.randint(len(pool), (min(_BATCH, len(pool)),), device=pool.device)
+        images, target = pool[rows], answers[rows]
+        half = len(rows) // 2
+        moved = ball.random_start(images[:half], threat.eps, threat.norm)
+        images, target = torch.cat([images, moved]), torch.cat([target, predict(victim, moved)])
+        loss = F.cross_entropy(network(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    network.eval()
+
+
+@torch.no_grad()
+def predict(victim: Victim, images: Tensor) -> Tensor:
+    """Predicted classes, (B,) int64, on the device of the images."""
+    with victim.frozen():
+        return torch.cat([victim(part).argmax(1) for part in images.split(_BATCH)])
