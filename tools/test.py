@@ -27,6 +27,14 @@ OUT_SUFFIXES = {
 }
 
 
+def _radius(text: str) -> float:
+    """``'0.2'`` or ``'8/255'``."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f'{text!r} must be a number such as 0.2 or 8/255') from None
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='test config file')
@@ -41,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--eps',
-        type=lambda text: float(Fraction(text)),
+        type=_radius,
         help='radius of --attacks on images in [0, 1], as in 8/255 [that of test_cfg.attacks]',
     )
     parser.add_argument('--norm', help='norm of --attacks [that of test_cfg.attacks, else Linf]')

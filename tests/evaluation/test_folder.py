@@ -1,0 +1,155 @@
+"""An output folder stays complete whatever happens to it."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmadvmoe.atomic import PARTIAL, write_atomically
+from mmadvmoe.evaluation import Outcome, OutcomeFolder, RobustOutcomes, SavedChunk, read_evaluation
+
+RUN = dict(format=1, settings=dict(attacks=dict(a={}, b={}), seed=0), versions=dict(torch='2'), machine=dict(threads=1))
+
+
+def _outcome(seed: int = 0) -> Outcome:
+    generator = torch.Generator().manual_seed(seed)
+    return Outcome(
+        logits=torch.randn(4, 3, generator=generator),
+        expert=torch.randint(2, (4, 1), generator=generator),
+        distance=torch.rand(4, 3, generator=generator),
+        attacked=torch.tensor([True, False, True, True]),
+    )
+
+
+def _same(a: Outcome, b: Outcome) -> bool:
+    return all(torch.equal(value, vars(b)[name]) for name, value in vars(a).items())
+
+
+def _folder(path: Path) -> OutcomeFolder:
+    return OutcomeFolder(path, ['a', 'b'])
+
+
+def _chunk(folder: OutcomeFolder, index: int = 0) -> SavedChunk:
+    place = range(4 * index, 4 * index + 4)
+    return folder.chunk(index, place, torch.tensor([0, 1, 2, 0]), torch.full((4, 3, 2, 2), index / 10))
+
+
+@contextmanager
+def _full_disk(room: int) -> Iterator[None]:
+    """No file can grow beyond ``room`` bytes: writing fails in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    chunk = _chunk(folder)
+    assert chunk.read('a') is None
+    chunk.write('a', _outcome())
+    assert _same(_chunk(_folder(tmp_path)).read('a'), _outcome())
+    assert chunk.read('b') is None and chunk.read('clean') is None
+
+
+def test_chunks_that_are_done_can_be_read_before_the_end(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'holds no evaluation: there is no run\.json'):
+        read_evaluation(tmp_path)
+    folder.prepare(RUN)
+    for number, name in enumerate(('clean', 'a', 'b')):
+        with pytest.raises(ValueError, match='no chunk that is done under all of clean, a, b yet'):
+            read_evaluation(tmp_path)
+        _chunk(folder, 1).write(name, _outcome(number))
+    _chunk(folder, 0).write('clean', _outcome())
+    saved = read_evaluation(tmp_path)
+    assert saved.metrics is None and saved.settings['seed'] == 0
+    assert saved.outcomes.place.tolist() == [4, 5, 6, 7]
+    assert _same(saved.outcomes.by_name['b'], _outcome(2))
+
+
+@pytest.mark.parametrize('what', ['settings', 'versions', 'format'])
+def test_another_run_is_refused_and_nothing_is_touched(tmp_path: Path, what: str) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    _chunk(folder).write('a', _outcome())
+    other = RUN | {what: 2 if what == 'format' else RUN[what] | dict(seed=1, torch='3')}
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    with pytest.raises(ValueError, match=rf'{what}.* there and .* here.*begin anew.*--overwrite'):
+        folder.prepare(other)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    folder.prepare(other, overwrite=True)
+    assert json.loads((tmp_path / 'run.json').read_text()) == other
+    assert _chunk(folder).read('a') is None
+
+
+def test_another_machine_goes_on(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    _chunk(folder).write('a', _outcome())
+    folder.prepare(RUN | dict(machine=dict(threads=8)))
+    assert _chunk(folder).read('a') is not None
+    # The run that was begun is the one that is described.
+    assert json.loads((tmp_path / 'run.json').read_text()) == RUN
+
+
+def test_only_what_is_its_own_is_deleted(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    (tmp_path / 'notes.txt').write_text('mine')
+    folder.prepare(RUN)
+    (tmp_path / 'parts').mkdir()
+    (tmp_path / 'parts' / f'.000000.00-clean.pt.1{PARTIAL}').write_text('cut off')
+    folder.prepare(RUN, overwrite=True)
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['notes.txt', 'parts', 'run.json']
+
+
+def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='is a file; outcomes of all images need a folder'):
+        _folder(tmp_path / 'file').prepare(RUN)
+
+
+def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    chunk = _chunk(folder)
+    chunk.write('clean', _outcome())
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    outcomes = RobustOutcomes(chunk.place, chunk.label, dict(clean=_outcome(), a=_outcome(1), b=_outcome(2)))
+    with pytest.raises(OSError) as caught, _full_disk(100):
+        chunk.write('a', _outcome())
+    assert '000000.01-a.pt' in str(caught.value) and 'make room there and start the same evaluation' in str(
+        caught.value
+    )
+    with pytest.raises(OSError, match=r'outcomes\.jsonl.* could not be written'), _full_disk(100):
+        folder.finish(outcomes, {})
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    folder.finish(outcomes, {'clean/accuracy/top1': 50.0})
+    assert len((tmp_path / 'outcomes.jsonl').read_text().splitlines()) == 4
+    assert json.loads((tmp_path / 'metrics.json').read_text()) == {'clean/accuracy/top1': 50.0}
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    chunk = _chunk(folder)
+    chunk.write('a', _outcome())
+    path = folder.part(0, 'a')
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r'000000\.01-a\.pt.* is damaged .*Delete it'):
+        chunk.read('a')
+
+
+def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:
+    write_atomically(tmp_path / 'new' / 'file', b'old')
+    with pytest.raises(OSError), _full_disk(10):
+        write_atomically(tmp_path / 'new' / 'file', bytes(20))
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['file']
+    assert (tmp_path / 'new' / 'file').read_bytes() == b'old'

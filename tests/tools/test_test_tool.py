@@ -1,0 +1,175 @@
+"""tools/test.py under attacks chosen by name."""
+
+import importlib.util
+import itertools
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmpretrain.registry import MODELS
+
+import mmadvmoe  # noqa: F401
+from mmadvmoe.engine.safe_load import CheckpointError
+
+TOOL = Path(__file__).parents[2] / 'tools/test.py'
+CONFIG = """
+custom_imports = dict(imports=['mmadvmoe'])
+default_scope = 'mmpretrain'
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='MoEBackbone',
+        num_experts=2,
+        include=[r'layer1.*conv\\d'],
+        router=dict(type='ResNetRouter', base_channels=4, num_blocks=1),
+        backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4)),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+    data_preprocessor=dict(type='AdvDataPreprocessor'))
+test_dataloader = dict(
+    batch_size=5,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='Digits', split='test', indices=20, pipeline=[dict(type='PackInputs')]))
+test_evaluator = dict(type='Accuracy')
+test_cfg = dict(
+    type='RobustTestLoop',
+    chunk_size=8,
+    attacks=dict(
+        pgd2=dict(type='PGD', eps=0.2, alpha=0.1, steps=2),
+        route=dict(type='RoutePGD', eps=0.2, alpha=0.1, steps=2)),
+    survivors_only=['route'],
+    worst_of=dict(ra=['pgd2', 'route'], weak=['pgd2']))
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=1), checkpoint=dict(type='SafeCheckpointHook', interval=-1))
+log_level = 'WARNING'
+"""
+_RUNS = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Call the tool as from the command line; folders are relative to ``tmp_path``."""
+    spec = importlib.util.spec_from_file_location('test_tool', TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    config = tmp_path / 'config.py'
+    config.write_text(CONFIG)
+    torch.manual_seed(0)
+    model = MODELS.build(Config.fromfile(config).model)
+    torch.save(dict(meta={}, state_dict=model.state_dict()), tmp_path / 'epoch_1.pth')
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> None:
+        # MMEngine keeps one logger for each name of an experiment.
+        options = [f'experiment_name=tool_{tmp_path.name}_{next(_RUNS)}', 'work_dir=work']
+        if '--cfg-options' not in arguments:
+            arguments = (*arguments, '--cfg-options')
+        monkeypatch.setattr('sys.argv', ['test.py', 'config.py', 'epoch_1.pth', *arguments, *options])
+        tool.main()
+
+    return run
+
+
+def _attacks(folder: str) -> list[str]:
+    return list(json.loads((Path(folder) / 'outcomes.jsonl').read_text().splitlines()[0])['attacks'])
+
+
+def test_outcomes_of_named_attacks_whatever_the_batch_size(test_tool: Callable) -> None:
+    for size in ('16', '128'):
+        test_tool('--attacks', 'fgsm', 'pgd2', '--out', size, '--cfg-options', f'test_dataloader.batch_size={size}')
+    # The radius is that of the config, and RoutePGD comes beside what was asked for.
+    assert _attacks('16') == ['fgsm', 'routepgd50', 'pgd2']
+    settings = json.loads(Path('16/run.json').read_text())['settings']
+    assert settings['attacks']['fgsm'] == dict(type='FGSM', eps=0.2)
+    assert settings['chunk_size'] == 8 and settings['model']['num_experts'] == 2
+    for name in ('outcomes.jsonl', 'metrics.json', 'run.json'):
+        assert Path('16', name).read_bytes() == Path('128', name).read_bytes()
+    metrics = json.loads(Path('16/metrics.json').read_text())
+    # Groups of attacks that were not run are not reported.
+    assert 'weak/accuracy/top1' in metrics and 'ra/accuracy/top1' not in metrics
+
+
+def test_the_attacks_of_the_config_as_a_cascade(test_tool: Callable) -> None:
+    test_tool('--cascade', '--out', 'outcomes')
+    assert _attacks('outcomes') == ['pgd2', 'route']
+    settings = json.loads(Path('outcomes/run.json').read_text())['settings']
+    assert settings['survivors_only'] == ['pgd2', 'route']
+    assert {'ra/accuracy/top1', 'weak/accuracy/top1'} <= json.loads(Path('outcomes/metrics.json').read_text()).keys()
+
+
+def test_another_radius_needs_another_folder_or_overwrite(test_tool: Callable) -> None:
+    test_tool('--attacks', 'route', '--eps', '8/255', '--out', 'outcomes')
+    settings = json.loads(Path('outcomes/run.json').read_text())['settings']
+    assert settings['attacks']['route'] == dict(type='RoutePGD', eps=8 / 255, alpha=pytest.approx(4 / 255), steps=2)
+    with pytest.raises(
+        ValueError, match=r'another evaluation: settings\.attacks\.route\.eps is 0\.03\d+ there and 0\.1'
+    ):
+        test_tool('--attacks', 'route', '--eps', '0.1', '--out', 'outcomes')
+    test_tool('--attacks', 'route', '--eps', '0.1', '--out', 'outcomes', '--overwrite')
+    assert json.loads(Path('outcomes/run.json').read_text())['settings']['attacks']['route']['eps'] == 0.1
+
+
+def test_files_are_written_as_ever(test_tool: Callable) -> None:
+    test_tool('--out', 'pred.pkl')
+    assert len(pickle.loads(Path('pred.pkl').read_bytes())) == 20
+    test_tool('--out', 'metrics.json', '--out-item', 'metrics')
+    assert 'worst/accuracy/top1' in json.loads(Path('metrics.json').read_text())
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (
+            ('--out', 'metrics.json'),
+            'must end in .pkl or .pickle; a folder for the outcomes of all images has no ending',
+        ),
+        (('--overwrite',), '--overwrite is about a folder of outcomes: add --out FOLDER'),
+        (('--overwrite', '--out', 'a.pkl'), '--overwrite is about a folder'),
+        (('--eps', '0.1'), '--eps is that of the attacks which --attacks names: add --attacks'),
+        (('--eps', 'much', '--attacks', 'fgsm'), "--eps: 'much' must be a number such as 0.2 or 8/255"),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    test_tool: Callable, capsys: pytest.CaptureFixture, arguments: tuple, message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        test_tool(*arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'),
+    [
+        (('--attacks', 'pgd2', 'pgg'), ValueError, "no attack 'pgg'; allowed: pgd2, route, fgsm"),
+        (('--attacks', 'fgsm', '--eps', '51'), ValueError, r'eps=51\.0 is above 1, .*write eps=51 / 255'),
+        (('--cfg-options', 'model.head.num_classes=7'), ValueError, 'num_classes=7 differs from the 10'),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    test_tool: Callable, arguments: tuple, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        test_tool(*arguments)
+
+
+def test_a_checkpoint_of_other_classes_is_refused(test_tool: Callable) -> None:
+    weights = torch.load('epoch_1.pth', weights_only=True)
+    weights['state_dict']['head.fc.weight'] = torch.zeros(7, 32)
+    weights['state_dict']['head.fc.bias'] = torch.zeros(7)
+    torch.save(weights, 'epoch_1.pth')
+    with pytest.raises(CheckpointError, match=r'head\.fc\.weight \(7, 32\) in the file, \(10, 32\) in the model'):
+        test_tool('--attacks', 'fgsm', '--out', 'outcomes')
+    assert not Path('outcomes').exists()

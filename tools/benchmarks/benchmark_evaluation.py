@@ -1,0 +1,165 @@
+"""Time robust evaluation against calling the attacks on the bare model, batch by batch.
+
+Everything is timed in turn in one process, round by round, and ratios are taken inside a round, so a machine that slows
+down for a while changes both sides. Table and JSON give the median ratio over the rounds:
+
+- AutoAttack through the evaluation, over torchattacks' AutoAttack called on the bare model with the same batches. That
+  class has 10 iterations and a rescaled schedule of Square; here it gets the published settings, so both do the same.
+- The cascade, PGD-50 first and AutoAttack on what it leaves standing, over the same.
+- PGD-50 through the evaluation, over 50 attack steps as benchmark_moe.py measures them.
+
+The evaluation includes all it does: predictions and routes before and after each attack, checks, and outcomes on disk.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchattacks
+from benchmark_moe import run_attack_step
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from torch import Tensor
+
+from mmadvmoe.apis import load_robust_model
+from mmadvmoe.attacks import Victim, standard_attack
+from mmadvmoe.datasets import ChunkSampler
+from mmadvmoe.engine.evaluation_data import as_dataset, unit_chunks
+from mmadvmoe.engine.evaluation_run import RobustEvaluation
+
+STEPS = 50
+Batch = tuple[int, Tensor, Tensor]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of a trained model')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--eps', type=float, default=0.2, help='L-inf radius on images in [0, 1] [0.2]')
+    parser.add_argument('--images', type=int, default=360, help='first images of the test set [360]')
+    parser.add_argument('--batch-size', type=int, default=360)
+    parser.add_argument('--iterations', type=int, default=100, help='of APGD and FAB [100, as published]')
+    parser.add_argument('--queries', type=int, default=5000, help='of Square [5000, as published]')
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--threads', type=int, help='threads of one operation [what PyTorch takes]')
+    parser.add_argument('--json', help='file to write the results to')
+    args = parser.parse_args()
+    for name in ('images', 'batch_size', 'iterations', 'queries', 'rounds', 'threads'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name.replace("_", "-")} {value} must be at least 1')
+    return args
+
+
+def bare_autoattack(model: Victim, eps: float, iterations: int, queries: int) -> torchattacks.AutoAttack:
+    """torchattacks' AutoAttack with the published settings."""
+    count = min(model.num_classes, 10)
+    attack = torchattacks.AutoAttack(model, eps=eps, n_classes=count, seed=0)
+    for part in attack._autoattack.attacks:
+        part.steps = iterations
+        if isinstance(part, torchattacks.Square):
+            part.n_queries, part.rescale_schedule = queries, False
+    return attack
+
+
+class Contest:
+    """What is timed: each contestant goes through all batches, and gives the number of images that stand."""
+
+    def __init__(self, model: Victim, sampler: ChunkSampler, args: argparse.Namespace) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.batches: list[Batch] = list(unit_chunks(sampler.dataset, sampler, model))
+        self.bare = bare_autoattack(model, args.eps, args.iterations, args.queries)
+        pgd = {f'pgd{STEPS}': standard_attack(f'pgd{STEPS}', args.eps)}
+        auto = dict(type='AutoAttack', eps=args.eps, steps=args.iterations, n_queries=args.queries)
+        self.contestants: dict[str, Callable[[], int]] = {
+            'bare_autoattack': self.run_bare,
+            'autoattack': lambda: self.evaluate(dict(autoattack=auto)),
+            'cascade': lambda: self.evaluate(dict(pgd, autoattack=auto), survivors_only=['autoattack']),
+            'attack_steps': self.run_steps,
+            f'pgd{STEPS}': lambda: self.evaluate(pgd),
+        }
+
+    def run_bare(self) -> int:
+        standing = 0
+        for _, images, labels in self.batches:
+            adversarial = self.bare(images, labels)
+            with torch.no_grad():
+                standing += int((self.model(adversarial).argmax(1) == labels).sum())
+        return standing
+
+    def run_steps(self) -> int:
+        with self.model.frozen():
+            for _, images, _ in self.batches:
+                for _ in range(STEPS):
+                    run_attack_step(self.model, images)
+        return 0
+
+    def evaluate(self, attacks: dict, **settings) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            evaluation = RobustEvaluation(self.model, attacks, chunk_size=self.sampler.chunk_size, **settings)
+            evaluation.keep_in(folder)
+            evaluation.begin(self.sampler)
+            parts = [evaluation.evaluate(*batch) for batch in self.batches]
+        return sum(int((part.worst().prediction == part.label).sum()) for part in parts)
+
+    def run(self, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+        """Seconds of each contestant in each round, and how many images stand."""
+        # Memory and code that are needed for the first time take longer.
+        self.evaluate({'warm-up': standard_attack('pgd5', 0.1)})
+        seconds: dict[str, list[float]] = {name: [] for name in self.contestants}
+        standing = {}
+        for _ in range(rounds):
+            for name, run in self.contestants.items():
+                start = time.perf_counter()
+                standing[name] = run()
+                seconds[name].append(time.perf_counter() - start)
+        return seconds, standing
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    # What an evaluation logs is not the point here.
+    MMLogger.get_instance('benchmark', log_level='ERROR')
+    config = Config.fromfile(args.config)
+    model = load_robust_model(config, args.checkpoint)
+    dataset = as_dataset(config.test_dataloader.dataset.to_dict() | dict(indices=args.images))
+    contest = Contest(model, ChunkSampler(dataset, args.batch_size), args)
+    seconds, standing = contest.run(args.rounds)
+    pairs = {
+        'autoattack_over_bare': ('autoattack', 'bare_autoattack'),
+        'cascade_over_bare': ('cascade', 'bare_autoattack'),
+        f'pgd{STEPS}_over_steps': (f'pgd{STEPS}', 'attack_steps'),
+    }
+    ratios = {name: [a / b for a, b in zip(seconds[top], seconds[under])] for name, (top, under) in pairs.items()}
+    result = dict(
+        config=args.config,
+        images=len(dataset),
+        batch_size=args.batch_size,
+        iterations=args.iterations,
+        queries=args.queries,
+        threads=torch.get_num_threads(),
+        rounds=args.rounds,
+        ratios={name: statistics.median(values) for name, values in ratios.items()},
+        ratios_of_rounds=ratios,
+        seconds={name: statistics.median(values) for name, values in seconds.items()},
+        standing={name: count for name, count in standing.items() if name != 'attack_steps'},
+    )
+    for name, values in ratios.items():
+        print(f'{name:24s} {statistics.median(values):6.3f}   rounds: {", ".join(f"{value:.3f}" for value in values)}')
+    for name, values in seconds.items():
+        stand = f'{standing[name]} of {len(dataset)} images stand' if name in result['standing'] else ''
+        print(f'  {name:22s} {statistics.median(values):8.2f} s   {stand}')
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
