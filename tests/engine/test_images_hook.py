@@ -1,10 +1,14 @@
 """A picture of adversarial images every few epochs, and training that does not notice."""
 
+import random
+
 import cv2
+import numpy as np
 import pytest
 import torch
+from mmpretrain.registry import DATASETS
 from resume_runs import assert_same_run, train
-from tiny_runs import build_runner, run_cfg
+from tiny_runs import RandomImages, build_runner, run_cfg
 
 from mmadvmoe.engine.seeding import get_rng_state
 
@@ -12,12 +16,21 @@ from mmadvmoe.engine.seeding import get_rng_state
 PGD = dict(type='PGD', eps=0.1, alpha=0.05, steps=2)
 
 
+@DATASETS.register_module()
+class DrawingImages(RandomImages):
+    """Images whose pipeline draws from every random generator, as augmentations do."""
+
+    def __getitem__(self, index):
+        random.random(), np.random.rand(), torch.rand(1)
+        return super().__getitem__(index)
+
+
 def hook(**overrides):
     return dict(type='AdversarialImagesHook', attack=PGD, interval=1, num_images=4) | overrides
 
 
 def cfg_with(work_dir, *hooks, epochs=2, **overrides):
-    loader = dict(dataset=dict(type='RandomImages'), batch_size=16, num_workers=0)
+    loader = dict(dataset=dict(type='DrawingImages'), batch_size=16, num_workers=0)
     cfg = run_cfg(
         work_dir,
         hooks=hooks,
