@@ -46,14 +46,11 @@ def curves(models: Sequence[ModelResults]) -> Optional[Section]:
         'curves',
         'Robust accuracy against the attack',
         'Robust accuracy must fall to zero as the ball grows, and must not rise with more steps or restarts. Where it '
-        'does otherwise, the attack is too weak, and the model is less robust than the numbers say.',
+        'does otherwise, the attack is too weak, and the model is less robust than the numbers say. Of a mixture, the '
+        'dashed line is what PGD through the gate finds alone.',
     )
     for key, label, log_x in (('eps', 'radius eps of the ball', False), ('steps', 'steps', True)):
-        lines = [
-            Line(model.name, [p[key] for p in points], [p['ra'] for p in points], color=color)
-            for color, model in enumerate(models)
-            if (points := _curve(model, key))
-        ]
+        lines = [line for color, model in enumerate(models) for line in _curve_lines(model, key, color)]
         if not lines:
             continue
         title = f'Robust accuracy against {key}'
@@ -141,8 +138,14 @@ def _images(model: ModelResults) -> str:
     return f'{model.run["settings"]["data"]["num_images"]:,}' if model.run else _ABSENT
 
 
-def _curve(model: ModelResults, key: str) -> Sequence[Mapping[str, float]]:
-    return model.soundness['curves'].get(key, ()) if model.soundness else ()
+def _curve_lines(model: ModelResults, key: str, color: int) -> list[Line]:
+    """Robust accuracy over a setting; of a mixture also what PGD through the gate alone would say."""
+    points = model.soundness['curves'].get(key, ()) if model.soundness else ()
+    x = [point[key] for point in points]
+    lines = [Line(model.name, x, [point['ra'] for point in points], color)]
+    if any(point.get('gate', point['ra']) != point['ra'] for point in points):
+        lines.append(Line(f'{model.name}, gate alone', x, [point['gate'] for point in points], color, stroke=1))
+    return lines if points else []
 
 
 def _threat(result: Mapping) -> str:

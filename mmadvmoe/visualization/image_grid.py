@@ -59,6 +59,7 @@ def draw_image_grid(
                 axis.imshow(_pixels(images[column]))
                 axis.set_title(title, fontsize=8)
                 axis.set(xticks=[], yticks=[])
+                axis.spines[:].set(visible=True, color='#999999', linewidth=0.6)
             axes[1, column].title.set_color(GOOD if right else BAD)
         for axis, label in zip(axes[:, 0], ('clean', attack_name, f'change (±{largest:.3g})')):
             axis.set_ylabel(label)

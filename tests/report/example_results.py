@@ -153,7 +153,10 @@ def _soundness(folder, kind, ra):
     ]
     curves = dict(
         eps=[dict(eps=eps, ra=value) for eps, value in ((0.0, 95.0), (0.1, 60.0), (0.2, ra), (0.5, 0.0))],
-        steps=[dict(steps=steps, ra=ra + 20 / steps) for steps in (1, 2, 5, 10, 50)],
+        steps=[
+            dict(steps=steps, ra=ra + 20 / steps, gate=ra + 20 / steps + (5 if kind['routing'] else 0))
+            for steps in (1, 2, 5, 10, 50)
+        ],
         restarts=[dict(restarts=1, ra=ra)],
     )
     content = dict(passed=False, num_warnings=1, checks=checks, curves=curves, attacks=dict(gate=ra + 10, held=ra))

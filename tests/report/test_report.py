@@ -83,6 +83,16 @@ def test_a_dense_model_has_no_routes(tmp_path):
     assert found == {'summary', 'curves', 'dissection', 'images', 'soundness', 'training', 'settings'}
 
 
+def test_curves_of_a_mixture_tell_what_the_gate_alone_would_say(tmp_path):
+    (mixture,), (dense,) = results(tmp_path, 'MoE'), results(tmp_path, 'Dense', routing=None)
+    eps, steps = next(section for section in sections_of([mixture, dense]) if section.name == 'curves').items
+    drawn = {line.get_label(): list(line.get_ydata()) for line in steps.figure.axes[0].get_lines()}
+    assert list(drawn) == ['MoE', 'MoE, gate alone', 'Dense']
+    assert drawn['MoE'] == drawn['Dense'] == [50, 40, 34, 32, 30.4]
+    assert drawn['MoE, gate alone'] == [55, 45, 39, 37, 35.4]
+    assert [line.get_label() for line in eps.figure.axes[0].get_lines()] == ['MoE', 'Dense']
+
+
 def test_a_file_in_the_wrong_place_is_named(tmp_path):
     results(tmp_path, 'A')
     (tmp_path / 'a' / 'soundness.json').write_bytes((tmp_path / 'a' / 'dissection.json').read_bytes())
