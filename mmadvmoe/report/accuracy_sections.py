@@ -29,7 +29,7 @@ def summary(models: Sequence[ModelResults]) -> Section:
         (f'worst of {", ".join(members)} ({group})', [_accuracy(model, group) for model in models])
         for group, members in _groups(models).items()
     ]
-    rows.append(('worst case (RA)', [_accuracy(model, 'worst') for model in models]))
+    rows.append(('worst case of all', [_accuracy(model, 'worst') for model in models]))
     rows.append(('routes changed, at most', [_routes_changed(model) for model in models]))
     rows.append(('busiest expert, clean', [_busiest(model) for model in models]))
     rows += [(label, [_cost(model, show) for model in models]) for label, show in _COSTS.items()]
@@ -41,12 +41,12 @@ def summary(models: Sequence[ModelResults]) -> Section:
 
 
 def curves(models: Sequence[ModelResults]) -> Optional[Section]:
-    """Robust accuracy against the size of the ball, the steps of the attack and its restarts."""
+    """Robust accuracy against the size of the ball and the steps of the attack."""
     section = Section(
         'curves',
         'Robust accuracy against the attack',
-        'Robust accuracy must fall to zero as the ball grows, and must not rise with more steps or restarts. Where it '
-        'does otherwise, the attack is too weak, and the model is less robust than the numbers say. Of a mixture, the '
+        'Robust accuracy must fall to zero as the ball grows, and must not rise with more steps. Where it does '
+        'otherwise, the attack is too weak, and the model is less robust than the numbers say. Of a mixture, the '
         'dashed line is what PGD through the gate finds alone.',
     )
     for key, label, log_x in (('eps', 'radius eps of the ball', False), ('steps', 'steps', True)):

@@ -10,6 +10,8 @@ from mmadvmoe.visualization import draw_training
 from .content import Listing, Picture, Section, Table, slug
 from .results import ModelResults
 
+#: What the files of the analysis tools say of how they were made; the checkpoint too, for files can be put in place.
+_OF_A_TOOL = ('config', 'checkpoint', 'num_images', 'seed', 'seconds', 'threat_model', 'routing', 'num_experts')
 _CHARTS = dict(
     losses='the losses',
     losses_experts="the losses in the experts' turn",
@@ -79,9 +81,7 @@ def _settings(result: Optional[Mapping[str, Any]]) -> dict[str, str]:
         # The whole config is shown below the table.
         wanted['model'] = {key: value for key, value in wanted['model'].items() if key != 'config'}
     else:
-        wanted = {
-            key: result[key] for key in ('num_images', 'seed', 'seconds', 'threat_model', 'routing', 'num_experts')
-        }
+        wanted = {key: result[key] for key in _OF_A_TOOL}
     return dict(_flat(wanted))
 
 
