@@ -33,6 +33,7 @@ _STYLE = {
     'grid.color': '#dddddd',
     'legend.frameon': False,
     'legend.fontsize': 8,
+    'legend.handlelength': 3.2,
     'lines.markersize': 4,
     'figure.facecolor': 'white',
 }
