@@ -151,7 +151,7 @@ def evaluate_robustness(
         seed (int): Seed of the attacks. Defaults to 0.
         out_dir (str or Path, optional): Folder that gets the outcome of each image as it becomes known, and in which a
             killed evaluation goes on where it stopped.
-        overwrite (bool): Delete the outcomes of another evaluation in ``out_dir`` instead of refusing to go on.
+        overwrite (bool): Delete the outcomes in ``out_dir`` and begin anew, instead of going on or refusing to.
 
     Returns:
         RobustnessResult: Metrics and outcomes.

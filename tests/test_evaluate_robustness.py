@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -148,6 +149,8 @@ def test_a_mixture_of_experts_is_always_attacked_through_its_routes() -> None:
     own = dict(fgsm=dict(type='FGSM', eps=0.1), mine=dict(type='RoutePGD', eps=0.1, steps=1))
     assert list(evaluate(_moe(), DIGITS, own).outcomes.by_name) == ['clean', 'fgsm', 'mine']
     assert list(evaluate(_dense(), DIGITS, ['fgsm'], eps=0.1).outcomes.by_name) == ['clean', 'fgsm']
+    with pytest.raises(TypeError, match=r'attacks\.own must be the config of an attack'):
+        evaluate(_moe(), DIGITS, dict(own=dict(eps=0.1)))
 
 
 def test_a_record_says_what_became_of_an_image(tmp_path: Path) -> None:
@@ -227,6 +230,25 @@ def test_a_failing_attack_is_named_and_what_was_done_is_kept(tmp_path: Path) -> 
         evaluate(_dense(), DIGITS, attacks, out_dir=tmp_path)
     evaluate(_dense(), DIGITS, attacks, out_dir=tmp_path)
     assert len(_lines(tmp_path)) == 20
+
+
+def test_a_full_disk_stops_with_a_word_and_the_evaluation_goes_on(tmp_path: Path) -> None:
+    evaluate(_dense(), DIGITS, WEAK, out_dir=tmp_path / 'whole')
+    sizes = {path: path.stat().st_size for path in (tmp_path / 'whole').rglob('*') if path.is_file()}
+    largest = max(size for path, size in sizes.items() if path.suffix == '.pt')
+    # Room for every part, but not for all outcomes in one file.
+    assert largest < sizes[tmp_path / 'whole' / 'outcomes.jsonl']
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        with pytest.raises(OSError, match=r'outcomes\.jsonl.* could not be written .*make room there and start'):
+            evaluate(_dense(), DIGITS, WEAK, out_dir=tmp_path / 'full')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    left = sorted(path.name for path in (tmp_path / 'full').rglob('*') if path.is_file())
+    assert left == sorted(path.name for path in sizes if path.name not in ('outcomes.jsonl', 'metrics.json'))
+    evaluate(_dense(), DIGITS, WEAK, out_dir=tmp_path / 'full')
+    assert _files(tmp_path / 'full') == _files(tmp_path / 'whole')
 
 
 BAD = {

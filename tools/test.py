@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         'image as it becomes known, and in which a killed test goes on where it stopped',
     )
     parser.add_argument(
-        '--overwrite', action='store_true', help='delete the outcomes of another test in the folder --out'
+        '--overwrite', action='store_true', help='delete the outcomes in the folder --out and begin anew'
     )
     parser.add_argument(
         '--out-item',

@@ -71,7 +71,7 @@ class RobustEvaluation:
 
         Args:
             out_dir: The folder.
-            overwrite: Whether outcomes of another evaluation are deleted rather than refused.
+            overwrite: Delete the outcomes that are there and begin anew, instead of going on or refusing to.
         """
         self._folder = OutcomeFolder(out_dir, list(self.attacks))
         self._overwrite = overwrite

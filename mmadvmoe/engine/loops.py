@@ -182,7 +182,7 @@ class RobustTestLoop(_RobustLoop, TestLoop):
             where none of them is one.
         out_dir: Folder that gets the outcome of each image as it becomes known, and in which a killed test goes on
             where it stopped; see docs/evaluation.md. None to write nothing.
-        overwrite: Delete the outcomes of another evaluation in ``out_dir`` instead of refusing to go on.
+        overwrite: Delete the outcomes in ``out_dir`` and begin anew, instead of going on or refusing to.
         kwargs: The other arguments of :class:`RobustValLoop`.
 
     Raises:
@@ -214,7 +214,7 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         **kwargs,
     ) -> None:
         if add_route_attack:
-            attacks = with_route_attack(attacks, Victim.from_classifier(runner.model))
+            attacks = with_route_attack(attacks, Victim.from_classifier(runner.model), f'{self.mode}_cfg.attacks')
         if cascade:
             kwargs['survivors_only'] = list(attacks)
         super().__init__(runner, dataloader, evaluator, attacks, **kwargs)

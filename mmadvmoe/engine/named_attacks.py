@@ -40,6 +40,20 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
         TypeError: If ``attacks`` does not map names to configs.
         ValueError: If there is no attack, or a name cannot be the prefix of a metric.
     """
+    _check_configs(attacks, key)
+    built = {name: build_attack(cfg, victim) for name, cfg in attacks.items()}
+    if victim.num_routers and not any(moves_routes(cfg) for cfg in attacks.values()):
+        print_log(
+            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: '
+            f'{WORST}/ is only an upper bound of its robust accuracy, and can be far too high. '
+            "Add dict(type='RoutePGD', ...).",
+            logger='current',
+            level=logging.WARNING,
+        )
+    return built
+
+
+def _check_configs(attacks: Mapping[str, Mapping], key: str) -> None:
     if not isinstance(attacks, Mapping):
         raise TypeError(
             f"{key} must map names to attack configs, such as dict(pgd10=dict(type='PGD', "
@@ -50,7 +64,6 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
             f"{key} holds no attack. To measure accuracy without attacks, use MMEngine's loop "
             "(dict(type='ValLoop') or dict(type='TestLoop'))."
         )
-    built = {}
     for name, cfg in attacks.items():
         if name in (CLEAN, WORST) or not name or '/' in name:
             raise ValueError(
@@ -60,16 +73,6 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
             )
         if not isinstance(cfg, Mapping) or 'type' not in cfg:
             raise TypeError(f'{key}.{name} must be the config of an attack, a dict with a type, but got {cfg!r}.')
-        built[name] = build_attack(cfg, victim)
-    if victim.num_routers and not any(moves_routes(cfg) for cfg in attacks.values()):
-        print_log(
-            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: '
-            f'{WORST}/ is only an upper bound of its robust accuracy, and can be far too high. '
-            "Add dict(type='RoutePGD', ...).",
-            logger='current',
-            level=logging.WARNING,
-        )
-    return built
 
 
 def check_groups(
@@ -153,25 +156,34 @@ def choose_attacks(
     return chosen
 
 
-def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim) -> dict[str, dict]:
+def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str = 'attacks') -> dict[str, dict]:
     """Put ``RoutePGD`` with 50 steps beside attacks on a mixture of experts that have none.
 
     It comes after the first attack, because a cascade is fast when what fools most images for its price comes early.
-    Its radius is the largest of the attacks.
+    Its radius is the largest of the attacks; of attacks in several norms, each gets its own.
 
     Args:
         attacks: Configs of the attacks.
         victim: The attacked model; nothing is added for one without routers.
+        key: Config key of ``attacks``, for errors.
+
+    Raises:
+        TypeError, ValueError: As :func:`build_attacks`.
     """
+    _check_configs(attacks, key)
     attacks = {name: dict(cfg) for name, cfg in attacks.items()}
-    radii = [(cfg['eps'], attack_norm(cfg)) for cfg in attacks.values() if cfg.get('eps') is not None]
-    if not victim.num_routers or not radii or any(moves_routes(cfg) for cfg in attacks.values()):
+    if not victim.num_routers or any(moves_routes(cfg) for cfg in attacks.values()):
         return attacks
+    radii: dict[str, float] = {}
+    for cfg in attacks.values():
+        if cfg.get('eps') is not None:
+            radii[attack_norm(cfg)] = max(cfg['eps'], radii.get(attack_norm(cfg), 0.0))
     name = 'routepgd50'
-    while name in attacks:
-        name += '_'
+    added = {
+        name if len(radii) == 1 else f'{name}-{norm.lower()}': standard_attack(name, eps, norm)
+        for norm, eps in radii.items()
+    }
     first, *others = attacks
-    added = {name: standard_attack('routepgd50', *max(radii))}
     return {first: attacks[first], **added, **{other: attacks[other] for other in others}}
 
 

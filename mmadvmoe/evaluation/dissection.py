@@ -26,7 +26,7 @@ class Dissection:
 
     Attributes:
         label: True classes, (B,) int64.
-        outcomes: By name, in this order; a dense model has the first and the last of the whole model only:
+        outcomes: By name; a dense model has ``'clean'`` and ``'end_to_end'`` only:
 
             * ``'clean'``: no attack;
             * ``'gate'``: PGD through the gate, the plain attack on the whole model;

@@ -10,11 +10,7 @@ from torch import Tensor
 
 from .dissection import END_TO_END, Dissection
 from .outcomes import CLEAN, Outcome
-
-
-def percent(right: Tensor) -> float:
-    """Accuracy in percent of (B,) bool."""
-    return 100.0 * float(right.double().mean())
+from .trials import percent
 
 
 def summarize(dissection: Dissection) -> dict:
@@ -76,15 +72,17 @@ def failures(dissection: Dissection) -> dict[str, int]:
     """Who fails: of the images that are right without an attack, how many ...
 
     Returns:
-        ``standing``: are right end to end. ``experts``: are not, and fall with the route frozen already. ``router``:
-        fall only when the route can be attacked as well.
+        ``standing``: are right end to end. ``experts``: are not, and fell to an attack that left the route as it was,
+        on the whole model or with the route frozen. ``router``: fell only to attacks that changed the route.
     """
-    label = dissection.label
-    right, whole, frozen = (dissection.outcomes[name].prediction == label for name in (CLEAN, END_TO_END, 'experts'))
+    label, outcomes = dissection.label, dissection.outcomes
+    right, whole, frozen = (outcomes[name].prediction == label for name in (CLEAN, END_TO_END, 'experts'))
+    kept = (outcomes[END_TO_END].expert == outcomes[CLEAN].expert).all(dim=1)
+    fallen, by_experts = right & ~whole, ~frozen | kept
     return dict(
         standing=int((right & whole).sum()),
-        experts=int((right & ~whole & ~frozen).sum()),
-        router=int((right & ~whole & frozen).sum()),
+        experts=int((fallen & by_experts).sum()),
+        router=int((fallen & ~by_experts).sum()),
     )
 
 

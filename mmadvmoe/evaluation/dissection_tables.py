@@ -78,8 +78,8 @@ def _failures(report: Mapping) -> str:
     total = max(sum(failures.values()), 1)
     words = dict(
         standing='stand end to end',
-        experts='fall with the route frozen: the experts fail',
-        router='fall only with the route free: the router fails',
+        experts='fall with the route kept: the experts fail',
+        router='fall only with another route: the router fails',
     )
     rows = [[words[key], str(count), f'{100 * count / total:.1f}'] for key, count in failures.items()]
     return f'Who fails, of the images that are right without an attack\n{text_table(["images", "count", "%"], rows)}'

@@ -47,7 +47,7 @@ class OutcomeFolder:
 
         Args:
             run: What the outcomes depend on, ``format``, ``settings`` and ``versions``; and what else is good to know.
-            overwrite: Delete the outcomes of another evaluation instead of refusing them.
+            overwrite: Delete the outcomes that are there and begin anew.
 
         Raises:
             ValueError: The folder holds the outcomes of an evaluation with other settings; says which differ.
@@ -57,12 +57,19 @@ class OutcomeFolder:
             raise ValueError(f'{str(self.path)!r} is a file; outcomes of all images need a folder.')
         for partial in self.path.glob(f'**/.*{PARTIAL}'):
             partial.unlink()
+        results = [path for path in (self.path / METRICS, self.path / OUTCOMES) if path.exists()]
+        results += sorted(self.path.glob(f'{PARTS}/*.pt'))
         # As JSON would give it back.
         run = json.loads(json.dumps(run))
         before = _read_json(self.path / RUN)
         differences = [] if before is None else list(_differences(_comparable(before), _comparable(run)))
         if before is not None and not differences and not overwrite:
             return
+        if before is None and results and not overwrite:
+            raise ValueError(
+                f'{str(self.path)!r} holds {results[0].name}, but no {RUN} that tells which evaluation it belongs to. '
+                'Choose another folder, or overwrite it (--overwrite, or overwrite=True).'
+            )
         if differences and not overwrite:
             raise ValueError(
                 f'{str(self.path)!r} holds the outcomes of another evaluation: {_some(differences)}. To go on with '
@@ -70,8 +77,8 @@ class OutcomeFolder:
                 'anew, overwrite it (--overwrite, or overwrite=True); to keep both, choose another folder.'
             )
         # What depends on the settings goes before the settings do.
-        for path in (self.path / METRICS, self.path / OUTCOMES, *sorted(self.path.glob(f'{PARTS}/*.pt'))):
-            path.unlink(missing_ok=True)
+        for path in results:
+            path.unlink()
         self._write(RUN, json.dumps(run, indent=2) + '\n')
 
     def chunk(self, index: int, place: Sequence[int], label: Tensor, images: Tensor) -> SavedChunk:

@@ -1,6 +1,6 @@
 """Whether a robust accuracy can be believed: what attacks of all kinds find, to be held against each other.
 
-After Carlini et al., On evaluating adversarial robustness, arXiv:1902.06705, section 3 and 5, and Croce & Hein,
+After Carlini et al., On evaluating adversarial robustness, arXiv:1902.06705, and Croce & Hein,
 arXiv:2003.01690. This file measures; :mod:`mmadvmoe.evaluation.soundness_checks` judges.
 
 Dimension letters: B images, K classes.
@@ -22,13 +22,15 @@ from mmadvmoe.attacks.rescaled import Rescaled
 from .gradient_checks import ascents, gradients, median_margin
 from .substitute import predict, train_substitute
 from .threat_model import ThreatModel
-from .trials import Images
+from .trials import Images, percent, seeded
 
 #: Radii at which robust accuracy is measured, in units of eps; the ball that holds every image comes on top.
 EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 #: Steps of the attacks, in units of those of the threat model; a single step comes on top.
 STEP_FACTORS = (0.1, 0.5, 1.0, 2.0)
 RESTARTS = 4
+#: Norms in which Square exists.
+SQUARE_NORMS = ('Linf', 'L2')
 #: Random points of each ball that count as one attack.
 NOISE_DRAWS = 20
 
@@ -55,8 +57,8 @@ class Measured:
     Attributes:
         sa: Standard accuracy, in percent.
         stands: Under the name of each attack at the threat model, the images that stand, (B,) bool: ``'gate'`` (PGD
-            on the model as it is) and ``'square'``, ``'noise'``, ``'transfer'``; of a mixture also ``'held'`` and
-            ``'forced_<n>'``.
+            on the model as it is), ``'noise'``, ``'transfer'`` and, where it exists, ``'square'``; of a mixture also
+            ``'held'``, ``'forced_<n>'`` and ``'route_pgd'``.
         is_moe: Whether the model is a mixture.
         eps_curve, steps_curve, restarts_curve: Points in ascending order, the first two from the same random starts.
             Restarts are of plain PGD.
@@ -95,11 +97,6 @@ class Measured:
     def white_box(self) -> list[str]:
         """Names of the attacks that use the gradient of the model itself."""
         return [name for name in self.stands if name not in ('square', 'noise', 'transfer')]
-
-
-def percent(mask: Tensor) -> float:
-    """Share of (B,) bool, in percent."""
-    return 100.0 * float(mask.double().mean())
 
 
 class _Bench:
@@ -213,7 +210,7 @@ def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -
     measured.zero_gradient = float((grad.flatten(1) == 0).all(dim=1).double().mean())
     along, best = ascents(bench.victim, bench.data, threat, grad, bench.route)
     # Of images that are wrong as they are, nothing is left to gain.
-    gains = (along > best)[bench.right]
+    gains = (along > best.clamp(min=0))[bench.right]
     measured.ascent = float(gains.double().mean()) if len(gains) else 1.0
     measured.margin = median_margin(bench.logits)
     if measured.margin > 0:
@@ -236,6 +233,8 @@ def _measure_black_box(
         same = predict(surrogate, data.images) == predict(bench.victim, data.images)
         measured.agreement = percent(same)
     measured.stands['transfer'] = bench.stands(bench.attack('PGD on the surrogate', threat, model=surrogate))
+    if threat.norm not in SQUARE_NORMS:
+        return
     square = build_attack(dict(type='Square', norm=threat.norm, eps=threat.eps, n_queries=num_queries), bench.victim)
     adversarial = data.attacked(f'Square, {num_queries} queries', square)
     measured.stands['square'] = bench.stands(bench.made(adversarial, threat))
@@ -244,9 +243,7 @@ def _measure_black_box(
 def _noise(bench: _Bench, threat: ThreatModel) -> Tensor:
     """Images that stand at some random points of the ball, (B,) bool."""
     images, stands = bench.data.images, bench.right
-    accelerators = [] if images.device.type == 'cpu' else [images.device]
-    with torch.random.fork_rng(accelerators):
-        torch.manual_seed(bench.data.seed)
+    with seeded(images.device, bench.data.seed):
         for _ in range(NOISE_DRAWS):
             points = bench.made(ball.random_start(images, threat.eps, threat.norm), threat)
             stands = stands & bench.stands(points)

@@ -13,6 +13,7 @@ from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.attacks import steps as ball
 
 from .threat_model import ThreatModel
+from .trials import percent, seeded
 
 #: Rounds of training; after each but the last, its own adversarial images are put to the model as further questions.
 _ROUNDS = 3
@@ -56,11 +57,8 @@ def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: 
     Returns:
         The substitute, and on how many of ``images`` its prediction is that of the model, in percent.
     """
-    device = images.device
-    accelerators = [] if device.type == 'cpu' else [device]
-    with torch.random.fork_rng(accelerators, device_type='cuda' if device.type == 'cpu' else device.type):
-        torch.manual_seed(seed)
-        network = _Network(images.shape[1:], victim.num_classes).to(device)
+    with seeded(images.device, seed):
+        network = _Network(images.shape[1:], victim.num_classes).to(images.device)
         substitute = Victim(network, num_classes=victim.num_classes)
         pool, answers = images, predict(victim, images)
         attack_cfg = ThreatModel(threat.norm, threat.eps, threat.eps / 2, _ATTACK_STEPS).attack('PGD')
@@ -70,8 +68,7 @@ def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: 
                 attack = build_attack(attack_cfg, substitute)
                 harder = torch.cat([attack(part, predict(victim, part)) for part in images.split(_BATCH)])
                 pool, answers = torch.cat([pool, harder]), torch.cat([answers, predict(victim, harder)])
-    agreement = (predict(substitute, images) == answers[: len(images)]).double().mean()
-    return substitute, 100 * float(agreement)
+    return substitute, percent(predict(substitute, images) == answers[: len(images)])
 
 
 def _fit(network: nn.Module, victim: Victim, pool: Tensor, answers: Tensor, threat: ThreatModel) -> None:

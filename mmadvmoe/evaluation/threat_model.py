@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from mmadvmoe.attacks.library import L2_ATTACKS
+from mmadvmoe.attacks import attack_norm
 
 #: What an attack must tell of its threat model.
 _NEEDED = ('eps', 'alpha', 'steps')
@@ -41,24 +41,26 @@ class ThreatModel:
             name: Which of them. Defaults to the first one that has eps, alpha and steps.
 
         Raises:
-            ValueError: There is no such attack, or none that tells eps, alpha and steps.
+            ValueError: There is no such attack, or none that tells eps, alpha and steps above 0.
         """
         if name is not None and name not in attacks:
             near = get_close_matches(name, attacks, n=1)
             hint = f' (did you mean {near[0]!r}?)' if near else ''
             raise ValueError(f'test_cfg.attacks has no attack {name!r}{hint}; allowed: {", ".join(attacks)}')
         for cfg in attacks.values() if name is None else [attacks[name]]:
-            if all(key in cfg for key in _NEEDED):
-                return cls(_norm_of(cfg), *(cfg[key] for key in _NEEDED))
+            if all(cfg.get(key) for key in _NEEDED):
+                return cls(attack_norm(cfg), *(cfg[key] for key in _NEEDED))
         where = 'test_cfg.attacks' if name is None else f'test_cfg.attacks.{name}'
         raise ValueError(
-            f'{where} tells no threat model: an attack with eps, alpha and steps is needed, such as '
+            f'{where} tells no threat model: an attack with eps, alpha and steps above 0 is needed, such as '
             "dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=50)"
         )
 
     def scaled(self, eps: float) -> ThreatModel:
         """The same walk in a ball of another radius, with steps as long in proportion."""
-        return replace(self, eps=eps, alpha=self.alpha * eps / self.eps)
+        alpha = self.alpha * eps / self.eps
+        # A longer one would only be cut.
+        return replace(self, eps=eps, alpha=min(alpha, 1.0) if self.norm == 'Linf' else alpha)
 
     def attack(self, kind: str, **others: Any) -> dict:
         """The config of a gradient attack in this ball."""
@@ -73,12 +75,3 @@ class ThreatModel:
         """How far each image (B, C, H, W) is from the other one in this norm, (B,), in double precision."""
         change = (images.double() - others.double()).flatten(1)
         return change.norm(dim=1, p={'Linf': math.inf, 'L2': 2, 'L1': 1}[self.norm])
-
-
-def _norm_of(cfg: Mapping) -> str:
-    """The norm of an attack; torchattacks tells it by the class."""
-    if 'norm' in cfg:
-        return cfg['norm']
-    kind = cfg['type']
-    name = kind if isinstance(kind, str) else kind.__name__
-    return 'L2' if name in L2_ATTACKS else 'Linf'

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Optional
 
@@ -22,6 +23,20 @@ from .outcomes import CLEAN, Outcome
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
+
+
+def percent(mask: Tensor) -> float:
+    """Share of (B,) bool, in percent."""
+    return 100.0 * float(mask.double().mean())
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw from ``seed`` inside, and leave the random state of the caller as it is."""
+    on_cpu = device.type == 'cpu'
+    with torch.random.fork_rng([] if on_cpu else [device], device_type='cuda' if on_cpu else device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmadvmoe.attacks import STANDARD_ATTACKS, Victim, build_attack, is_standard_attack, standard_attack
-from mmadvmoe.engine.named_attacks import check_radii, choose_attacks
+from mmadvmoe.engine.named_attacks import check_radii, choose_attacks, with_route_attack
 
 KNOWN = dict(
     pgd50=dict(type='PGD', eps=0.2, alpha=0.02, steps=50),
@@ -81,6 +81,21 @@ def test_two_radii_leave_none_to_choose() -> None:
     known = dict(a=dict(type='PGD', eps=0.1), b=dict(type='PGD', eps=0.2))
     with pytest.raises(ValueError, match=r'the attacks of the config have \[0\.1, 0\.2\]'):
         choose_attacks(['pgd50'], known)
+
+
+class _Mixture(nn.Module):
+    """What tells a victim that there are routes."""
+
+    num_routers = 1
+
+
+def test_each_norm_gets_its_attack_on_the_routes() -> None:
+    attacks = dict(a=dict(type='PGD', eps=0.1), b=dict(type='FGSM', eps=0.2), c=dict(type='PGDL2', eps=0.5))
+    completed = with_route_attack(attacks, _Mixture())
+    assert list(completed) == ['a', 'routepgd50-linf', 'routepgd50-l2', 'b', 'c']
+    assert completed['routepgd50-linf'] == standard_attack('routepgd50', 0.2)
+    assert completed['routepgd50-l2'] == standard_attack('routepgd50', 0.5, 'L2')
+    assert list(with_route_attack(dict(a=attacks['a']), _Mixture())) == ['a', 'routepgd50']
 
 
 def test_a_ball_beyond_all_images_is_refused() -> None:

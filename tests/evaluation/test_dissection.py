@@ -4,8 +4,8 @@ from small_mixtures import random_mixture, two_experts
 from torch import nn
 
 from mmadvmoe.attacks import Victim
-from mmadvmoe.evaluation.dissection import dissect, worse_of
-from mmadvmoe.evaluation.dissection_summary import summarize
+from mmadvmoe.evaluation.dissection import Dissection, dissect, worse_of
+from mmadvmoe.evaluation.dissection_summary import failures, summarize
 from mmadvmoe.evaluation.dissection_tables import dissection_tables
 from mmadvmoe.evaluation.outcomes import Outcome
 from mmadvmoe.evaluation.threat_model import ThreatModel
@@ -129,15 +129,30 @@ def test_a_dense_model_has_the_whole_only():
     assert 'This model is dense' in tables and f'{found["attacks"]["end_to_end"]["ra"]:.1f}' in tables
 
 
-def test_the_worse_outcome_blames_the_route_last():
-    def outcome(predictions, experts):
-        logits = torch.eye(2)[torch.tensor(predictions)]
-        count = len(predictions)
-        return Outcome(logits, torch.tensor(experts)[:, None], torch.zeros(count, 3), torch.ones(count) > 0)
+def outcome(predictions, experts):
+    count = len(predictions)
+    attacked = torch.ones(count, dtype=torch.bool)
+    return Outcome(
+        torch.eye(2)[torch.tensor(predictions)], torch.tensor(experts)[:, None], torch.zeros(count, 3), attacked
+    )
 
+
+def test_the_worse_outcome_blames_the_route_last():
     clean = outcome([0] * 6, [0] * 6)
     first = outcome([0, 1, 0, 1, 0, 1], [0, 0, 0, 1, 0, 0])
     second = outcome([0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1])
     worse = worse_of(clean, first, second, torch.zeros(6, dtype=torch.long))
     assert worse.prediction.tolist() == [0, 1, 1, 1, 0, 1]
     assert worse.expert.squeeze(1).tolist() == [0, 0, 0, 0, 1, 0]
+
+
+def test_the_router_is_blamed_where_the_route_had_to_change():
+    outcomes = dict(
+        clean=outcome([0, 0, 0, 0, 0, 1], [0] * 6),
+        # Stands; falls on its route; twice on another one; on another one, where it stands otherwise; wrong before.
+        end_to_end=outcome([0, 1, 1, 1, 0, 1], [1, 0, 1, 1, 0, 0]),
+        experts=outcome([0, 0, 1, 0, 1, 1], [0] * 6),
+    )
+    dissection = Dissection(torch.zeros(6, dtype=torch.long), outcomes, (), 2, 2, (1,))
+    # The experts fall in an attack of their own where the whole model stands: it stands.
+    assert failures(dissection) == dict(standing=2, experts=2, router=1)

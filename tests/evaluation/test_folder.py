@@ -110,6 +110,15 @@ def test_only_what_is_its_own_is_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob('*')) == ['notes.txt', 'parts', 'run.json']
 
 
+def test_results_of_nobody_knows_what_are_refused(tmp_path: Path) -> None:
+    (tmp_path / 'metrics.json').write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=r'holds metrics\.json, but no run\.json'):
+        _folder(tmp_path).prepare(RUN)
+    assert (tmp_path / 'metrics.json').read_text() == '{"mine": 1}'
+    _folder(tmp_path).prepare(RUN, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ['run.json']
+
+
 def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match='is a file; outcomes of all images need a folder'):

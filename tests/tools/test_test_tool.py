@@ -122,6 +122,18 @@ def test_another_radius_needs_another_folder_or_overwrite(test_tool: Callable) -
     assert json.loads(Path('outcomes/run.json').read_text())['settings']['attacks']['route']['eps'] == 0.1
 
 
+def test_a_config_without_attacks_needs_a_radius(test_tool: Callable) -> None:
+    Path('config.py').write_text(CONFIG + 'test_cfg = dict()\n')
+    with pytest.raises(ValueError, match=r'--out is for tests under attacks, .* add --attacks'):
+        test_tool('--out', 'outcomes')
+    with pytest.raises(
+        ValueError, match=r"'fgsm' needs a radius in norm Linf \(eps, or --eps\): no attack of the config"
+    ):
+        test_tool('--attacks', 'fgsm', '--out', 'outcomes')
+    test_tool('--attacks', 'fgsm', '--eps', '0.1', '--out', 'outcomes')
+    assert _attacks('outcomes') == ['fgsm', 'routepgd50']
+
+
 def test_files_are_written_as_ever(test_tool: Callable) -> None:
     test_tool('--out', 'pred.pkl')
     assert len(pickle.loads(Path('pred.pkl').read_bytes())) == 20
