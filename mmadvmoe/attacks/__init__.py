@@ -6,7 +6,9 @@ from .builder import build_attack
 from .kl import kl_divergence
 from .library import JSMA, register_torchattacks
 from .pathway import Pathway
+from .pgd import PGD
 from .route_pgd import RoutePGD
+from .router_attack import RouterAttack
 from .standard import STANDARD_ATTACKS, attack_norm, is_standard_attack, standard_attack
 from .trades import TRADESAttack
 from .victim import Victim
@@ -20,8 +22,10 @@ __all__ = [
     'AutoAttack',
     'BoundAttack',
     'NonFiniteImagesError',
+    'PGD',
     'Pathway',
     'RoutePGD',
+    'RouterAttack',
     'TRADESAttack',
     'Victim',
     'attack_norm',

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchattacks.attack import Attack
 
+from .routes import HeldVictim, clean_route
 from .victim import Victim
 
 # What rounding may add to images in [0, 1] that were normalised and brought back.
@@ -30,11 +31,13 @@ class BoundAttack:
 
     Args:
         name (str): Name of the attack in ``ATTACKS``.
-        attack (Attack): The attack, built on ``victim``.
+        attack (Attack): The attack, built on ``victim``, or on ``held`` where that is given.
         victim (Victim): The attacked model.
         eps (float, optional): Radius of its threat model; None if it has none.
         soft_labels (bool): Whether class probabilities will do for labels.
         own_seed (bool): Whether the config set the attack's ``seed``.
+        held (HeldVictim, optional): The view of ``victim`` that the attack was built on, if it shall run with the
+            route of each image held at the clean one. It then runs once for each route among the clean images.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class BoundAttack:
         eps: float | None = None,
         soft_labels: bool = False,
         own_seed: bool = False,
+        held: HeldVictim | None = None,
     ) -> None:
         self.name = name
         self.eps = eps
@@ -58,6 +62,7 @@ class BoundAttack:
         # torchattacks' APGD, FAB and Square set the global seed to their own at each call.
         self._resets_seed = any(part.seed is not None for part in self._seeded)
         self._own_seed = own_seed
+        self._held = held
 
     def __repr__(self) -> str:
         return f'BoundAttack({self._attack!r})'
@@ -87,12 +92,23 @@ class BoundAttack:
             labels = self._checked_labels(labels, len(images))
             with self._random_state(images.device, seed):
                 self._attack.set_device(images.device)
-                adversarial = self._attack(images, labels).detach()
+                adversarial = self._run(images, labels).detach()
         if not torch.isfinite(adversarial).all():
             raise NonFiniteImagesError(
                 f'attack type={self.name!r} gave images that are not finite: '
                 'the logits of the model or their gradient are not finite'
             )
+        return adversarial
+
+    def _run(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        if self._held is None:
+            return self._attack(images, labels)
+        routes, which = clean_route(self.victim, images).unique(dim=0, return_inverse=True)
+        adversarial = torch.empty_like(images)
+        for number, route in enumerate(routes):
+            rows = (which == number).nonzero().squeeze(1)
+            with self._held.holding(route):
+                adversarial[rows] = self._attack(images[rows], None if labels is None else labels[rows])
         return adversarial
 
     def _checked_images(self, images: Tensor) -> Tensor:

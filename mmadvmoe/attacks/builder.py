@@ -14,6 +14,7 @@ from mmadvmoe.registry import ATTACKS
 
 from .bound import BoundAttack
 from .library import L2_ATTACKS, SOFT_LABEL_ATTACKS
+from .routes import HeldVictim, check_route
 from .steps import check_norm
 from .victim import Victim
 
@@ -42,7 +43,11 @@ def build_attack(cfg: Mapping, victim: Victim) -> BoundAttack:
         cfg (Mapping): ``type``, a name in ``ATTACKS`` (every class of torchattacks, and those of
             this package) or a class, and its arguments. ``eps`` and ``alpha`` are on [0, 1] images:
             ``dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=50)``. Where the attack has an
-            argument for the number of classes it is filled in.
+            argument for the number of classes it is filled in. Every attack but those that choose routes
+            themselves (``RoutePGD``, ``RouterAttack``) also takes ``route``: ``'gate'``, the default, to attack the
+            model as it is used; or ``'held'``, to hold the route of each image at the clean one. Attacks of
+            torchattacks are then run once for each route among the images, which with layer- or token-level routing
+            can mean image by image; :class:`PGD` is not. On a model without routers both are the same.
         victim (Victim): The attacked model.
 
     Returns:
@@ -60,6 +65,7 @@ def build_attack(cfg: Mapping, victim: Victim) -> BoundAttack:
     name, cls = _attack_class(arguments.pop('type'))
     parameters = dict(inspect.signature(cls).parameters)
     parameters.pop('model', None)
+    held = _hold_routes(name, arguments, parameters, cls, victim)
     _check_names(name, arguments, parameters)
     _fill_in_class_count(name, arguments, parameters, victim)
     # Defaults are checked too: a default that does not suit this victim is as wrong.
@@ -69,11 +75,12 @@ def build_attack(cfg: Mapping, victim: Victim) -> BoundAttack:
     _check_enough_classes(name, values, victim)
     return BoundAttack(
         name,
-        cls(victim, **arguments),
+        cls(victim if held is None else held, **arguments),
         victim,
         eps=next((values[key] for key in _RADII if key in values), None),
         soft_labels=getattr(cls, 'soft_labels', name in SOFT_LABEL_ATTACKS),
         own_seed='seed' in arguments,
+        held=held,
     )
 
 
@@ -90,6 +97,22 @@ def _attack_class(kind: Any) -> tuple[str, type]:
     if not (isinstance(cls, type) and issubclass(cls, Attack)):
         raise TypeError(f'attack type={kind!r} must be a subclass of torchattacks.attack.Attack')
     return name, cls
+
+
+def _hold_routes(name: str, arguments: dict, parameters: Mapping, cls: type, victim: Victim) -> HeldVictim | None:
+    """The view to attack where ``route`` asks for one; ``route`` is taken out, unless the class knows it."""
+    if 'route' not in arguments:
+        return None
+    try:
+        route = check_route(arguments['route'])
+    except ValueError as error:
+        raise ValueError(f'attack type={name!r}: {error}') from None
+    if getattr(cls, 'own_routes', False):
+        raise ValueError(f'attack type={name!r} chooses routes itself; leave out route={route!r}')
+    if 'route' in parameters:
+        return None
+    del arguments['route']
+    return HeldVictim(victim) if route == 'held' and victim.num_routers else None
 
 
 def _check_names(name: str, arguments: Mapping, parameters: Mapping) -> None:

@@ -12,6 +12,8 @@ from torchattacks.attack import Attack
 from mmadvmoe.registry import ATTACKS
 
 from . import steps as ball
+from .climb import climb
+from .routes import decisions
 from .victim import Victim
 
 
@@ -52,12 +54,16 @@ class RoutePGD(Attack):
         alpha (float): Step size. Defaults to 2/255.
         steps (int): Steps of each run. Defaults to 50.
         random_start (bool): Start each run at a random point of the ball. Defaults to True.
-        norm (str): ``'Linf'`` or ``'L2'``. Defaults to ``'Linf'``.
+        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
+        restarts (int): How often all runs are made, each time from new random starts. Defaults to 1.
 
     Raises:
         TypeError: The model is not a :class:`Victim`, or does not tell its routes as one does.
-        ValueError: ``norm`` is unknown.
+        ValueError: ``norm`` is unknown, or there are restarts without a random start.
     """
+
+    #: Which routes are taken is its own business.
+    own_routes = True
 
     def __init__(
         self,
@@ -67,6 +73,7 @@ class RoutePGD(Attack):
         steps: int = 50,
         random_start: bool = True,
         norm: str = 'Linf',
+        restarts: int = 1,
     ) -> None:
         super().__init__('RoutePGD', model)
         if not hasattr(model, 'forward_routed'):
@@ -76,6 +83,7 @@ class RoutePGD(Attack):
         self.steps = steps
         self.random_start = random_start
         self.norm = ball.check_norm(norm)
+        self.restarts = ball.check_restarts(restarts, random_start)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """The first adversarial image found for each image, or where the last run ended.
@@ -89,7 +97,7 @@ class RoutePGD(Attack):
             logits, routings = self.model.forward_routed(images)
         adversarial = images.clone()
         standing = (logits.argmax(1) == labels).nonzero().squeeze(1)
-        for route, push in self._runs(routings, len(images)):
+        for route, push in self.restarts * list(self._runs(routings, len(images))):
             # Drawn for all images, so that the start of one does not depend on the fate of others.
             start = ball.random_start(images, self.eps, self.norm) if self.random_start else images
             if not len(standing):
@@ -108,7 +116,7 @@ class RoutePGD(Attack):
     def _runs(self, routings: tuple, batch: int) -> Iterator[tuple[Tensor | None, bool]]:
         """The route of each run, (B,), (B, D) or None for the model's own, and whether to push there."""
         if routings:
-            yield torch.cat([routing.decisions for routing in routings], dim=1), False
+            yield decisions(routings), False
         if not routings or _of_tokens(routings):
             yield None, False
         if not routings:
@@ -120,38 +128,30 @@ class RoutePGD(Attack):
         self, points: Tensor, images: Tensor, labels: Tensor, route: Tensor | None, push: bool
     ) -> tuple[Tensor, Tensor]:
         """One run of PGD: the adversarial images, and which of them fool the model (B,)."""
-        result = images.clone()
-        fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        active = torch.arange(len(images), device=images.device)
-        for _ in range(self.steps):
-            points.requires_grad_()
-            logits, routings = self.model.forward_routed(points, route=route, gated=False)
-            certain = _followed(routings, route, logits)
-            hit = (logits.argmax(1) != labels) & certain
+
+        def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            target, given = labels[rows], None if route is None else route[rows]
+            logits, routings = self.model.forward_routed(points, route=given, gated=False)
+            certain = _followed(routings, given, logits)
+            hit = (logits.argmax(1) != target) & certain
             if _of_tokens(routings) and not certain.all():
                 with torch.no_grad():
-                    hit[~certain] = self.model(points[~certain]).argmax(1) != labels[~certain]
-            result[active[hit]], fooled[active[hit]] = points.detach()[hit], True
-            keep = ~hit
-            if not keep.any():
-                return result, fooled
-            (grad,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction='sum'), points, retain_graph=push)
+                    hit[~certain] = self.model(points[~certain]).argmax(1) != target[~certain]
+            if hit.all():
+                return torch.zeros_like(points), hit
+            (grad,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction='sum'), points, retain_graph=push)
             if push and not certain.all():
-                (to_route,) = torch.autograd.grad(_margins(routings, route), points)
+                (to_route,) = torch.autograd.grad(_margins(routings, given), points)
                 grad = _unit(grad) + _unit(to_route)
-            points = ball.ascend(points.detach(), grad, self.alpha, self.norm)
-            points = ball.project(points, images, self.eps, self.norm)
-            if not keep.all():
-                points, images, labels, active = (
-                    points[keep],
-                    images[keep],
-                    labels[keep],
-                    active[keep],
-                )
-                route = None if route is None else route[keep]
-        with torch.no_grad():
-            result[active] = points
-            fooled[active] = self.model(points).argmax(1) != labels
+            return grad, hit
+
+        result, fooled = climb(
+            objective, points, images, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm
+        )
+        rest = (~fooled).nonzero().squeeze(1)
+        if len(rest):
+            with torch.no_grad():
+                fooled[rest] = self.model(result[rest]).argmax(1) != labels[rest]
         return result, fooled
 
 

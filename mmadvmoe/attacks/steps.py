@@ -25,6 +25,17 @@ def check_norm(norm: str) -> str:
     return norm
 
 
+def check_restarts(restarts: int, random_start: bool) -> int:
+    """Give ``restarts`` back if that many runs can differ.
+
+    Raises:
+        ValueError: There are several, which would all start at the clean image.
+    """
+    if restarts > 1 and not random_start:
+        raise ValueError(f'restarts={restarts} without a random start are the same run; set random_start=True')
+    return restarts
+
+
 def random_start(images: Tensor, eps: float, norm: str) -> Tensor:
     """A random point of the ball around each image, cut to [0, 1].
 

@@ -10,6 +10,7 @@ from torchattacks.attack import Attack
 from mmadvmoe.registry import ATTACKS
 
 from . import steps as ball
+from .climb import climb
 from .kl import kl_divergence
 from .victim import Victim
 
@@ -83,15 +84,16 @@ class TRADESAttack(Attack):
         with torch.no_grad():
             clean, clean_routes = self._outputs(images)
         points = images + self.start_noise * self._noise(images)
-        for _ in range(self.steps):
-            points.requires_grad_()
+
+        def divergence(points: Tensor, rows: Tensor) -> tuple[Tensor, None]:
             logits, routes = self._outputs(points)
-            divergence = kl_divergence(clean, logits).sum()
+            total = kl_divergence(clean[rows], logits).sum()
             for clean_route, route in zip(clean_routes, routes, strict=True):
-                divergence = divergence + self.router_weight * kl_divergence(clean_route, route).sum()
-            (grad,) = torch.autograd.grad(divergence, points)
-            points = ball.ascend(points.detach(), grad, self.alpha, self.norm)
-            points = ball.project(points, images, self.eps, self.norm)
+                total = total + self.router_weight * kl_divergence(clean_route[rows], route).sum()
+            (grad,) = torch.autograd.grad(total, points)
+            return grad, None
+
+        points, _ = climb(divergence, points, images, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm)
         return points
 
     def _outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -143,6 +143,19 @@ class Victim(nn.Module):
         logits, routings = forward_routed(self.classifier, self.normalize(images), route, with_logits, gated)
         return self._checked(logits), routings
 
+    def decide_routes(self, images: Tensor) -> tuple[Routing, ...]:
+        """The decisions of the routers alone, without a gate; a router of the whole network is all that is run.
+
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: The model has no router.
+        """
+        if not self.num_routers:
+            raise ValueError('the model has no router, so there is no route to look at')
+        return self.classifier.backbone.decide_routes(self.normalize(images), gated=False)
+
     def _checked(self, logits: Any) -> Tensor:
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -210,11 +210,17 @@ class MoEBackbone(BaseBackbone):
             return (self.router(x),)
         return tuple(routing.logits for routing in self.forward_routed(x)[1])
 
-    def decide_routes(self, x: Tensor) -> tuple[Routing, ...]:
-        """What the routers decide, without a gate. Image-level routing runs the router alone."""
+    def decide_routes(self, x: Tensor, gated: bool = True) -> tuple[Routing, ...]:
+        """What the routers decide. Image-level routing runs the router alone, and there is no gate.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+            gated (bool): Whether the decisions of earlier routers carry the gradient of their gates into the logits
+                of later ones. Defaults to True.
+        """
         if self.routing == 'image' and self.router is not None:
             return (Routing.decide(self.router(x), gate=None),)
-        return self.forward_routed(x)[1]
+        return self.forward_routed(x, gated=gated)[1]
 
     def expert_layers(self) -> list[Union[ExpertLayer, ExpertFFN]]:
         """The converted layers, in the order of the network."""

@@ -16,7 +16,8 @@ from mmadvmoe.attacks.library import SOFT_LABEL_ATTACKS
 from mmadvmoe.registry import ATTACKS
 
 ATTACKS.get('PGD')  # fills the registry
-NAMES = sorted(ATTACKS.module_dict)
+# RouterAttack needs routers; see test_router_attack.py.
+NAMES = sorted(set(ATTACKS.module_dict) - {'RouterAttack'})
 # Whatever an attack has of these, at its smallest: what is tested is not how strong it is.
 QUICK = dict(
     steps=2,
@@ -40,15 +41,15 @@ def test_every_class_of_torchattacks_is_there_but_those_that_take_more_than_a_mo
     theirs = {name for name in torchattacks.__all__ if issubclass(getattr(torchattacks, name), Attack)}
     assert theirs - set(NAMES) == {'MultiAttack', 'LGV'}
     assert set(NAMES) - theirs == {'TRADESAttack', 'RoutePGD'}
-    assert ATTACKS.get('PGD') is torchattacks.PGD
+    assert ATTACKS.get('PGDL2') is torchattacks.PGDL2
 
 
 @pytest.mark.parametrize('scope', ['mmpretrain', 'mmengine', 'mmadvmoe'])
 def test_builds_under_any_default_scope(make_tiny, scope):
     victim, images, labels = make_tiny()
     with DefaultScope.overwrite_default_scope(scope):
-        built = ATTACKS.build(dict(type='PGD', model=victim, steps=1))
-        assert type(built) is torchattacks.PGD
+        built = ATTACKS.build(dict(type='BIM', model=victim, steps=1))
+        assert type(built) is torchattacks.BIM
         attack = build_attack(dict(type='PGD', steps=1), victim)
         assert attack(images, labels).shape == images.shape
 
@@ -244,6 +245,11 @@ def test_class_count_must_be_known(make_tiny):
         (dict(type='PGD', model=None), 'no argument model=None'),
         (dict(type='APGD', norm='l2'), "norm='l2' is not supported \\(did you mean 'L2'"),
         (dict(type='AutoAttack', version='fast'), "version='fast' is unknown"),
+        (dict(type='PGD', restarts=2, random_start=False), 'restarts=2 without a random start'),
+        (dict(type='PGD', route='hold'), "type='PGD': route='hold' is unknown \\(did you mean 'held'"),
+        (dict(type='FAB', route=0), "type='FAB': route=0 is unknown"),
+        (dict(type='RoutePGD', route='held'), "type='RoutePGD' chooses routes itself"),
+        (dict(type='RouterAttack'), 'the model has none'),
         (dict(type='APGDT', n_classes=6), r'n_classes=6 .* \(5\)'),
     ],
 )

@@ -1,0 +1,120 @@
+"""Projected gradient descent in any norm, with restarts and with the routers' or a held route."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchattacks.attack import Attack
+
+from mmadvmoe.registry import ATTACKS
+
+from . import steps as ball
+from .climb import climb
+from .routes import check_route, clean_route
+from .victim import Victim
+
+
+@ATTACKS.register_module()
+class PGD(Attack):
+    """Maximise the cross entropy by projected steepest ascent (Madry et al., arXiv:1706.06083).
+
+    With its defaults it does what torchattacks' PGD does, with the same random start for the same seed; there the
+    cross entropy is averaged over the batch, which leaves its sign as it is.
+
+    On a mixture of experts, ``route='held'`` attacks the experts alone: the pathway that each clean image takes,
+    whatever the routers would say of the adversarial one. With ``'gate'`` the routers decide, and the gradient
+    passes through the gate as well. On a model without routers both are the same.
+
+    Args:
+        model (Victim): The attacked model.
+        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
+        alpha (float): Step size. Defaults to 2/255.
+        steps (int): Steps of each run. Defaults to 10.
+        random_start (bool): Start each run at a random point of the ball. Defaults to True.
+        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
+        restarts (int): Runs from a new random start each, the first one included. An image that a run fools, judged
+            by the logits that are attacked, is in no further one; of the others the point with the largest cross
+            entropy is kept. Defaults to 1.
+        route (str): ``'gate'`` or ``'held'``. Defaults to ``'gate'``.
+
+    Raises:
+        ValueError: ``norm`` or ``route`` is unknown, or there are restarts without a random start.
+    """
+
+    #: Class probabilities do for labels.
+    soft_labels = True
+
+    def __init__(
+        self,
+        model: Victim,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        norm: str = 'Linf',
+        restarts: int = 1,
+        route: str = 'gate',
+    ) -> None:
+        super().__init__('PGD', model)
+        self.eps = eps
+        self.alpha = alpha
+        self.steps = steps
+        self.random_start = random_start
+        self.norm = ball.check_norm(norm)
+        self.restarts = ball.check_restarts(restarts, random_start)
+        self.route = check_route(route)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Where the run ended; with several, the worst case of each image.
+
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+            labels (Tensor): (B,) int64, or class probabilities (B, K).
+        """
+        images, labels = images.detach().to(self.device), labels.to(self.device)
+        route = clean_route(self.model, images) if self.route == 'held' and self.model.num_routers else None
+
+        def losses(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            """Cross entropy (b,), and whether the prediction is wrong (b,)."""
+            logits = self._logits(points, None if route is None else route[rows])
+            target = labels[rows]
+            wrong = logits.argmax(1) != (target if target.dim() == 1 else target.argmax(1))
+            return F.cross_entropy(logits, target, reduction='none'), wrong
+
+        adversarial = images.clone()
+        largest = images.new_full((len(images),), -torch.inf)
+        standing = torch.arange(len(images), device=images.device)
+        for _ in range(self.restarts):
+            # Drawn for all images, so that the start of one does not depend on the fate of others.
+            start = ball.random_start(images, self.eps, self.norm) if self.random_start else images
+            if not len(standing):
+                break
+
+            def gradient(points: Tensor, rows: Tensor, standing: Tensor = standing) -> tuple[Tensor, None]:
+                (grad,) = torch.autograd.grad(losses(points, standing[rows])[0].sum(), points)
+                return grad, None
+
+            points, _ = climb(
+                gradient,
+                start[standing],
+                images[standing],
+                eps=self.eps,
+                alpha=self.alpha,
+                steps=self.steps,
+                norm=self.norm,
+            )
+            if self.restarts == 1:
+                return points
+            with torch.no_grad():
+                loss, fooled = losses(points, standing)
+            # Written so that a loss that is no number shows in the images.
+            better = fooled | ~(loss <= largest[standing])
+            adversarial[standing[better]], largest[standing[better]] = points[better], loss[better]
+            standing = standing[~fooled]
+        return adversarial
+
+    def _logits(self, points: Tensor, route: Tensor | None) -> Tensor:
+        if route is None:
+            return self.get_logits(points)
+        return self.model.forward_routed(points, route, with_logits=False)[0]

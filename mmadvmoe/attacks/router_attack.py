@@ -1,0 +1,141 @@
+"""The attack on the routers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchattacks.attack import Attack
+
+from mmadvmoe.registry import ATTACKS
+
+from . import steps as ball
+from .climb import climb
+from .routes import decisions
+from .victim import Victim
+
+
+@ATTACKS.register_module()
+class RouterAttack(Attack):
+    """Change the route of each image as far as the ball allows; the class does not matter.
+
+    Projected steepest ascent on the margin by which routers prefer an expert other than the clean one. As long as a
+    router (of routers for tokens, the decision on a token) keeps its clean choice, only those that do are pushed;
+    once all have changed, all are pushed further away. Margins are measured in the spread of the logits they come
+    from, so neither huge nor tiny logits hide anything. Of all points on the way each image gets the one where most
+    decisions have changed, and among equals the one with the largest mean margin.
+
+    With image-level routing only the router is run.
+
+    Args:
+        model (Victim): The attacked mixture of experts.
+        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
+        alpha (float): Step size. Defaults to 2/255.
+        steps (int): Steps of each run. Defaults to 50.
+        random_start (bool): Start each run at a random point of the ball. Defaults to True.
+        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
+        restarts (int): Runs from a new random start each, the first one included. Images whose decisions have all
+            changed are in no further one. Defaults to 1.
+
+    Raises:
+        TypeError: The model is not a :class:`Victim`.
+        ValueError: The model has no router, ``norm`` is unknown, or there are restarts without a random start.
+    """
+
+    #: Which routes are taken is its own business.
+    own_routes = True
+
+    def __init__(
+        self,
+        model: Victim,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 50,
+        random_start: bool = True,
+        norm: str = 'Linf',
+        restarts: int = 1,
+    ) -> None:
+        super().__init__('RouterAttack', model)
+        if not isinstance(model, Victim):
+            raise TypeError(f'RouterAttack attacks a Victim, got {type(model).__name__}')
+        if not model.num_routers:
+            raise ValueError('RouterAttack attacks the routers of a mixture of experts, but the model has none')
+        self.eps = eps
+        self.alpha = alpha
+        self.steps = steps
+        self.random_start = random_start
+        self.norm = ball.check_norm(norm)
+        self.restarts = ball.check_restarts(restarts, random_start)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The point with the most changed decisions that was found for each image.
+
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+            labels (Tensor, optional): Not used.
+        """
+        images = images.detach().to(self.device)
+        with torch.no_grad():
+            clean = decisions(self.model.decide_routes(images))
+        best = images.clone()
+        # Share of changed decisions and mean margin of the best point.
+        changed, margin = (images.new_full((len(images),), -torch.inf) for _ in range(2))
+
+        def look(points: Tensor, rows: Tensor) -> Tensor:
+            """Margins (b, D) of ``points``, which are noted where they are the best so far."""
+            margins = _margins(self.model.decide_routes(points), clean[rows])
+            share, mean = (margins.detach() > 0).to(images).mean(1), margins.detach().to(images).mean(1)
+            # Written so that a margin that is no number shows in the images.
+            better = (share > changed[rows]) | (share == changed[rows]) & ~(mean <= margin[rows])
+            where = rows[better]
+            best[where], changed[where], margin[where] = points.detach()[better], share[better], mean[better]
+            return margins
+
+        for _ in range(self.restarts):
+            # Drawn for all images, so that the start of one does not depend on the fate of others.
+            start = ball.random_start(images, self.eps, self.norm) if self.random_start else images
+            standing = (changed < 1).nonzero().squeeze(1)
+            if not len(standing):
+                break
+
+            def gradient(points: Tensor, rows: Tensor, standing: Tensor = standing) -> tuple[Tensor, None]:
+                margins = look(points, standing[rows])
+                kept = margins <= 0
+                pushed = margins.where(kept | ~kept.any(1, keepdim=True), torch.zeros_like(margins))
+                (grad,) = torch.autograd.grad(pushed.sum(), points)
+                return grad, None
+
+            points, _ = climb(
+                gradient,
+                start[standing],
+                images[standing],
+                eps=self.eps,
+                alpha=self.alpha,
+                steps=self.steps,
+                norm=self.norm,
+            )
+            with torch.no_grad():
+                look(points, standing)
+        return best
+
+
+def _margins(routings: Sequence, clean: Tensor) -> Tensor:
+    """By how much each decision prefers another expert to its clean one, (B, L) or (B, L * T) for tokens.
+
+    Positive where the decision has changed. For top K the least liked of the clean experts against the best liked of
+    the others. In units of the (constant) spread of the logits.
+    """
+    margins, start = [], 0
+    for routing in routings:
+        width = routing.decisions.shape[1]
+        # (B, T, N), with a single token where a router decides for the image; (B, T, K).
+        logits = routing.logits.float().view(len(clean), -1, routing.num_experts)
+        chosen = clean[:, start : start + width].view(*logits.shape[:2], -1)
+        start += width
+        is_clean = torch.zeros_like(logits, dtype=torch.bool).scatter(2, chosen, True)
+        stay = logits.masked_fill(~is_clean, torch.inf).amin(2)
+        leave = logits.masked_fill(is_clean, -torch.inf).amax(2)
+        spread = (logits.amax(2) - logits.amin(2)).detach()
+        margins.append((leave - stay) / torch.where(spread > 0, spread, torch.ones_like(spread)))
+    return torch.cat(margins, dim=1)
