@@ -2,7 +2,6 @@
 
 import html
 import importlib.metadata
-import json
 import re
 import runpy
 import sys
@@ -16,12 +15,13 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 
-from mmadvmoe.report import describe_model, make_examples, read_results, write_report
+from mmadvmoe.report import PARTS, describe_model, make_examples, read_results, write_report
 from mmadvmoe.report.content import slug
 from mmadvmoe.report.page import sections_of
 from mmadvmoe.report.saved_examples import load_examples
 
 ROOT = Path(__file__).resolve().parents[2]
+SECTIONS = {'summary', 'curves', 'dissection', 'load', 'images', 'patches', 'soundness', 'training', 'settings'}
 
 
 def results(folder, *names, **settings):
@@ -160,14 +160,24 @@ def run_tool(monkeypatch, *arguments):
 
 def test_the_tool_measures_what_is_missing_and_keeps_what_is_there(trained, tmp_path, monkeypatch, capfd):
     model = ['--model', 'ViT-MoE', *trained]
-    run_tool(monkeypatch, tmp_path, *model, '--measure', 'examples', 'evaluation', '--attacks', 'pgd')
-    metrics = json.loads((tmp_path / 'vit_moe' / 'evaluation' / 'metrics.json').read_text())
-    assert ['worst case of all', f'{metrics["worst/accuracy/top1"]:.1f}'] in rows_of(tmp_path / 'report.html')
-    parts = [tmp_path / 'vit_moe' / name for name in ('examples.npz', 'evaluation/metrics.json', 'evaluation/run.json')]
+    run_tool(monkeypatch, tmp_path, *model, '--attacks', 'pgd', 'routepgd', '--num-images', 8)
+    found = read_results(tmp_path / 'vit_moe')
+    rows = rows_of(tmp_path / 'report.html')
+    assert ['worst case of all', f'{found.metrics["worst/accuracy/top1"]:.1f}'] in rows
+    assert [
+        'best expert of each image',
+        *(f'{found.dissection["best_expert"][key]:.1f}%' for key in ('sa', 'ra')),
+    ] in rows
+    assert [[check['title'], check['status']] for check in found.soundness['checks']] == [
+        row[:2] for row in rows if row[1:2] and row[1] in ('PASS', 'WARN', 'SKIP')
+    ]
+    missing = {'training'}
+    assert {section.name for section in sections_of([found])} == SECTIONS - missing
+    parts = [tmp_path / 'vit_moe' / part for part in PARTS.values()]
     kept = [part.stat().st_mtime_ns for part in parts]
     capfd.readouterr()
-    run_tool(monkeypatch, tmp_path, *model, '--measure', 'examples', 'evaluation')
-    assert 'evaluation is there' in capfd.readouterr().out
+    run_tool(monkeypatch, tmp_path, *model)
+    assert capfd.readouterr().out.count('is there') == len(PARTS)
     assert kept == [part.stat().st_mtime_ns for part in parts]
 
 
