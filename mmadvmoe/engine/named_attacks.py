@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -110,9 +111,12 @@ def check_groups(
 
 def moves_routes(cfg: Mapping) -> bool:
     """Whether the config is that of an attack that knows of the routes of a mixture of experts."""
-    kind = cfg['type']
-    kind = ATTACKS.get(kind) if isinstance(kind, str) else kind
+    kind = _attack_class(cfg)
     return isinstance(kind, type) and issubclass(kind, RoutePGD)
+
+
+def _attack_class(cfg: Mapping) -> Optional[type]:
+    return ATTACKS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
 
 
 def choose_attacks(
@@ -176,8 +180,10 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         return attacks
     radii: dict[str, float] = {}
     for cfg in attacks.values():
-        if cfg.get('eps') is not None:
-            radii[attack_norm(cfg)] = max(cfg['eps'], radii.get(attack_norm(cfg), 0.0))
+        # Built, it knows the default as well.
+        eps = build_attack(cfg, victim).eps
+        if eps is not None:
+            radii[attack_norm(cfg)] = max(eps, radii.get(attack_norm(cfg), 0.0))
     name = 'routepgd50'
     added = {
         name if len(radii) == 1 else f'{name}-{norm.lower()}': standard_attack(name, eps, norm)
@@ -207,9 +213,11 @@ def check_radii(attacks: Mapping[str, Mapping], num_values: int) -> None:
 
 
 def _with_radius(cfg: dict, eps: float) -> dict:
-    if 'eps' not in cfg:
+    kind = _attack_class(cfg)
+    # What is no attack is told when it is built.
+    if kind is None or 'eps' not in inspect.signature(kind).parameters:
         return cfg
-    scaled = {'alpha': cfg['alpha'] * eps / cfg['eps']} if 'alpha' in cfg and cfg['eps'] else {}
+    scaled = {'alpha': cfg['alpha'] * eps / cfg['eps']} if 'alpha' in cfg and cfg.get('eps') else {}
     return cfg | {'eps': eps} | scaled
 
 

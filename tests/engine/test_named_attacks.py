@@ -49,7 +49,8 @@ def test_a_known_attack_goes_before_a_standard_one() -> None:
 
 
 def test_a_given_radius_counts_for_all() -> None:
-    chosen = choose_attacks(['pgd50', 'pgd10', 'jsma'], KNOWN, eps=0.1)
+    chosen = choose_attacks(['pgd50', 'pgd10', 'jsma', 'default'], KNOWN | dict(default=dict(type='PGD')), eps=0.1)
+    assert chosen['default'] == dict(type='PGD', eps=0.1)
     assert chosen['pgd50']['eps'] == 0.1 and chosen['pgd50']['alpha'] == pytest.approx(0.01)
     assert chosen['pgd10']['eps'] == 0.1
     assert chosen['jsma'] == KNOWN['jsma']
@@ -87,6 +88,7 @@ class _Mixture(nn.Module):
     """What tells a victim that there are routes."""
 
     num_routers = 1
+    num_classes = 10
 
 
 def test_each_norm_gets_its_attack_on_the_routes() -> None:
@@ -96,6 +98,8 @@ def test_each_norm_gets_its_attack_on_the_routes() -> None:
     assert completed['routepgd50-linf'] == standard_attack('routepgd50', 0.2)
     assert completed['routepgd50-l2'] == standard_attack('routepgd50', 0.5, 'L2')
     assert list(with_route_attack(dict(a=attacks['a']), _Mixture())) == ['a', 'routepgd50']
+    by_default = with_route_attack(dict(a=dict(type='PGD')), _Mixture())
+    assert by_default['routepgd50'] == standard_attack('routepgd50', 8 / 255)
 
 
 def test_a_ball_beyond_all_images_is_refused() -> None:
