@@ -49,6 +49,7 @@ setup(
     keywords='adversarial robustness, mixture of experts, image classification, OpenMMLab',
     packages=find_packages(include=['mmadvmoe', 'mmadvmoe.*']),
     cmdclass={'build_py': BuildWithMim},
+    package_data={'mmadvmoe.report': ['*.jinja']},
     python_requires='>=3.10',
     install_requires=[
         # Neither mmcv nor mmcv-lite stands here. Both provide the module `mmcv` and overwrite each
@@ -66,12 +67,20 @@ setup(
         'numpy>=1.25.0',
         'scikit-learn>=1.2.0',
         'matplotlib>=3.6.0',
+        'pillow>=9.0.0',
+        'jinja2>=3.0.0',
         'packaging>=21.0',
     ],
     extras_require={
         'lite': [openmmlab('mmcv', 'mmcv-lite')],
         # Ruff is held to one minor version: the next may format differently. From 70.1 on, setuptools builds wheels.
-        'tests': ['pytest>=7.4', 'pytest-xdist>=3.5', 'ruff>=0.17.0,<0.18.0', 'setuptools>=70.1'],
+        'tests': [
+            'pytest>=7.4',
+            'pytest-xdist>=3.5',
+            'ruff>=0.17.0,<0.18.0',
+            'setuptools>=70.1',
+            'tensorboard>=2.14',
+        ],
     },
     classifiers=[
         'Intended Audience :: Science/Research',

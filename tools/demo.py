@@ -14,18 +14,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
-import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
-from mmpretrain.registry import DATASETS
-from torch import Tensor
 
-from mmadvmoe.apis import inference, load_robust_model
+from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402  # after the choice of a backend without a window
+from mmadvmoe.engine.evaluation_data import as_dataset
+from mmadvmoe.engine.robust_evaluation import spread_images
+from mmadvmoe.evaluation import attack_examples
+from mmadvmoe.visualization import draw_image_grid, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'advmoe_resnet18_digits.py'
@@ -69,44 +65,13 @@ def set_aside_other_training(cfg: Config) -> None:
         say(f'{CONFIG.name} has changed since the last demo: its results are in {aside} now')
 
 
-def load_test_images(cfg: Config) -> tuple[Tensor, Tensor]:
-    """The first test images, (B, 3, H, W) in [0, 1], and their labels."""
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, indices=TRIED))
-    samples = [dataset[i] for i in range(len(dataset))]
-    images = torch.stack([sample['inputs'] for sample in samples]).float() / 255
-    return images, torch.cat([sample['data_samples'].gt_label for sample in samples])
-
-
-def draw(model: Victim, images: Tensor, labels: Tensor, attack: Mapping) -> None:
-    """Draw clean images, what an attack makes of them, and the difference; half of them fooled if so many are."""
-    adversarial = build_attack(attack, model)(images, labels, seed=0)
-    (before, from_expert), (after, to_expert) = (inference(model, each) for each in (images, adversarial))
-    before, after = before.argmax(1), after.argmax(1)
-    right = before == labels
-    fooled = (right & (after != labels)).nonzero().squeeze(1)
-    robust = (right & (after == labels)).nonzero().squeeze(1)
-    half = SHOWN // 2
-    num_fooled = max(min(len(fooled), half), SHOWN - len(robust))
-    rows = torch.cat([fooled[:num_fooled], robust[: SHOWN - num_fooled]])
-    figure, axes = plt.subplots(3, len(rows), figsize=(1.6 * len(rows), 5.6), squeeze=False, layout='constrained')
-    for column, row in enumerate(rows.tolist()):
-        titles = (
-            f'is {labels[row]}, seen as {before[row]}\nexpert {from_expert[row, 0]}',
-            f'seen as {after[row]}\nexpert {to_expert[row, 0]}',
-            'difference',
-        )
-        change = 0.5 + (adversarial[row] - images[row]) / (2 * attack['eps'])
-        for axis, image, title in zip(axes[:, column], (images[row], adversarial[row], change), titles):
-            axis.imshow(image.permute(1, 2, 0).clamp(0, 1))
-            axis.set_title(title, fontsize=8)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        axes[1, column].title.set_color('tab:red' if after[row] != labels[row] else 'tab:green')
-    for axis, name in zip(axes[:, 0], ('clean', attack['type'], f'±{attack["eps"]:g}')):
-        axis.set_ylabel(name)
-    figure.savefig(PICTURE, dpi=120)
-    plt.close(figure)
+def draw(cfg: Config, model: Victim) -> None:
+    """Draw test images, what an attack makes of them, and the difference; half of them fooled if so many are."""
+    dataset = as_dataset(cfg.test_dataloader.dataset)
+    images, labels = spread_images(dataset, model.classifier.data_preprocessor, TRIED)
+    attack = cfg.test_cfg.attacks.routepgd50
+    examples = attack_examples(model, build_attack(attack, model), images, labels).telling(SHOWN)
+    save_png(draw_image_grid(examples, attack_name=attack['type']), PICTURE)
 
 
 def table(metrics: Mapping[str, float]) -> str:
@@ -153,8 +118,7 @@ def main() -> None:
     every_chunk = ('--cfg-options', 'default_hooks.logger.interval=1')
     call('test.py', best, '--work-dir', WORK_DIR / 'test', '--out', METRICS, '--out-item', 'metrics', *every_chunk)
     say('drawing adversarial examples')
-    images, labels = load_test_images(cfg)
-    draw(load_robust_model(cfg, best), images, labels, cfg.test_cfg.attacks.routepgd50)
+    draw(cfg, load_robust_model(cfg, best))
     say(f'done in {(time.monotonic() - started) / 60:.1f} minutes')
     print(table(json.loads(METRICS.read_text())))
     print(f'\nIn {place}: {PICTURE.name}, {METRICS.name}, checkpoints, logs and the whole config {CONFIG.name}')

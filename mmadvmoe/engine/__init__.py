@@ -4,6 +4,7 @@ from .awp import AWPOptimWrapper
 from .bind_victim_hook import BindVictimHook
 from .checkpoint_hook import SafeCheckpointHook
 from .health_hook import RouterHealthHook
+from .images_hook import AdversarialImagesHook
 from .loops import RobustTestLoop, RobustValLoop
 from .optim_constructor import AlternatingOptimWrapperConstructor
 from .optim_wrapper import AlternatingOptimWrapper
@@ -14,6 +15,7 @@ from .turns import TurnSchedule
 
 __all__ = [
     'AWPOptimWrapper',
+    'AdversarialImagesHook',
     'AlternatingOptimHook',
     'AlternatingOptimWrapper',
     'AlternatingOptimWrapperConstructor',

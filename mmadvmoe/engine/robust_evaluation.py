@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Optional
 
 import torch
+from mmengine.dataset import pseudo_collate
 from mmpretrain.models import ClsDataPreprocessor
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.evaluation import CLEAN, Outcome, RobustOutcomes, SavedChunk
@@ -60,6 +62,22 @@ def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, place: Se
         images = (images * 255).round() / 255
     labels = torch.cat([sample.gt_label for sample in data['data_samples']])
     return images.clamp(0, 1), labels.to(images.device)
+
+
+def spread_images(dataset: Dataset, data_preprocessor: ClsDataPreprocessor, count: int) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) in [0, 1] and labels (B,), evenly spread over a data set, which may be sorted by class.
+
+    Args:
+        dataset: A data set of MMPretrain.
+        data_preprocessor: The preprocessor of the classifier.
+        count: How many, or all if there are fewer.
+
+    Raises:
+        ValueError: As :func:`unit_batch`.
+    """
+    count = min(count, len(dataset))
+    place = [number * len(dataset) // count for number in range(count)]
+    return unit_batch(data_preprocessor, pseudo_collate([dataset[i] for i in place]), place)
 
 
 def _to_unit(data_preprocessor: ClsDataPreprocessor, inputs: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Outcomes of robust evaluation and the metrics made of them."""
 
+from .examples import Examples, attack_examples
 from .folder import OutcomeFolder, SavedChunk, SavedEvaluation, read_evaluation
 from .outcomes import (
     CLEAN,
@@ -17,12 +18,14 @@ __all__ = [
     'CLEAN',
     'NORMS',
     'WORST',
+    'Examples',
     'Outcome',
     'OutcomeFolder',
     'RobustOutcomes',
     'SavedChunk',
     'SavedEvaluation',
     'as_data_samples',
+    'attack_examples',
     'compute_metrics',
     'gather_outcomes',
     'read_evaluation',

@@ -51,7 +51,7 @@ def run_tool(folder, monkeypatch, capsys):
     ('config', 'routing', 'routers'),
     [
         ('advmoe_resnet18_digits.py', 'image', ['router']),
-        ('advmoe_vit-small-moe_digits.py', 'token', ['layers.0.ffn', 'layers.1.ffn']),
+        ('advmoe_vit-small-moe_digits.py', 'token', ['layers.1.ffn']),
         ('baselines/at_sdense_resnet18_digits.py', None, []),
     ],
 )

@@ -1,0 +1,209 @@
+"""Sections on why a mixture fails: router or experts, where images go, and single images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Optional
+
+import numpy as np
+import torch
+
+from mmadvmoe.visualization import draw_image_grid, draw_loads, draw_parts, draw_patch_routes
+
+from .content import Picture, Section, Table, percent, share, slug
+from .results import ModelResults
+
+#: What the attacks of a dissection are called here.
+ATTACKS = dict(
+    end_to_end='whole model, worst case',
+    gate='whole model, through the gate (PGD)',
+    route_pgd='whole model, each route forced (RoutePGD)',
+    router='router alone, to change routes',
+    experts='experts alone, route held',
+    experts_free='the same images, routers free',
+)
+_FAILURES = dict(
+    standing='robust',
+    experts='falls though the route is held (experts)',
+    router='falls only when the route is free (router)',
+)
+_WRONG = 'wrong without an attack'
+#: Images in one figure, narrow enough for a phone.
+_ABREAST = 3
+#: Images whose patches are shown.
+_PATCHED = 2
+
+
+def dissection(models: Sequence[ModelResults]) -> Optional[Section]:
+    """Who failed: the router or the experts."""
+    known = [model for model in models if model.dissection]
+    if not known:
+        return None
+    section = Section(
+        'dissection',
+        'Router or expert: which one fails?',
+        'The whole model is attacked, then its router alone, then its experts alone with the route held. The tables '
+        'count the images that are right without an attack: whether the attack changed their route, and whether it '
+        'flipped their prediction.',
+    )
+    mixtures = [model for model in known if model.dissection['failures']]
+    if mixtures:
+        section.items.append(_failures(mixtures))
+    section.items += [_expert_table(model) for model in mixtures]
+    section.items += [_attack_table(model) for model in known]
+    return section
+
+
+def _failures(models: Sequence[ModelResults]) -> Picture:
+    parts = {}
+    for model in models:
+        found = model.dissection
+        counts = {label: found['failures'][key] for key, label in _FAILURES.items()}
+        parts[model.name] = counts | {_WRONG: found['num_images'] - sum(counts.values())}
+    title = 'What became of the test images'
+    said = '; '.join(
+        f'{name}: ' + ', '.join(f'{label} {count / sum(of_model.values()):.0%}' for label, count in of_model.items())
+        for name, of_model in parts.items()
+    )
+    figure = draw_parts(parts, title, 'test images (%)')
+    return Picture('failures', figure, f'{title}, under attack.', f'{title}. {said}.')
+
+
+def _attack_table(model: ModelResults) -> Table:
+    found = model.dissection
+    rows = []
+    for key, label in ATTACKS.items():
+        outcome = found['attacks'].get(key)
+        if outcome:
+            table = outcome['table']
+            counts = [table[route][prediction] for route in ('kept', 'changed') for prediction in ('kept', 'flipped')]
+            rows.append((label, percent(outcome['ra']), share(outcome['route_changed']), *map(str, counts)))
+    head = (
+        'attack on',
+        'RA',
+        'routes changed',
+        'route kept, still right',
+        'route kept, flipped',
+        'route changed, still right',
+        'route changed, flipped',
+    )
+    caption = f'{model.name}: {found["num_images"]:,} images, of which {percent(found["sa"])} right without an attack'
+    return Table(caption, head, rows, wide=True)
+
+
+def _expert_table(model: ModelResults) -> Table:
+    rows = [
+        (f'expert {expert["expert"]}', percent(expert['sa']), percent(expert['ra']))
+        for expert in model.dissection['experts']
+    ]
+    best = model.dissection['best_expert']
+    rows.append(('best expert of each image', percent(best['sa']), percent(best['ra'])))
+    caption = f'{model.name}: each expert on all images. The last row is the most that a perfect router could reach.'
+    return Table(caption, ('', 'SA', 'RA'), rows)
+
+
+def loads(models: Sequence[ModelResults]) -> Optional[Section]:
+    """Which experts the images go to, clean and under attack."""
+    section = Section(
+        'load',
+        'Load of the experts',
+        'The share of the images of each class that each expert gets, without an attack and under attack. With several '
+        'routers, the mean over them, and each layer for itself.',
+    )
+    for model in models:
+        load = (model.dissection or {}).get('load')
+        if not load:
+            continue
+        tokens = model.dissection['routing'] == 'token'
+        counted = 'tokens' if tokens else 'images'
+        views = {label: load[key] for key, label in dict(clean='clean', end_to_end='under attack').items()}
+        rows = [('class', 'per_class', model.dissection['class_names'])]
+        if len(model.dissection['routers']) > 1:
+            rows.append(('layer', 'per_layer', model.dissection['routers']))
+        for kind, key, names in rows:
+            shares = {label: _matrix(view[key], model.dissection['num_experts']) for label, view in views.items()}
+            title = f'{model.name}: load per {kind}'
+            section.items.append(
+                Picture(
+                    f'{slug(model.name)}_load_per_{kind}',
+                    draw_loads(shares, names, title, kind, counted),
+                    f'{title}, as share of the {counted}.',
+                    f'{title}. Mean over all: {_mean_loads(shares)}.',
+                )
+            )
+    return section if section.items else None
+
+
+def _matrix(rows: Sequence[Optional[Sequence[float]]], num_experts: int) -> np.ndarray:
+    return np.array([[np.nan] * num_experts if row is None else row for row in rows])
+
+
+def _mean_loads(shares: Mapping[str, np.ndarray]) -> str:
+    return '; '.join(
+        f'{label} ' + ', '.join(f'expert {n} {mean:.0%}' for n, mean in enumerate(np.nanmean(load, axis=0)))
+        for label, load in shares.items()
+    )
+
+
+def images(models: Sequence[ModelResults]) -> Optional[Section]:
+    """Single images before and after an attack."""
+    section = Section(
+        'images',
+        'Adversarial images',
+        'Images of the test set before and after an attack, what the model sees in them and the route that they take. '
+        'Up to half of them are chosen among those that fool the model.',
+    )
+    for model in models:
+        if model.examples is None:
+            continue
+        examples, names = model.examples.examples, model.model['class_names']
+        pictures = []
+        for number, rows in enumerate(torch.arange(len(examples)).split(_ABREAST)):
+            part = examples.take(rows)
+            pictures.append(
+                Picture(
+                    f'{slug(model.name)}_images_{number}',
+                    draw_image_grid(part, names, model.examples.attack),
+                    f'{model.name} under {model.examples.attack}: clean, attacked, and the change.',
+                    f'{len(part)} images, clean, attacked by {model.examples.attack} and their difference; '
+                    f'{int(part.fooled.sum())} of them fool {model.name}.',
+                )
+            )
+        section.add_model(model.name, pictures)
+    return section if section.items else None
+
+
+def patches(models: Sequence[ModelResults]) -> Optional[Section]:
+    """Which patch goes where, for routers of tokens."""
+    section = Section(
+        'patches',
+        'Which patch goes where',
+        'Each patch of an image is coloured and numbered by the expert that it goes to, layer by layer. Patches that '
+        'the attack sent to another expert have a thick frame.',
+    )
+    for model in models:
+        saved = model.examples
+        if saved is None or not saved.patches_before:
+            continue
+        pictures = []
+        for row in range(min(_PATCHED, len(saved.examples))):
+            before, after = ([layer[row] for layer in view] for view in (saved.patches_before, saved.patches_after))
+            clean, attacked = (
+                view[row].permute(1, 2, 0).numpy() for view in (saved.examples.images, saved.examples.adversarial)
+            )
+            layers = model.model['routers']
+            figure = draw_patch_routes(clean, attacked, before, after, model.model['num_experts'], layers)
+            moved = '; '.join(
+                f'{name}: {int((old != new).sum())} of {len(old)} tokens'
+                for name, old, new in zip(layers, before, after)
+            )
+            pictures.append(
+                Picture(
+                    f'{slug(model.name)}_patches_{row}',
+                    figure,
+                    f'{model.name}: experts of the patches, clean and under {saved.attack}.',
+                    f'Experts of the patches of one image. Moved by the attack, {moved}.',
+                )
+            )
+        section.add_model(model.name, pictures)
+    return section if section.items else None

@@ -1,0 +1,22 @@
+"""Figures of robustness; they know nothing of runs, files or reports."""
+
+from .bars import draw_parts
+from .heatmap import draw_loads
+from .image_grid import draw_image_grid
+from .lines import Line, draw_lines
+from .patch_routes import draw_patch_routes, patch_grid
+from .style import png_bytes, save_png
+from .training import draw_training
+
+__all__ = [
+    'Line',
+    'draw_image_grid',
+    'draw_lines',
+    'draw_loads',
+    'draw_parts',
+    'draw_patch_routes',
+    'draw_training',
+    'patch_grid',
+    'png_bytes',
+    'save_png',
+]

@@ -1,0 +1,187 @@
+"""What stands in a report, and that it goes on where it was."""
+
+import html
+import importlib.metadata
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from example_results import write_model
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmpretrain.registry import MODELS
+
+from mmadvmoe.report import PARTS, describe_model, make_examples, read_results, write_report
+from mmadvmoe.report.content import slug
+from mmadvmoe.report.page import sections_of
+from mmadvmoe.report.saved_examples import load_examples
+
+ROOT = Path(__file__).resolve().parents[2]
+SECTIONS = {'summary', 'curves', 'dissection', 'load', 'images', 'patches', 'soundness', 'training', 'settings'}
+
+
+def results(folder, *names, **settings):
+    for name in names:
+        write_model(folder / slug(name), name, **settings)
+    return [read_results(folder / slug(name)) for name in names]
+
+
+def rows_of(page):
+    """The cells of all rows of all tables."""
+    rows = re.findall(r'<tr>(.*?)</tr>', page.read_text(), re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', row)] for row in rows]
+
+
+def test_the_summary_has_a_column_for_each_model(tmp_path):
+    (one,) = results(tmp_path, 'AdvMoE', ra=30.0)
+    (other,) = results(tmp_path, 'AT(MoE)', ra=20.0)
+    rows = rows_of(write_report(tmp_path, [one, other]))
+    assert ['', 'AdvMoE', 'AT(MoE)'] in rows
+    assert ['SA (clean)', '95.0', '95.0'] in rows
+    assert ['pgd50', '40.0', '30.0'] in rows
+    assert ['autoattack, after those above', '25.0', '15.0'] in rows
+    assert ['worst of pgd50, routepgd50 (ra)', '30.0', '20.0'] in rows
+    assert ['worst case of all', '25.0', '15.0'] in rows
+    assert ['routes changed, at most', '50.0% (routepgd50)', '50.0% (routepgd50)'] in rows
+    assert ['experts alone, route held', '20.0%', '25.0%', '96', '170', '16', '60'] in rows
+    assert ['best expert of each image', '96.0%', '35.0%'] in rows
+    assert ['evaluation: attacks.pgd50', "type='pgd50', eps=0.2"] in rows
+    assert ['evaluation: versions.torch', '2.14.1'] in rows
+    assert ['torch', importlib.metadata.version('torch')] in rows
+
+
+def test_the_page_needs_nothing_else_and_each_figure_is_a_file_too(tmp_path):
+    page = write_report(tmp_path, results(tmp_path, 'AdvMoE'))
+    text = page.read_text()
+    sources = re.findall(r'(?:src|href|url)[=(]"?([^">)]{1,30})', text)
+    assert all(source.startswith(('data:', '#')) for source in sources)
+    assert '<script' not in text
+    assert text.count('<img') == len(list((tmp_path / 'figures').glob('*.png'))) > 10
+
+
+def test_a_report_shows_what_there_is(tmp_path):
+    write_model(tmp_path / 'a', 'A', parts=())
+    write_model(tmp_path / 'b', 'B', parts=['dissection'])
+    (a, b) = (read_results(tmp_path / name) for name in 'ab')
+    assert [section.name for section in sections_of([a])] == ['summary', 'training', 'settings']
+    assert [section.name for section in sections_of([a, b])] == [
+        'summary',
+        'dissection',
+        'load',
+        'training',
+        'settings',
+    ]
+    write_report(tmp_path, [a, b])
+
+
+def test_a_dense_model_has_no_routes(tmp_path):
+    found = {section.name for section in sections_of(results(tmp_path, 'Dense', routing=None))}
+    assert found == {'summary', 'curves', 'dissection', 'images', 'soundness', 'training', 'settings'}
+
+
+def test_curves_of_a_mixture_tell_what_the_gate_alone_would_say(tmp_path):
+    (mixture,), (dense,) = results(tmp_path, 'MoE'), results(tmp_path, 'Dense', routing=None)
+    eps, steps = next(section for section in sections_of([mixture, dense]) if section.name == 'curves').items
+    drawn = {line.get_label(): list(line.get_ydata()) for line in steps.figure.axes[0].get_lines()}
+    assert list(drawn) == ['MoE', 'MoE, gate alone', 'Dense']
+    assert drawn['MoE'] == drawn['Dense'] == [50, 40, 34, 32, 30.4]
+    assert drawn['MoE, gate alone'] == [55, 45, 39, 37, 35.4]
+    assert [line.get_label() for line in eps.figure.axes[0].get_lines()] == ['MoE', 'Dense']
+
+
+def test_a_file_in_the_wrong_place_is_named(tmp_path):
+    results(tmp_path, 'A')
+    (tmp_path / 'a' / 'soundness.json').write_bytes((tmp_path / 'a' / 'dissection.json').read_bytes())
+    with pytest.raises(ValueError, match="soundness.json holds kind='dissection', not 'soundness'"):
+        read_results(tmp_path / 'a')
+    (tmp_path / 'a' / 'dissection.json').write_text('{"kind": ')
+    with pytest.raises(ValueError, match='dissection.json is damaged'):
+        read_results(tmp_path / 'a')
+    with pytest.raises(FileNotFoundError, match='model.json is missing'):
+        read_results(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A config and a checkpoint of a small mixture that routes tokens."""
+    folder = tmp_path_factory.mktemp('trained')
+    config = folder / 'vit.py'
+    config.write_text(
+        f"""_base_ = '{ROOT}/configs/advmoe_vit-small-moe_digits.py'
+test_dataloader = dict(dataset=dict(indices=16))
+test_cfg = dict(attacks=dict(
+    _delete_=True,
+    pgd=dict(type='PGD', eps=0.2, alpha=0.1, steps=2),
+    routepgd=dict(type='RoutePGD', eps=0.2, alpha=0.1, steps=2)), survivors_only=[], worst_of=dict(_delete_=True))
+"""
+    )
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        cfg = Config.fromfile(config)
+        model = MODELS.build(dict(cfg.model))
+    torch.save(dict(state_dict=model.state_dict()), folder / 'epoch_1.pth')
+    return str(config), str(folder / 'epoch_1.pth')
+
+
+def test_examples_are_those_of_the_attack_on_routes(trained, tmp_path):
+    config, checkpoint = trained
+    describe_model(tmp_path, 'ViT-MoE', config, checkpoint)
+    make_examples(tmp_path, 'cpu')
+    saved = load_examples(tmp_path / 'examples.npz')
+    assert saved.attack == 'routepgd'
+    assert 1 <= len(saved.examples) <= 6
+    change = (saved.examples.adversarial - saved.examples.images).abs()
+    assert 0.1 < change.max() <= 0.2 + 1e-6
+    assert [layer.shape for layer in saved.patches_before] == [(len(saved.examples), 17)] * 2
+    # One choice for each token, so that decisions and first choices are the same.
+    assert np.array_equal(np.concatenate(saved.patches_after, 1), saved.examples.route_after.numpy())
+    assert 'patches' in [section.name for section in sections_of([read_results(tmp_path)])]
+
+
+def test_results_of_another_model_are_refused(trained, tmp_path):
+    config, checkpoint = trained
+    describe_model(tmp_path / 'out', 'A', config, checkpoint)
+    describe_model(tmp_path / 'out', 'A', config, checkpoint)
+    content = torch.load(checkpoint)
+    content['state_dict']['head.fc.bias'] += 1
+    torch.save(content, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='holds results of another model: checkpoint_sha256 differ'):
+        describe_model(tmp_path / 'out', 'A', config, str(tmp_path / 'other.pth'))
+
+
+def run_tool(monkeypatch, *arguments):
+    tool = ROOT / 'tools' / 'analysis_tools' / 'robustness_report.py'
+    monkeypatch.setattr(sys, 'argv', [str(tool), *map(str, arguments)])
+    runpy.run_path(str(tool), run_name='__main__')
+
+
+def test_the_tool_measures_what_is_missing_and_keeps_what_is_there(trained, tmp_path, monkeypatch, capfd):
+    model = ['--model', 'ViT-MoE', *trained]
+    run_tool(monkeypatch, tmp_path, *model, '--attacks', 'pgd', 'routepgd', '--num-images', 8)
+    found = read_results(tmp_path / 'vit_moe')
+    rows = rows_of(tmp_path / 'report.html')
+    assert ['worst case of all', f'{found.metrics["worst/accuracy/top1"]:.1f}'] in rows
+    assert [
+        'best expert of each image',
+        *(f'{found.dissection["best_expert"][key]:.1f}%' for key in ('sa', 'ra')),
+    ] in rows
+    assert [[check['title'], check['status']] for check in found.soundness['checks']] == [
+        row[:2] for row in rows if row[1:2] and row[1] in ('PASS', 'WARN', 'SKIP')
+    ]
+    missing = {'training'}
+    assert {section.name for section in sections_of([found])} == SECTIONS - missing
+    parts = [tmp_path / 'vit_moe' / part for part in PARTS.values()]
+    kept = [part.stat().st_mtime_ns for part in parts]
+    capfd.readouterr()
+    run_tool(monkeypatch, tmp_path, *model)
+    assert capfd.readouterr().out.count('is there') == len(PARTS)
+    assert kept == [part.stat().st_mtime_ns for part in parts]
+
+
+def test_two_models_need_two_names(trained, tmp_path, monkeypatch, capfd):
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, tmp_path, '--model', 'A!', *trained, '--model', 'a', *trained)
+    assert "they give the folders ['a', 'a']" in capfd.readouterr().err

@@ -1,0 +1,96 @@
+"""Make one HTML page on the robustness of one or several models, with the pictures and numbers behind it.
+
+What is missing is measured first, by tools/test.py, dissect_robustness.py and check_attacks.py; what is there is kept,
+so that a report which was interrupted goes on where it was. docs/report.md tells what lies where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from mmadvmoe.report import PARTS, describe_model, make_examples, read_results, slug, write_report
+
+TOOLS = Path(__file__).resolve().parents[1]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('out_dir', type=Path, help='folder of the report')
+    parser.add_argument(
+        '--model',
+        nargs=3,
+        action='append',
+        required=True,
+        metavar=('NAME', 'CONFIG', 'CHECKPOINT'),
+        help='a model and its name in the report; to be given once for each. The training log is looked for beside '
+        'the checkpoint',
+    )
+    parser.add_argument(
+        '--measure',
+        nargs='*',
+        choices=tuple(PARTS),
+        default=tuple(PARTS),
+        help='the parts to measure where they are missing; without a name, none [all]',
+    )
+    parser.add_argument(
+        '--attacks',
+        nargs='+',
+        metavar='NAME',
+        help="attacks of the evaluation, as tools/test.py names them [the config's]",
+    )
+    parser.add_argument(
+        '--num-images', type=int, metavar='M', help='images to dissect and to check the attacks on [as these tools say]'
+    )
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='[%(default)s]')
+    args = parser.parse_args()
+    slugs = [slug(name) for name, _, _ in args.model]
+    if not all(slugs) or len(set(slugs)) < len(slugs):
+        parser.error(f'--model: each name needs letters or digits of its own, but they give the folders {slugs}')
+    return args
+
+
+def measure(part: str, folder: Path, config: str, checkpoint: str, args: argparse.Namespace) -> None:
+    """Measure one part of a model.
+
+    Raises:
+        SystemExit: The tool failed.
+    """
+    out = folder / PARTS[part]
+    if part == 'examples':
+        make_examples(folder, args.device)
+        return
+    if part == 'evaluation':
+        options = ['--out', out.parent] + (['--attacks', *args.attacks] if args.attacks else [])
+        command = [TOOLS / 'test.py', config, checkpoint, '--work-dir', folder / 'log', *options]
+    else:
+        tool = dict(dissection='dissect_robustness.py', soundness='check_attacks.py')[part]
+        options = ['--out', out, '--device', args.device]
+        options += ['--num-images', args.num_images] if args.num_images is not None else []
+        command = [TOOLS / 'analysis_tools' / tool, config, checkpoint, *options]
+    if subprocess.run([sys.executable, *map(str, command)], check=False).returncode:
+        sys.exit(f'{part} of {folder.name} failed: {" ".join(map(str, command))}')
+
+
+def main() -> None:
+    args = parse_args()
+    models = []
+    for name, config, checkpoint in args.model:
+        folder = args.out_dir / slug(name)
+        describe_model(folder, name, config, checkpoint)
+        for part in args.measure:
+            if (folder / PARTS[part]).is_file():
+                print(f'==> {name}: {part} is there', flush=True)
+            else:
+                print(f'==> {name}: {part}', flush=True)
+                measure(part, folder, config, checkpoint, args)
+        models.append(read_results(folder))
+    print(f'==> {write_report(args.out_dir, models)}')
+
+
+if __name__ == '__main__':
+    main()
