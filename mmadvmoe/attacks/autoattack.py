@@ -51,6 +51,9 @@ class AutoAttack(Attack):
         ValueError: ``norm`` or ``version`` is unknown, or there are fewer than 2 classes.
     """
 
+    #: Square, a part of every version but ``'rand'``, and APGD have no form for L1 in torchattacks.
+    norms = ('Linf', 'L2')
+
     def __init__(
         self,
         model: Victim,
