@@ -38,6 +38,7 @@ class BoundAttack:
         own_seed (bool): Whether the config set the attack's ``seed``.
         held (HeldVictim, optional): The view of ``victim`` that the attack was built on, if it shall run with the
             route of each image held at the clean one. It then runs once for each route among the clean images.
+        norm (str): Norm in which ``eps`` is. Defaults to ``'Linf'``.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class BoundAttack:
         soft_labels: bool = False,
         own_seed: bool = False,
         held: HeldVictim | None = None,
+        norm: str = 'Linf',
     ) -> None:
         self.name = name
+        self.norm = norm
         self.eps = eps
         self.victim = victim
         label_parameter = inspect.signature(attack.forward).parameters.get('labels')
@@ -82,8 +85,8 @@ class BoundAttack:
 
         Raises:
             TypeError: ``images`` or ``labels`` are of a kind that no attack takes.
-            ValueError: Images are outside [0, 1], or labels are missing, out of range or soft where
-                the attack takes none.
+            ValueError: Images are outside [0, 1], ``eps`` is larger than they can differ, or labels are missing, out
+                of range or soft where the attack takes none.
             NonFiniteImagesError: The attack gave numbers that are not finite.
         """
         # Inference tensors cannot be saved for a backward pass; a clone made outside can.
@@ -125,7 +128,17 @@ class BoundAttack:
                 f'an attack needs images in [0, 1], got values from {low:.4g} to {high:.4g}; '
                 'normalisation belongs inside the victim (mean and std of the data_preprocessor)'
             )
+        self._check_radius(images[0].numel())
         return images.clamp_(0, 1)
+
+    def _check_radius(self, pixels: int) -> None:
+        """No two images are further apart than black and white."""
+        diameter = dict(Linf=1.0, L2=pixels**0.5, L1=float(pixels))[self.norm]
+        if self.eps is not None and self.eps > diameter:
+            raise ValueError(
+                f'attack type={self.name!r}: eps={self.eps:g} in {self.norm} is above {diameter:g}, the largest '
+                f'distance of two images of {pixels} numbers in [0, 1]; is it in units of 0..255?'
+            )
 
     def _checked_labels(self, labels: Tensor | None, batch: int) -> Tensor | None:
         if labels is None:

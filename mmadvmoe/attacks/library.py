@@ -19,6 +19,14 @@ SOFT_LABEL_ATTACKS = frozenset(
 #: Attacks with an eps in another norm than L-inf and no argument that says so.
 L2_ATTACKS = frozenset(['PGDL2', 'PGDRSL2'])
 
+#: Norms of the classes of torchattacks that have a choice; L1 is not among those of all.
+CHOICE_OF_NORMS = {
+    'APGD': ('Linf', 'L2'),
+    'APGDT': ('Linf', 'L2'),
+    'FAB': ('Linf', 'L2', 'L1'),
+    'Square': ('Linf', 'L2'),
+}
+
 
 def attacks_a_model(cls: type) -> bool:
     """Whether a config can build the attack: it takes a model, and has a default for all else.

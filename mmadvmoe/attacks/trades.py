@@ -38,7 +38,7 @@ class TRADESAttack(Attack):
         eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
         alpha (float): Step size. Defaults to 5/255.
         steps (int): Number of steps. Defaults to 2.
-        norm (str): ``'Linf'`` or ``'L2'``. Defaults to ``'Linf'``.
+        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
         start_noise (float): Standard deviation of the start noise; above 0, because the gradient
             of the divergence vanishes at x itself. Defaults to 0.001.
         router_weight (float): Weight of the routers' divergence. Defaults to 1.

@@ -10,14 +10,14 @@ def changed(victim, images, adversarial):
 
 
 @pytest.mark.parametrize(('routing', 'num_experts'), [('image', 2), ('image', 3), ('layer', 2)])
-@pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.1), ('L2', 1.0)])
+@pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.1), ('L2', 1.0), ('L1', 12.0)])
 def test_changes_more_routes_than_noise_and_than_an_attack_on_the_class(make_moe, routing, num_experts, norm, eps):
     victim = Victim.from_classifier(make_moe(routing, num_experts).eval())
     images = torch.rand(12, 3, 8, 8)
     labels = victim(images).argmax(1)
     common = dict(eps=eps, alpha=eps / 4, steps=8, norm=norm)
     adversarial = build_attack(dict(type='RouterAttack', **common), victim)(images, seed=0)
-    distance = (adversarial - images).flatten(1).norm(p=float('inf') if norm == 'Linf' else 2, dim=1)
+    distance = (adversarial - images).flatten(1).norm(p=dict(Linf=float('inf'), L2=2, L1=1)[norm], dim=1)
     assert distance.max() <= eps + 1e-6 and 0 <= adversarial.min() and adversarial.max() <= 1
     ours = changed(victim, images, adversarial)
     on_class = changed(victim, images, build_attack(dict(type='PGD', **common), victim)(images, labels, seed=0))

@@ -29,15 +29,15 @@ def test_one_step_follows_the_gradient_computed_by_hand():
     torch.testing.assert_close(adversarial, noisy + 0.01 * grad.sign())
 
 
-@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+@pytest.mark.parametrize('norm', ['Linf', 'L2', 'L1'])
 @pytest.mark.parametrize('steps', [1, 2, 7])
 def test_raises_the_divergence_inside_the_ball(make_tiny, norm, steps):
     victim, images, _ = make_tiny()
-    eps = 0.1 if norm == 'Linf' else 1.0
+    eps = dict(Linf=0.1, L2=1.0, L1=8.0)[norm]
     cfg = dict(type='TRADESAttack', eps=eps, alpha=eps / 2, steps=steps, norm=norm)
     adversarial = build_attack(cfg, victim)(images)
     offset = (adversarial - images).flatten(1)
-    assert offset.norm(p=float('inf') if norm == 'Linf' else 2, dim=1).max() <= eps + 1e-6
+    assert offset.norm(p=dict(Linf=float('inf'), L2=2, L1=1)[norm], dim=1).max() <= eps + 1e-6
     clean = victim(images)
     noisy = images + 0.001 * torch.randn_like(images)
     assert (kl_divergence(clean, victim(adversarial)) > 10 * kl_divergence(clean, victim(noisy))).all()
@@ -85,8 +85,8 @@ def test_refuses_a_start_without_gradient(make_tiny):
     victim, _, _ = make_tiny()
     with pytest.raises(ValueError, match='start_noise=0 must be above 0'):
         build_attack(dict(type='TRADESAttack', start_noise=0), victim)
-    with pytest.raises(ValueError, match="norm='L1' is not supported"):
-        build_attack(dict(type='TRADESAttack', norm='L1'), victim)
+    with pytest.raises(ValueError, match="norm='L3' is not supported"):
+        build_attack(dict(type='TRADESAttack', norm='L3'), victim)
 
 
 def _attack_shard(rank, world, store, results):
