@@ -143,11 +143,11 @@ def test_a_cascade_attacks_what_stands_and_comes_to_the_same(tmp_path: Path) -> 
 
 def test_a_mixture_of_experts_is_always_attacked_through_its_routes() -> None:
     result = evaluate(_moe(), DIGITS, ['fgsm'], eps=0.1)
-    assert list(result.outcomes.by_name) == ['clean', 'fgsm', 'routepgd50']
+    assert list(result.outcomes.by_name) == ['clean', 'fgsm', 'routepgd50', 'fgsm-held']
     assert (result.outcomes.by_name['routepgd50'].distance[:, 0] <= 0.1 + 1e-6).all()
     assert {'fgsm/route_changed', 'clean/expert_share/1', 'worst/accuracy/top1'} <= result.metrics.keys()
     own = dict(fgsm=dict(type='FGSM', eps=0.1), mine=dict(type='RoutePGD', eps=0.1, steps=1))
-    assert list(evaluate(_moe(), DIGITS, own).outcomes.by_name) == ['clean', 'fgsm', 'mine']
+    assert list(evaluate(_moe(), DIGITS, own).outcomes.by_name) == ['clean', 'fgsm', 'fgsm-held', 'mine']
     assert list(evaluate(_dense(), DIGITS, ['fgsm'], eps=0.1).outcomes.by_name) == ['clean', 'fgsm']
     with pytest.raises(TypeError, match=r'attacks\.own must be the config of an attack'):
         evaluate(_moe(), DIGITS, dict(own=dict(eps=0.1)))
@@ -170,7 +170,12 @@ def test_a_record_says_what_became_of_an_image(tmp_path: Path) -> None:
     assert torch.equal(saved.outcomes.by_name['some'].logits, some.logits)
 
 
-DEADLY = dict(first=WEAK['fgsm'], deadly=dict(type='_Deadly', eps=0.2, alpha=0.1, steps=2), last=WEAK['square'])
+# With a route named, none of them is made with the route held as well.
+DEADLY = dict(
+    first=dict(WEAK['fgsm'], route='gate'),
+    deadly=dict(type='_Deadly', eps=0.2, alpha=0.1, steps=2, route='gate'),
+    last=dict(WEAK['square'], route='gate'),
+)
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -133,7 +133,7 @@ def _merge_attacks(cfg: Config, args: argparse.Namespace) -> None:
         cfg.test_cfg.attacks = attacks
         cfg.test_cfg.add_route_attack = True
         # What speaks of attacks that are not run.
-        survivors, groups = cfg.test_cfg.get('survivors_only', ()), cfg.test_cfg.get('worst_of', {})
+        survivors, groups = cfg.test_cfg.get('survivors_only', ()), cfg.test_cfg.get('worst_of') or {}
         cfg.test_cfg.survivors_only = [name for name in survivors if name in attacks]
         cfg.test_cfg.worst_of = {group: names for group, names in groups.items() if set(names) <= set(attacks)}
     for name, value in dict(cascade=args.cascade, out_dir=args.out_dir, overwrite=args.overwrite).items():

@@ -12,9 +12,6 @@ from .steps import check_norm
 # Steps of a quarter of the radius, as in the reference evaluation (2/255 at 8/255).
 _STEP = 1 / 4
 
-_PLAIN = {'Linf': 'PGD', 'L2': 'PGDL2'}
-_SINGLE_STEP = {'Linf': 'FGSM'}
-
 #: Names that :func:`standard_attack` knows, with ``<steps>`` for a number.
 STANDARD_ATTACKS = ('fgsm', 'pgd<steps>', 'routepgd<steps>', 'autoattack', *PARTS)
 
@@ -41,7 +38,7 @@ def standard_attack(name: str, eps: float, norm: str = 'Linf') -> dict:
 
     Examples:
         >>> standard_attack('pgd50', 8 / 255)
-        {'type': 'PGD', 'eps': 0.03137..., 'alpha': 0.00784..., 'steps': 50}
+        {'type': 'PGD', 'alpha': 0.00784..., 'steps': 50, 'eps': 0.03137..., 'norm': 'Linf'}
     """
     check_norm(norm)
     if not is_standard_attack(name):
@@ -51,15 +48,12 @@ def standard_attack(name: str, eps: float, norm: str = 'Linf') -> dict:
         return dict(type='AutoAttack') | in_ball
     if name in PARTS:
         return dict(type='AutoAttack', attacks_to_run=[name]) | in_ball
-    steps = int(re.sub(r'\D', '', name) or 1)
-    if name.startswith('route'):
-        return dict(type='RoutePGD', alpha=eps * _STEP, steps=steps) | in_ball
-    kinds = _SINGLE_STEP if name == 'fgsm' else _PLAIN
-    if norm not in kinds:
-        raise ValueError(f'there is no {name!r} in norm={norm!r}; allowed: {", ".join(kinds)}')
     if name == 'fgsm':
-        return dict(type=kinds[norm], eps=eps)
-    return dict(type=kinds[norm], eps=eps, alpha=eps * _STEP, steps=steps)
+        if norm != 'Linf':
+            raise ValueError(f'there is no {name!r} in norm={norm!r}; allowed: Linf')
+        return dict(type='FGSM', eps=eps)
+    kind = 'RoutePGD' if name.startswith('route') else 'PGD'
+    return dict(type=kind, alpha=eps * _STEP, steps=int(re.sub(r'\D', '', name))) | in_ball
 
 
 def attack_norm(cfg: Mapping) -> str:

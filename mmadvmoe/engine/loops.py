@@ -16,7 +16,7 @@ from mmadvmoe.evaluation import CLEAN, as_data_samples
 
 from .dist import bare_model
 from .evaluation_run import RobustEvaluation
-from .named_attacks import check_groups, with_route_attack
+from .named_attacks import check_groups, held_name, with_route_attack
 from .preflight import check_data
 from .robust_evaluation import unit_batch
 from .seeding import preserve_rng_state
@@ -217,6 +217,9 @@ class RobustTestLoop(_RobustLoop, TestLoop):
             attacks = with_route_attack(attacks, Victim.from_classifier(runner.model), f'{self.mode}_cfg.attacks')
         if cascade:
             kwargs['survivors_only'] = list(attacks)
+        elif add_route_attack:
+            few = kwargs.get('survivors_only', ())
+            kwargs['survivors_only'] = [name for each in few for name in (each, held_name(each)) if name in attacks]
         super().__init__(runner, dataloader, evaluator, attacks, **kwargs)
         if out_dir is not None:
             self.evaluation.keep_in(out_dir, overwrite)

@@ -161,10 +161,13 @@ def choose_attacks(
 
 
 def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str = 'attacks') -> dict[str, dict]:
-    """Put ``RoutePGD`` with 50 steps beside attacks on a mixture of experts that have none.
+    """Put what knows of routes beside attacks on a mixture of experts: ``RoutePGD``, and each with the route held.
 
-    It comes after the first attack, because a cascade is fast when what fools most images for its price comes early.
-    Its radius is the largest of the attacks; of attacks in several norms, each gets its own.
+    ``RoutePGD`` with 50 steps is added where there is none. It comes after the first attack, because a cascade is fast
+    when what fools most images for its price comes early. Its radius is the largest of the attacks; of attacks in
+    several norms, each gets its own. With image-level routing each attack ``<name>`` is followed by ``<name>-held``,
+    the same with ``route='held'``; with a route for each layer or token, nearly every image has a route of its own and
+    would have to be attacked by itself, so there the held route is left to ``RoutePGD``.
 
     Args:
         attacks: Configs of the attacks.
@@ -176,7 +179,11 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
     """
     _check_configs(attacks, key)
     attacks = {name: dict(cfg) for name, cfg in attacks.items()}
-    if not victim.num_routers or any(moves_routes(cfg) for cfg in attacks.values()):
+    if not victim.num_routers:
+        return attacks
+    if getattr(victim.classifier.backbone, 'routing', None) == 'image':
+        attacks = _with_held_routes(attacks)
+    if any(moves_routes(cfg) for cfg in attacks.values()):
         return attacks
     radii: dict[str, float] = {}
     for cfg in attacks.values():
@@ -191,6 +198,21 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
     }
     first, *others = attacks
     return {first: attacks[first], **added, **{other: attacks[other] for other in others}}
+
+
+def _with_held_routes(attacks: Mapping[str, dict]) -> dict[str, dict]:
+    """Each attack that does not choose routes by itself, followed by the same with the route held."""
+    both = {}
+    for name, cfg in attacks.items():
+        both[name] = cfg
+        if 'route' not in cfg and not getattr(_attack_class(cfg), 'own_routes', False):
+            both[held_name(name)] = dict(cfg, route='held')
+    return both
+
+
+def held_name(name: str) -> str:
+    """The name of an attack with the route held, beside the attack ``name``."""
+    return f'{name}-held'
 
 
 def check_radii(attacks: Mapping[str, Mapping], num_values: int) -> None:

@@ -1,5 +1,7 @@
 """Attacks by name, at the radius that was asked for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -37,7 +39,8 @@ def test_names_are_not_taken_for_patterns() -> None:
 
 
 def test_steps_are_a_quarter_of_the_radius() -> None:
-    assert standard_attack('pgd50', 0.2) == dict(type='PGD', eps=0.2, alpha=0.05, steps=50)
+    assert standard_attack('pgd50', 0.2) == dict(type='PGD', eps=0.2, alpha=0.05, steps=50, norm='Linf')
+    assert standard_attack('pgd10', 4.0, 'L1') == dict(type='PGD', eps=4.0, alpha=1.0, steps=10, norm='L1')
 
 
 def test_a_known_attack_goes_before_a_standard_one() -> None:
@@ -90,6 +93,10 @@ class _Mixture(nn.Module):
     num_routers = 1
     num_classes = 10
 
+    def __init__(self, routing: str = 'token') -> None:
+        super().__init__()
+        self.classifier = SimpleNamespace(backbone=SimpleNamespace(routing=routing))
+
 
 def test_each_norm_gets_its_attack_on_the_routes() -> None:
     attacks = dict(a=dict(type='PGD', eps=0.1), b=dict(type='FGSM', eps=0.2), c=dict(type='PGDL2', eps=0.5))
@@ -99,7 +106,21 @@ def test_each_norm_gets_its_attack_on_the_routes() -> None:
     assert completed['routepgd50-l2'] == standard_attack('routepgd50', 0.5, 'L2')
     assert list(with_route_attack(dict(a=attacks['a']), _Mixture())) == ['a', 'routepgd50']
     by_default = with_route_attack(dict(a=dict(type='PGD')), _Mixture())
+    assert 'a-held' not in by_default
     assert by_default['routepgd50'] == standard_attack('routepgd50', 8 / 255)
+
+
+def test_each_attack_on_images_with_one_route_is_made_with_the_route_held_as_well() -> None:
+    attacks = dict(
+        a=dict(type='PGD', eps=0.1),
+        gate=dict(type='PGD', eps=0.1, route='gate'),
+        routers=dict(type='RouterAttack', eps=0.1),
+        mine=dict(type='RoutePGD', eps=0.1),
+    )
+    completed = with_route_attack(attacks, _Mixture('image'))
+    assert list(completed) == ['a', 'a-held', 'gate', 'routers', 'mine']
+    assert completed['a-held'] == dict(type='PGD', eps=0.1, route='held')
+    assert list(with_route_attack(dict(a=attacks['a']), _Mixture('image'))) == ['a', 'routepgd50', 'a-held']
 
 
 def test_a_ball_beyond_all_images_is_refused() -> None:

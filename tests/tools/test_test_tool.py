@@ -91,7 +91,7 @@ def test_outcomes_of_named_attacks_whatever_the_batch_size(test_tool: Callable) 
     for size in ('16', '128'):
         test_tool('--attacks', 'fgsm', 'pgd2', '--out', size, '--cfg-options', f'test_dataloader.batch_size={size}')
     # The radius is that of the config, and RoutePGD comes beside what was asked for.
-    assert _attacks('16') == ['fgsm', 'routepgd50', 'pgd2']
+    assert _attacks('16') == ['fgsm', 'routepgd50', 'fgsm-held', 'pgd2', 'pgd2-held']
     settings = json.loads(Path('16/run.json').read_text())['settings']
     assert settings['attacks']['fgsm'] == dict(type='FGSM', eps=0.2)
     assert settings['chunk_size'] == 8 and settings['model']['num_experts'] == 2
@@ -131,7 +131,7 @@ def test_a_config_without_attacks_needs_a_radius(test_tool: Callable) -> None:
     ):
         test_tool('--attacks', 'fgsm', '--out', 'outcomes')
     test_tool('--attacks', 'fgsm', '--eps', '0.1', '--out', 'outcomes')
-    assert _attacks('outcomes') == ['fgsm', 'routepgd50']
+    assert _attacks('outcomes') == ['fgsm', 'routepgd50', 'fgsm-held']
 
 
 def test_files_are_written_as_ever(test_tool: Callable) -> None:
