@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from mmadvmoe.models import RouterBalanceLoss, RouterImportanceLoss, RouterLabelLoss, RouterLoadLoss, RouterZLoss
+from mmadvmoe.models import (
+    RouterBalanceLoss,
+    RouterGlobalEntropyLoss,
+    RouterImportanceLoss,
+    RouterLabelLoss,
+    RouterLoadLoss,
+    RouterLocalEntropyLoss,
+    RouterZLoss,
+)
 from mmadvmoe.models.objectives import Outputs, RobustBatch
 from mmadvmoe.moe import Routing, TokenRouting
 
@@ -24,6 +32,10 @@ def tokens(logits, noise_std=0.0, top_k=1):
 def squared_variation(values):
     mean = sum(values) / len(values)
     return sum((value - mean) ** 2 for value in values) / len(values) / mean**2
+
+
+def entropy(values):
+    return -sum(value * math.log(value) for value in values)
 
 
 def normal_tail(x):
@@ -48,9 +60,12 @@ def test_values_by_hand(top_k):
         'balance': N * sum(f * p for f, p in zip(shares.tolist(), mean)),
         'importance': squared_variation(mean),
         'load': squared_variation(load),
+        'local_entropy': sum(entropy(row) for row in probabilities.tolist()) / len(probabilities),
+        'global_entropy': -entropy(mean),
         'z': (rows.exp().sum(1).log() ** 2).mean().item(),
     }
-    for kind in (RouterBalanceLoss, RouterImportanceLoss, RouterLoadLoss, RouterZLoss):
+    kinds = (RouterBalanceLoss, RouterImportanceLoss, RouterLoadLoss, RouterLocalEntropyLoss, RouterGlobalEntropyLoss)
+    for kind in (*kinds, RouterZLoss):
         objective = kind(weight=2.0)
         assert objective(batch)[f'loss_{kind.term}'].item() == pytest.approx(2 * expected[kind.term], rel=1e-4), kind
 
@@ -67,7 +82,9 @@ def test_the_share_of_choices_that_would_be_made_again_is_the_load():
 
 
 @pytest.mark.parametrize(
-    'objective', [RouterBalanceLoss(), RouterImportanceLoss(), RouterLoadLoss()], ids=lambda o: o.term
+    'objective',
+    [RouterBalanceLoss(), RouterImportanceLoss(), RouterLoadLoss(), RouterGlobalEntropyLoss()],
+    ids=lambda o: o.term,
 )
 def test_descending_undoes_a_collapse(objective):
     bias, wanted = torch.tensor([2.0, 0.0, 0.0, 0.0], requires_grad=True), 0.3 * torch.randn(1, 60, N)
@@ -82,6 +99,33 @@ def test_descending_undoes_a_collapse(objective):
         )
         bias = (bias - 0.3 * grad).detach().requires_grad_()
     assert share_of_first() < 0.5
+
+
+def test_both_entropies_make_decided_routes_and_balance_alone_does_not():
+    images = torch.randn(200, 8)
+
+    def descend(*objectives):
+        weight = (0.1 * torch.randn(8, N)).requires_grad_()
+        for _ in range(200):
+            batch = batch_of([Routing.decide(images @ weight, gate=None)])
+            loss = sum(sum(objective(batch).values()) for objective in objectives)
+            (grad,) = torch.autograd.grad(loss, weight)
+            weight = (weight - grad).detach().requires_grad_()
+        probabilities = (images @ weight).softmax(1)
+        return probabilities.amax(1).mean(), probabilities.mean(0)
+
+    decided, shares = descend(RouterLocalEntropyLoss(), RouterGlobalEntropyLoss(2.0))
+    assert decided > 0.9 and shares.amin() > 0.1
+    decided, _ = descend(RouterBalanceLoss())
+    assert decided < 0.5
+
+
+def test_the_entropy_of_a_saturated_router_has_a_finite_gradient():
+    logits = torch.tensor([[200.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    for kind in (RouterLocalEntropyLoss, RouterGlobalEntropyLoss):
+        (loss,) = kind()(batch_of([Routing.decide(logits, gate=None)])).values()
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and grad.isfinite().all()
 
 
 def test_z_loss_shrinks_logits():
