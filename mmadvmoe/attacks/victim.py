@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from mmadvmoe.moe import Routing, forward_routed
+from mmadvmoe.moe import Routing, forward_routed, weights_held
 
 from .kl import full_precision
 
@@ -170,6 +170,8 @@ class Victim(nn.Module):
     def frozen(self) -> Iterator[Victim]:
         """Eval mode without parameter gradients inside; every flag as it was outside.
 
+        Weights must stay as they are inside: expert layers prepare theirs once for all passes.
+
         Training flags are set module by module, past the ``train()`` methods of backbones, which
         re-apply frozen stages and would not bring back flags that someone else had set.
         """
@@ -180,7 +182,8 @@ class Victim(nn.Module):
                 module.training = False
             for parameter, _ in parameters:
                 parameter.requires_grad_(False)
-            yield self
+            with weights_held(self.classifier):
+                yield self
         finally:
             for module, training in modules:
                 module.training = training

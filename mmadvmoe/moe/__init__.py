@@ -3,7 +3,7 @@ from .classify import forward_routed
 from .convert import convert_layers, match_layers
 from .convert_ffn import convert_ffns, match_ffns
 from .expert_ffn import ExpertFFN
-from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
+from .expert_layers import ExpertLayer, MoEConv2d, MoELinear, weights_held
 from .routers import BaseRouter, LayerRouter, ResNetRouter, router_modules, split_parameters
 from .routing import Routing
 from .token_router import TokenRouter
@@ -28,4 +28,5 @@ __all__ = [
     'match_layers',
     'router_modules',
     'split_parameters',
+    'weights_held',
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Optional
 
 import torch
@@ -12,6 +13,7 @@ from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .held_weights import HELD, HeldWeights, image_dots
 from .routers import BaseRouter
 from .routing import RouteContext, Routing
 
@@ -36,10 +38,7 @@ class _GatedConcat(torch.autograd.Function):
         grads = grad.split([len(part) for part in parts])
         grad_gate = None
         if ctx.needs_input_grad[0]:
-            dots = [
-                torch.linalg.vecdot(g.flatten(1).to(ctx.gate_dtype), part.flatten(1).to(ctx.gate_dtype))
-                for g, part in zip(grads, parts)
-            ]
+            dots = [image_dots(g.to(ctx.gate_dtype), part.to(ctx.gate_dtype)) for g, part in zip(grads, parts)]
             grad_gate = torch.cat(dots)
         return (grad_gate, *grads)
 
@@ -153,6 +152,13 @@ class MoEConv2d(ExpertLayer):
             x, padding = F.pad(x, self._edge_padding, mode=self.padding_mode), 0
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
+    def _run(self, x: Tensor, routing: Routing) -> Tensor:
+        held = HELD.get(self)
+        if held is None or not held.serves(self, x):
+            return super()._run(x, routing)
+        gated = routing.gate is not None and torch.is_grad_enabled()
+        return held.run(self, x, routing.counts, routing.sort(routing.gate) if gated else None)
+
 
 class MoELinear(ExpertLayer):
     """A linear layer with N experts: x (B, ..., C_in) -> (B, ..., C_out), weight (N*C_out, C_in)."""
@@ -170,6 +176,22 @@ class MoELinear(ExpertLayer):
     def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """x: (b, ..., C_in) -> (b, ..., C_out)."""
         return F.linear(x, weight, bias)
+
+
+@contextmanager
+def weights_held(network: nn.Module) -> Iterator[None]:
+    """Promise that no weight of a network changes inside, so that expert layers may prepare theirs once.
+
+    What was prepared is dropped on exit. Weights that are about to get a gradient are not prepared.
+    """
+    layers = [module for module in network.modules() if isinstance(module, MoEConv2d) and module not in HELD]
+    try:
+        for layer in layers:
+            HELD[layer] = HeldWeights(layer)
+        yield
+    finally:
+        for layer in layers:
+            HELD.pop(layer, None)
 
 
 #: Dense layers that can become expert layers. Exact classes: a subclass may compute something else.

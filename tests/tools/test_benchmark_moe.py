@@ -25,7 +25,7 @@ def run(monkeypatch, *arguments):
 def test_the_file_has_a_row_per_number_of_experts(monkeypatch, tmp_path, capsys):
     run(monkeypatch, *TINY, '--json', str(tmp_path / 'rows.json'))
     (row,) = json.loads((tmp_path / 'rows.json').read_text())
-    ratios = {f'{kind}_{name}' for kind in ('forward', 'attack') for name in ('over_limit', 'speedup_over_masked')}
+    ratios = {f'{kind}_{name}' for kind in ('forward', 'attack') for name in benchmark_moe.RATIOS}
     assert set(row) == {'num_experts', *ratios}
     assert row['num_experts'] == 2
     assert all(math.isfinite(row[name]) and row[name] > 0 for name in ratios)
@@ -43,9 +43,19 @@ def test_every_expert_gets_images():
 
 
 def test_ratios_are_taken_inside_a_round():
-    seconds = dict(dense=[1.0, 10.0], router=[1.0, 10.0], moe=[3.0, 30.0], masked=[6.0])
+    seconds = {
+        'dense': [1.0, 10.0],
+        'router': [1.0, 10.0],
+        'dense channels last': [0.5, 20.0],
+        'router channels last': [1.0, 5.0],
+        'moe': [3.0, 30.0],
+        'moe unheld': [4.0, 60.0],
+        'masked': [6.0],
+    }
     ratios = benchmark_moe.compare(seconds)
     assert ratios['over_limit'].tolist() == [1.5, 1.5]
+    assert ratios['over_best_limit'].tolist() == [2.0, 1.5]
+    assert ratios['unheld_over_limit'].tolist() == [2.0, 3.0]
     assert ratios['speedup_over_masked'].tolist() == [2.0]
 
 
