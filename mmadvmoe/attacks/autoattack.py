@@ -58,9 +58,6 @@ class AutoAttack(Attack):
         ValueError: ``norm``, ``version`` or one of ``attacks_to_run`` is unknown, or there are fewer than 2 classes.
     """
 
-    #: Square, a part of every version but ``'rand'``, and APGD have no form for L1 in torchattacks.
-    norms = ('Linf', 'L2')
-
     def __init__(
         self,
         model: Victim,

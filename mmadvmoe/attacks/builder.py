@@ -13,9 +13,9 @@ from torchattacks.attack import Attack
 from mmadvmoe.registry import ATTACKS
 
 from .bound import BoundAttack
-from .library import CHOICE_OF_NORMS, L2_ATTACKS, SOFT_LABEL_ATTACKS
+from .library import L2_ATTACKS, NO_L1, SOFT_LABEL_ATTACKS
 from .routes import HeldVictim, check_route
-from .steps import NORMS, check_norm
+from .steps import check_norm
 from .victim import Victim
 
 # Names that torchattacks' and our classes use for the same thing.
@@ -71,7 +71,7 @@ def build_attack(cfg: Mapping, victim: Victim) -> BoundAttack:
     # Defaults are checked too: a default that does not suit this victim is as wrong.
     values = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     values.update(arguments)
-    norm = _checked_norm(name, cls, values)
+    norm = _checked_norm(name, values)
     _check_values(name, values, norm)
     _check_enough_classes(name, values, victim)
     return BoundAttack(
@@ -147,19 +147,18 @@ def _fill_in_class_count(name: str, arguments: dict, parameters: Mapping, victim
     arguments[key] = given
 
 
-def _checked_norm(name: str, cls: type, values: Mapping) -> str:
+def _checked_norm(name: str, values: Mapping) -> str:
     """The norm of the threat model."""
     if 'norm' not in values:
         return 'L2' if name in L2_ATTACKS else 'Linf'
-    allowed = CHOICE_OF_NORMS.get(name, getattr(cls, 'norms', NORMS))
     try:
         norm = check_norm(values['norm'])
     except ValueError as error:
         raise ValueError(f'attack type={name!r}: {error}') from None
-    if norm not in allowed:
+    if norm == 'L1' and name in NO_L1:
         raise ValueError(
-            f'attack type={name!r} has no norm={norm!r}; allowed: {allowed}. In L1 there are PGD, RoutePGD, FAB, '
-            'TRADESAttack and RouterAttack'
+            f"attack type={name!r}: there is no norm='L1' for it; allowed: ('Linf', 'L2'). "
+            'In L1 there are PGD, RoutePGD, RouterAttack and TRADESAttack'
         )
     return norm
 

@@ -19,13 +19,8 @@ SOFT_LABEL_ATTACKS = frozenset(
 #: Attacks with an eps in another norm than L-inf and no argument that says so.
 L2_ATTACKS = frozenset(['PGDL2', 'PGDRSL2'])
 
-#: Norms of the classes of torchattacks that have a choice; L1 is not among those of all.
-CHOICE_OF_NORMS = {
-    'APGD': ('Linf', 'L2'),
-    'APGDT': ('Linf', 'L2'),
-    'FAB': ('Linf', 'L2', 'L1'),
-    'Square': ('Linf', 'L2'),
-}
+#: Attacks with a choice of norms that have none for L1. FAB has the formulas, but its loop over restarts stops there.
+NO_L1 = frozenset(['APGD', 'APGDT', 'FAB', 'Square', 'AutoAttack'])
 
 
 def attacks_a_model(cls: type) -> bool:

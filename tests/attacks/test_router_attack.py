@@ -17,7 +17,9 @@ def test_changes_more_routes_than_noise_and_than_an_attack_on_the_class(make_moe
     labels = victim(images).argmax(1)
     common = dict(eps=eps, alpha=eps / 4, steps=8, norm=norm)
     adversarial = build_attack(dict(type='RouterAttack', **common), victim)(images, seed=0)
-    distance = (adversarial - images).flatten(1).norm(p=dict(Linf=float('inf'), L2=2, L1=1)[norm], dim=1)
+    distance = (
+        (adversarial.double() - images.double()).flatten(1).norm(p=dict(Linf=float('inf'), L2=2, L1=1)[norm], dim=1)
+    )
     assert distance.max() <= eps + 1e-6 and 0 <= adversarial.min() and adversarial.max() <= 1
     ours = changed(victim, images, adversarial)
     on_class = changed(victim, images, build_attack(dict(type='PGD', **common), victim)(images, labels, seed=0))

@@ -36,7 +36,7 @@ def test_raises_the_divergence_inside_the_ball(make_tiny, norm, steps):
     eps = dict(Linf=0.1, L2=1.0, L1=8.0)[norm]
     cfg = dict(type='TRADESAttack', eps=eps, alpha=eps / 2, steps=steps, norm=norm)
     adversarial = build_attack(cfg, victim)(images)
-    offset = (adversarial - images).flatten(1)
+    offset = (adversarial.double() - images.double()).flatten(1)
     assert offset.norm(p=dict(Linf=float('inf'), L2=2, L1=1)[norm], dim=1).max() <= eps + 1e-6
     clean = victim(images)
     noisy = images + 0.001 * torch.randn_like(images)
