@@ -39,6 +39,9 @@ def openmmlab(module: str, distribution: str = '') -> str:
     return (distribution or module) + allowed
 
 
+#: Libraries whose attacks run on what `load_robust_model` gives.
+INTEROP = ['foolbox>=3.3', 'adversarial-robustness-toolbox>=1.17']
+
 setup(
     name='mmadvmoe',
     version=run_path(str(ROOT / 'mmadvmoe' / 'version.py'))['__version__'],
@@ -74,7 +77,9 @@ setup(
     extras_require={
         'lite': [openmmlab('mmcv', 'mmcv-lite')],
         # Ruff is held to one minor version: the next may format differently. From 70.1 on, setuptools builds wheels.
+        'interop': INTEROP,
         'tests': [
+            *INTEROP,
             'pytest>=7.4',
             'pytest-xdist>=3.5',
             'ruff>=0.17.0,<0.18.0',
