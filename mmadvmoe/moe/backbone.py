@@ -194,12 +194,12 @@ class MoEBackbone(BaseBackbone):
         if self.num_experts == 1:
             return self.network(x), ()
         if self.routing == 'image':
-            x = _fast_layout(x)
+            x = self._fast_layout(x)
         given = route if route is None or self.routing == 'token' else as_routes(route, self.num_routers)
         with self.context.run(given, with_logits, gated) as context:
             if self.routing == 'image':
                 routing = context.route(self.router, x)
-                features = self.network(_fast_layout(routing.sort(x)))
+                features = self.network(self._fast_layout(routing.sort(x)))
                 features = _map_tensors(lambda feature: routing.unsort(feature).contiguous(), features)
             else:
                 features = self.network(x)
@@ -207,10 +207,23 @@ class MoEBackbone(BaseBackbone):
                 check_spent(route, context.taken)
             return features, context.taken
 
+    def _fast_layout(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in the memory layout that convolutions compute in fastest.
+
+        On a CPU that is channels last, from which and to which oneDNN needs no copies; one made here serves the whole
+        network. Not where weights learn: with some shapes, training in this layout was seen to end in a heap that is
+        corrupt (PyTorch 2.14 with oneDNN).
+        """
+        if x.dim() != 4 or x.device.type != 'cpu':
+            return x
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return x
+        return x.contiguous(memory_format=torch.channels_last)
+
     def route_logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits of the routers: one (B, N) tensor per router. Image-level routing runs the router alone."""
         if self.routing == 'image' and self.router is not None:
-            return (self.router(_fast_layout(x)),)
+            return (self.router(self._fast_layout(x)),)
         return tuple(routing.logits for routing in self.forward_routed(x)[1])
 
     def decide_routes(self, x: Tensor, gated: bool = True) -> tuple[Routing, ...]:
@@ -222,7 +235,7 @@ class MoEBackbone(BaseBackbone):
                 of later ones. Defaults to True.
         """
         if self.routing == 'image' and self.router is not None:
-            return (Routing.decide(self.router(_fast_layout(x)), gate=None),)
+            return (Routing.decide(self.router(self._fast_layout(x)), gate=None),)
         return self.forward_routed(x, gated=gated)[1]
 
     def expert_layers(self) -> list[Union[ExpertLayer, ExpertFFN]]:
@@ -248,14 +261,6 @@ def _layer_input(dense: nn.Module) -> dict:
     if isinstance(dense, nn.Linear):
         return dict(in_channels=dense.in_features, channels_last=True)
     return dict(in_channels=dense.in_channels)
-
-
-def _fast_layout(x: Tensor) -> Tensor:
-    """Images (B, C, H, W) in the memory layout that convolutions compute in fastest.
-
-    On a CPU that is channels last, from which and to which oneDNN needs no copies; one made here serves the network.
-    """
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.device.type == 'cpu' else x
 
 
 def _map_tensors(function, value: Union[Tensor, Sequence]) -> Any:
