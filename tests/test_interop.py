@@ -132,5 +132,6 @@ def test_a_loaded_model_is_a_plain_module(model: nn.Module) -> None:
     nn.functional.cross_entropy(model(images), labels[:4]).backward()
     assert images.grad.flatten(1).abs().sum(1).gt(0).all()
     for attack in (_with_foolbox, _with_art):
-        attack(model, images.detach(), labels[:4])
+        for count in (1, 4):
+            assert attack(model, images.detach()[:count], labels[:count]).shape == (count, 3, 8, 8)
     assert not model.training and [parameter.requires_grad for parameter in model.parameters()] == flags
