@@ -91,7 +91,7 @@ def test_an_attack_a_router_and_a_loss_of_ones_own() -> None:
     assert _changed(runner.model, before) == {'experts', 'router'}
     assert type(runner.model.backbone.router).__name__ == 'BrightnessRouter'
     scalars = runner.message_hub.log_scalars
-    assert 'train/experts/loss_pairing' in scalars and 'train/router/loss_balance' in scalars
+    assert 'train/experts/loss_pairing' in scalars and 'train/router/loss_local_entropy' in scalars
     assert scalars['val/corners/accuracy/top1'].current() <= 100
 
 
