@@ -105,7 +105,7 @@ def main() -> None:
         say(f'{place} holds a trained model: attacking it again. Remove {place} to train afresh')
     else:
         say(
-            f'training in turns, experts and router, {epochs} epochs of adversarial batches (up to 3 minutes on 2 '
+            f'training in turns, experts and router, {epochs} epochs of adversarial batches (some minutes on 2 '
             f'cores);\n    every {cfg.train_cfg.val_interval} epochs it is attacked on held-out training images, to '
             'keep the most robust checkpoint'
         )
