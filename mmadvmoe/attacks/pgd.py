@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchattacks.attack import Attack
 
 from mmadvmoe.registry import ATTACKS
 
-from . import steps as ball
-from .climb import climb
+from .ball_attack import BallAttack
 from .routes import check_route, clean_route
 from .victim import Victim
 
 
 @ATTACKS.register_module()
-class PGD(Attack):
+class PGD(BallAttack):
     """Maximise the cross entropy by projected steepest ascent (Madry et al., arXiv:1706.06083).
 
     With its defaults it does what torchattacks' PGD does, with the same random start for the same seed; there the
@@ -56,13 +54,7 @@ class PGD(Attack):
         restarts: int = 1,
         route: str = 'gate',
     ) -> None:
-        super().__init__('PGD', model)
-        self.eps = eps
-        self.alpha = alpha
-        self.steps = steps
-        self.random_start = random_start
-        self.norm = ball.check_norm(norm)
-        self.restarts = ball.check_restarts(restarts, random_start)
+        super().__init__('PGD', model, eps, alpha, steps, random_start, norm, restarts)
         self.route = check_route(route)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -86,8 +78,7 @@ class PGD(Attack):
         largest = images.new_full((len(images),), -torch.inf)
         standing = torch.arange(len(images), device=images.device)
         for _ in range(self.restarts):
-            # Drawn for all images, so that the start of one does not depend on the fate of others.
-            start = ball.random_start(images, self.eps, self.norm) if self.random_start else images
+            start = self._start(images)
             if not len(standing):
                 break
 
@@ -95,15 +86,7 @@ class PGD(Attack):
                 (grad,) = torch.autograd.grad(losses(points, standing[rows])[0].sum(), points)
                 return grad, None
 
-            points, _ = climb(
-                gradient,
-                start[standing],
-                images[standing],
-                eps=self.eps,
-                alpha=self.alpha,
-                steps=self.steps,
-                norm=self.norm,
-            )
+            points, _ = self._climb(gradient, start[standing], images[standing])
             if self.restarts == 1:
                 return points
             with torch.no_grad():

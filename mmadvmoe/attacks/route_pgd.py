@@ -7,18 +7,16 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchattacks.attack import Attack
 
 from mmadvmoe.registry import ATTACKS
 
-from . import steps as ball
-from .climb import climb
+from .ball_attack import BallAttack
 from .routes import decisions
 from .victim import Victim
 
 
 @ATTACKS.register_module()
-class RoutePGD(Attack):
+class RoutePGD(BallAttack):
     """PGD with the route held, and PGD at every route in turn.
 
     The gate of a hard router adds a gradient that says nothing about the image and can drown the
@@ -75,15 +73,9 @@ class RoutePGD(Attack):
         norm: str = 'Linf',
         restarts: int = 1,
     ) -> None:
-        super().__init__('RoutePGD', model)
+        super().__init__('RoutePGD', model, eps, alpha, steps, random_start, norm, restarts)
         if not hasattr(model, 'forward_routed'):
             raise TypeError(f'RoutePGD attacks a Victim, got {type(model).__name__}')
-        self.eps = eps
-        self.alpha = alpha
-        self.steps = steps
-        self.random_start = random_start
-        self.norm = ball.check_norm(norm)
-        self.restarts = ball.check_restarts(restarts, random_start)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """The first adversarial image found for each image, or where the last run ended.
@@ -98,8 +90,7 @@ class RoutePGD(Attack):
         adversarial = images.clone()
         standing = (logits.argmax(1) == labels).nonzero().squeeze(1)
         for route, push in self.restarts * list(self._runs(routings, len(images))):
-            # Drawn for all images, so that the start of one does not depend on the fate of others.
-            start = ball.random_start(images, self.eps, self.norm) if self.random_start else images
+            start = self._start(images)
             if not len(standing):
                 break
             found, fooled = self._run(
@@ -145,9 +136,7 @@ class RoutePGD(Attack):
                 grad = _unit(grad) + _unit(to_route)
             return grad, hit
 
-        result, fooled = climb(
-            objective, points, images, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm
-        )
+        result, fooled = self._climb(objective, points, images)
         rest = (~fooled).nonzero().squeeze(1)
         if len(rest):
             with torch.no_grad():

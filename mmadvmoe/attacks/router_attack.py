@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchattacks.attack import Attack
 
 from mmadvmoe.registry import ATTACKS
 
-from . import steps as ball
-from .climb import climb
+from .ball_attack import BallAttack
 from .routes import decisions
 from .victim import Victim
 
 
 @ATTACKS.register_module()
-class RouterAttack(Attack):
+class RouterAttack(BallAttack):
     """Change the route of each image as far as the ball allows; the class does not matter.
 
     Projected steepest ascent on the margin by which routers prefer an expert other than the clean one. As long as a
@@ -56,17 +54,11 @@ class RouterAttack(Attack):
         norm: str = 'Linf',
         restarts: int = 1,
     ) -> None:
-        super().__init__('RouterAttack', model)
+        super().__init__('RouterAttack', model, eps, alpha, steps, random_start, norm, restarts)
         if not isinstance(model, Victim):
             raise TypeError(f'RouterAttack attacks a Victim, got {type(model).__name__}')
         if not model.num_routers:
             raise ValueError('RouterAttack attacks the routers of a mixture of experts, but the model has none')
-        self.eps = eps
-        self.alpha = alpha
-        self.steps = steps
-        self.random_start = random_start
-        self.norm = ball.check_norm(norm)
-        self.restarts = ball.check_restarts(restarts, random_start)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The point with the most changed decisions that was found for each image.
@@ -93,8 +85,7 @@ class RouterAttack(Attack):
             return margins
 
         for _ in range(self.restarts):
-            # Drawn for all images, so that the start of one does not depend on the fate of others.
-            start = ball.random_start(images, self.eps, self.norm) if self.random_start else images
+            start = self._start(images)
             standing = (changed < 1).nonzero().squeeze(1)
             if not len(standing):
                 break
@@ -106,15 +97,7 @@ class RouterAttack(Attack):
                 (grad,) = torch.autograd.grad(pushed.sum(), points)
                 return grad, None
 
-            points, _ = climb(
-                gradient,
-                start[standing],
-                images[standing],
-                eps=self.eps,
-                alpha=self.alpha,
-                steps=self.steps,
-                norm=self.norm,
-            )
+            points, _ = self._climb(gradient, start[standing], images[standing])
             with torch.no_grad():
                 look(points, standing)
         return best
