@@ -193,13 +193,12 @@ class MoEBackbone(BaseBackbone):
         """
         if self.num_experts == 1:
             return self.network(x), ()
-        if self.routing == 'image':
-            x = self._fast_layout(x)
         given = route if route is None or self.routing == 'token' else as_routes(route, self.num_routers)
         with self.context.run(given, with_logits, gated) as context:
             if self.routing == 'image':
-                routing = context.route(self.router, x)
-                features = self.network(self._fast_layout(routing.sort(x)))
+                layout = self._fast_layout(x)
+                routing = context.route(self.router, x.to(memory_format=layout))
+                features = self.network(routing.sort(x).to(memory_format=layout))
                 features = _map_tensors(lambda feature: routing.unsort(feature).contiguous(), features)
             else:
                 features = self.network(x)
@@ -207,23 +206,23 @@ class MoEBackbone(BaseBackbone):
                 check_spent(route, context.taken)
             return features, context.taken
 
-    def _fast_layout(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in the memory layout that convolutions compute in fastest.
+    def _fast_layout(self, x: Tensor) -> torch.memory_format:
+        """The memory layout in which convolutions compute fastest on images (B, C, H, W).
 
         On a CPU that is channels last, from which and to which oneDNN needs no copies; one made here serves the whole
-        network. Not where weights learn: with some shapes, training in this layout was seen to end in a heap that is
-        corrupt (PyTorch 2.14 with oneDNN).
+        network. Else images stay as they are. Not where weights learn: with some shapes, training in this layout was
+        seen to end in a heap that is corrupt (PyTorch 2.14 with oneDNN).
         """
         if x.dim() != 4 or x.device.type != 'cpu':
-            return x
+            return torch.preserve_format
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            return x
-        return x.contiguous(memory_format=torch.channels_last)
+            return torch.preserve_format
+        return torch.channels_last
 
     def route_logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits of the routers: one (B, N) tensor per router. Image-level routing runs the router alone."""
         if self.routing == 'image' and self.router is not None:
-            return (self.router(self._fast_layout(x)),)
+            return (self.router(x.to(memory_format=self._fast_layout(x))),)
         return tuple(routing.logits for routing in self.forward_routed(x)[1])
 
     def decide_routes(self, x: Tensor, gated: bool = True) -> tuple[Routing, ...]:
@@ -235,7 +234,7 @@ class MoEBackbone(BaseBackbone):
                 of later ones. Defaults to True.
         """
         if self.routing == 'image' and self.router is not None:
-            return (Routing.decide(self.router(self._fast_layout(x)), gate=None),)
+            return (Routing.decide(self.router(x.to(memory_format=self._fast_layout(x))), gate=None),)
         return self.forward_routed(x, gated=gated)[1]
 
     def expert_layers(self) -> list[Union[ExpertLayer, ExpertFFN]]:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_OPS = ('_reorder_convolution_weight', '_convolution_pointwise') + (
+_OPS = (
+    '_reorder_convolution_weight',
+    '_convolution_pointwise',
     '_reorder_convolution_transpose_weight',
     '_convolution_transpose_pointwise',
 )
@@ -37,11 +39,6 @@ class HeldWeights:
     def __init__(self, layer: nn.Module) -> None:
         self._made: dict[tuple, Tensor] = {}
         self._source: tuple[int, int] | None = None
-        self._settings = dict(
-            padding=list(layer.padding) if not isinstance(layer.padding, str) else layer.padding,
-            stride=list(layer.stride),
-            dilation=list(layer.dilation),
-        )
         self._serves = (
             layer.groups == 1
             and layer.padding_mode == 'zeros'
@@ -77,7 +74,7 @@ class HeldWeights:
 
     def convolve(self, layer: nn.Module, x: Tensor, expert: int) -> Tensor:
         """One expert on its own images: (b, C_in, H, W) -> (b, C_out, H', W')."""
-        padding, stride, dilation = self._settings.values()
+        padding, stride, dilation = layer.padding, layer.stride, layer.dilation
         key = ('forward', expert, *x.shape[2:])
         if key not in self._made:
             self._made[key] = torch.ops.mkldnn._reorder_convolution_weight(
@@ -88,7 +85,7 @@ class HeldWeights:
 
     def backward(self, layer: nn.Module, grad: Tensor, size: Sequence[int], expert: int) -> Tensor:
         """The gradient of the images of one expert, (b, C_in, H, W), from that of its output."""
-        padding, stride, dilation = self._settings.values()
+        padding, stride, dilation = layer.padding, layer.stride, layer.dilation
         kernel = layer.weight.shape[2:]
         # What the convolution cut off where the stride does not fit the size.
         rest = [
