@@ -132,8 +132,9 @@ def evaluate_robustness(
 ) -> RobustnessResult:
     """Measure the accuracy of a classifier under attacks, and the worst case of each image over all of them.
 
-    A mixture of experts is always attacked by :class:`~mmadvmoe.attacks.RoutePGD` as well, because the worst case over
-    attacks that know nothing of routes can be far too high. In several processes (with a process group) each takes its
+    A mixture of experts is always attacked by :class:`~mmadvmoe.attacks.RoutePGD` as well, and with image-level routing
+    by each attack with the route held, because the worst case over attacks that know nothing of routes can be far too
+    high. In several processes (with a process group) each takes its
     share of the images, and all get the result.
 
     Args:

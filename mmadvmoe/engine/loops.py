@@ -178,8 +178,9 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         runner, dataloader, evaluator, attacks: As in :class:`RobustValLoop`.
         cascade: Whether every attack gets only the images that are right without an attack and under all attacks before
             it, as with all names in ``survivors_only``.
-        add_route_attack: Whether :class:`~mmadvmoe.attacks.RoutePGD` is put beside the attacks on a mixture of experts
-            where none of them is one.
+        add_route_attack: Whether what knows of routes is put beside the attacks on a mixture of experts; see
+            :func:`~mmadvmoe.engine.named_attacks.with_route_attack`. What it adds to an attack in ``survivors_only``
+            gets the survivors as well.
         out_dir: Folder that gets the outcome of each image as it becomes known, and in which a killed test goes on
             where it stopped; see docs/evaluation.md. None to write nothing.
         overwrite: Delete the outcomes in ``out_dir`` and begin anew, instead of going on or refusing to.
