@@ -105,31 +105,38 @@ class HeldWeights:
 class _Convolve(torch.autograd.Function):
     """A convolution by held weights, with the gradients of images and gate.
 
-    The outputs of the experts are kept, not their concatenation, so that an in-place activation may follow.
+    A convolution W is linear, so the gradient of an image's gate, its output's product with the gradient g of the
+    output, is that of the input with the gradient of the input: <g, W x> = <W^T g, x>. One product for the whole batch
+    does for all experts, and nothing is kept but the input, so that an in-place activation may follow.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor | None, held: HeldWeights, layer: nn.Module, counts: tuple[int, ...]):
-        used = [n for n, count in enumerate(counts) if count]
-        parts = [held.convolve(layer, part, n) for n, part in zip(used, x.split([counts[n] for n in used]))]
-        ctx.held, ctx.layer, ctx.used, ctx.size = held, layer, used, x.shape[2:]
-        ctx.counts = [counts[n] for n in used]
+        ctx.held, ctx.layer, ctx.size = held, layer, x.shape[2:]
+        ctx.used = [n for n, count in enumerate(counts) if count]
+        ctx.counts = [counts[n] for n in ctx.used]
         if gate is not None and ctx.needs_input_grad[1]:
-            ctx.save_for_backward(*parts)
+            ctx.save_for_backward(x)
             ctx.gate_dtype = gate.dtype
-        return torch.cat(parts) if len(parts) > 1 else parts[0].clone() if gate is not None else parts[0]
+        return _join([held.convolve(layer, part, n) for n, part in zip(ctx.used, x.split(ctx.counts))])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grads = grad.split(ctx.counts)
-        grad_x = grad_gate = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.cat([ctx.held.backward(ctx.layer, g, ctx.size, n) for g, n in zip(grads, ctx.used)])
+        grad_x = _join([ctx.held.backward(ctx.layer, g, ctx.size, n) for g, n in zip(grads, ctx.used)])
+        grad_gate = None
         if ctx.needs_input_grad[1]:
-            dots = [image_dots(g, part) for g, part in zip(grads, ctx.saved_tensors)]
-            grad_gate = torch.cat(dots).to(ctx.gate_dtype)
+            grad_gate = image_dots(grad_x, *ctx.saved_tensors)
+            if ctx.layer.bias is not None:
+                sums = grad.sum(dim=(2, 3)).split(ctx.counts)
+                grad_gate += torch.cat([part @ _expert(ctx.layer.bias, ctx.layer, n) for part, n in zip(sums, ctx.used)])
+            grad_gate = grad_gate.to(ctx.gate_dtype)
         return grad_x, grad_gate, None, None, None
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def image_dots(a: Tensor, b: Tensor) -> Tensor:
