@@ -6,7 +6,7 @@ _base_ = 'default_runtime.py'
 router_loss = [
     dict(type='TRADESLoss', beta=6.0),
     dict(type='RouterGlobalEntropyLoss', weight=20.0),
-    dict(type='RouterLocalEntropyLoss', weight=4.0),
-    dict(type='RouterKLLoss', weight=6.0),
+    dict(type='RouterLocalEntropyLoss', weight=20.0),
+    dict(type='RouterKLLoss', weight=20.0),
 ]
 custom_hooks = [dict(type='AlternatingOptimHook'), *_base_.custom_hooks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from mmengine.model import is_model_wrapper
@@ -167,10 +168,14 @@ class Victim(nn.Module):
         return full_precision(logits)
 
     @contextmanager
-    def frozen(self) -> Iterator[Victim]:
+    def frozen(self, example: Tensor | None = None) -> Iterator[Victim]:
         """Eval mode without parameter gradients inside; every flag as it was outside.
 
         Weights must stay as they are inside: expert layers prepare theirs once for all passes.
+
+        Args:
+            example (Tensor, optional): An image or more, (B, C, H, W) in [0, 1], of the size of all that are to come.
+                With it more is prepared, for a long stay: see :func:`mmadvmoe.moe.weights_held`. Defaults to None.
 
         Training flags are set module by module, past the ``train()`` methods of backbones, which
         re-apply frozen stages and would not bring back flags that someone else had set.
@@ -182,7 +187,8 @@ class Victim(nn.Module):
                 module.training = False
             for parameter, _ in parameters:
                 parameter.requires_grad_(False)
-            with weights_held(self.classifier):
+            probe = None if example is None else partial(self, example[:2])
+            with weights_held(self.classifier, probe):
                 yield self
         finally:
             for module, training in modules:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Optional
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .folded_norms import FOLDED, norms_folded
 from .held_weights import HELD, HeldWeights, image_dots
 from .routers import BaseRouter
 from .routing import RouteContext, Routing
@@ -112,9 +113,13 @@ class ExpertLayer(nn.Module):
         return routing.unsort(self._run(routing.sort(x), routing))
 
     def _run(self, x: Tensor, routing: Routing) -> Tensor:
-        weights = self.weight.chunk(self.num_experts)
+        return self._dispatch(x, routing, self.weight, self.bias)
+
+    def _dispatch(self, x: Tensor, routing: Routing, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        """Each expert on its slice of the sorted batch, with these parameters."""
+        weights = weight.chunk(self.num_experts)
         biases: Sequence[Optional[Tensor]] = (
-            self.bias.chunk(self.num_experts) if self.bias is not None else [None] * self.num_experts
+            bias.chunk(self.num_experts) if bias is not None else [None] * self.num_experts
         )
         parts = [
             self.compute(part, weights[n], biases[n])
@@ -153,11 +158,17 @@ class MoEConv2d(ExpertLayer):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def _run(self, x: Tensor, routing: Routing) -> Tensor:
+        folded = FOLDED.get(self)
+        if folded is not None and not folded.holds:
+            folded = None
         held = HELD.get(self)
-        if held is None or not held.serves(self, x):
+        if held is not None and held.serves(self, x):
+            gated = routing.gate is not None and torch.is_grad_enabled()
+            return held.run(self, x, routing.counts, routing.sort(routing.gate) if gated else None, folded)
+        if folded is None:
             return super()._run(x, routing)
-        gated = routing.gate is not None and torch.is_grad_enabled()
-        return held.run(self, x, routing.counts, routing.sort(routing.gate) if gated else None)
+        # The gate is before the norm, so what the norm adds is no part of what it weighs.
+        return self._dispatch(x, routing, folded.weight, folded.bias) + folded.shift[:, None, None]
 
 
 class MoELinear(ExpertLayer):
@@ -179,16 +190,23 @@ class MoELinear(ExpertLayer):
 
 
 @contextmanager
-def weights_held(network: nn.Module) -> Iterator[None]:
-    """Promise that no weight of a network changes inside, so that expert layers may prepare theirs once.
+def weights_held(network: nn.Module, probe: Optional[Callable[[], Any]] = None) -> Iterator[None]:
+    """Promise that no weight of a network changes inside, so that layers may prepare theirs once.
 
     What was prepared is dropped on exit. Weights that are about to get a gradient are not prepared.
+
+    Args:
+        network (nn.Module): Any network.
+        probe (Callable, optional): Runs the network once on some input, in eval mode, and returns what it gives. With
+            it, batch norms are folded into the convolutions before them, which rounds differently by some 1e-7;
+            see :func:`~mmadvmoe.moe.folded_norms.norms_folded`. Worth it for more than a few passes. Defaults to None.
     """
     layers = [module for module in network.modules() if isinstance(module, MoEConv2d) and module not in HELD]
     try:
-        for layer in layers:
-            HELD[layer] = HeldWeights(layer)
-        yield
+        with nullcontext() if probe is None else norms_folded(network, probe, MoEConv2d):
+            for layer in layers:
+                HELD[layer] = HeldWeights(layer)
+            yield
     finally:
         for layer in layers:
             HELD.pop(layer, None)

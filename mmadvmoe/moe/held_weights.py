@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .folded_norms import FoldedNorm
+
 _OPS = (
     '_reorder_convolution_weight',
     '_convolution_pointwise',
@@ -58,7 +60,14 @@ class HeldWeights:
             and not (torch.is_grad_enabled() and layer.weight.requires_grad)
         )
 
-    def run(self, layer: nn.Module, x: Tensor, counts: Sequence[int], gate: Tensor | None) -> Tensor:
+    def run(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        counts: Sequence[int],
+        gate: Tensor | None,
+        folded: FoldedNorm | None = None,
+    ) -> Tensor:
         """The output of the layer for a batch sorted by expert.
 
         Args:
@@ -66,11 +75,23 @@ class HeldWeights:
             x (Tensor): (B, C_in, H, W).
             counts (Sequence[int]): Images of each expert.
             gate (Tensor, optional): (B,), the straight-through factor in the order of ``x``.
+            folded (FoldedNorm, optional): The layer with the norm after it in its weights, to be computed in its place.
         """
-        source = layer.weight.data_ptr(), layer.weight._version
-        if source != self._source:
-            self._made, self._source = {}, source
+        source = layer if folded is None else folded
+        self._weight, self._bias = source.weight, source.bias
+        state = self._weight.data_ptr(), self._weight._version
+        if state != self._source:
+            self._made, self._source = {}, state
+        self._added = self._chunks(layer, self._bias)
+        if folded is not None:
+            if 'added' not in self._made:
+                self._made['added'] = [folded.shift if b is None else b + folded.shift for b in self._added]
+            self._added = self._made['added']
         return _Convolve.apply(x, gate, self, layer, tuple(counts))
+
+    @staticmethod
+    def _chunks(layer: nn.Module, stacked: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * layer.num_experts if stacked is None else stacked.detach().chunk(layer.num_experts)
 
     def convolve(self, layer: nn.Module, x: Tensor, expert: int) -> Tensor:
         """One expert on its own images: (b, C_in, H, W) -> (b, C_out, H', W')."""
@@ -78,10 +99,24 @@ class HeldWeights:
         key = ('forward', expert, *x.shape[2:])
         if key not in self._made:
             self._made[key] = torch.ops.mkldnn._reorder_convolution_weight(
-                _expert(layer.weight, layer, expert), padding, stride, dilation, 1, list(x.shape)
+                self._chunks(layer, self._weight)[expert], padding, stride, dilation, 1, list(x.shape)
             )
-        bias = None if layer.bias is None else _expert(layer.bias, layer, expert)
-        return torch.ops.mkldnn._convolution_pointwise(x, self._made[key], bias, padding, stride, dilation, 1, *_PLAIN)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self._made[key], self._added[expert], padding, stride, dilation, 1, *_PLAIN
+        )
+
+    def gate_of_bias(
+        self, layer: nn.Module, grad: Tensor, counts: Sequence[int], used: Sequence[int]
+    ) -> Tensor | float:
+        """What the bias has in the gradient of the gate: (B,), or 0 without a bias.
+
+        What a folded norm adds comes after the gate and is no part of it.
+        """
+        if self._bias is None:
+            return 0.0
+        biases = self._chunks(layer, self._bias)
+        sums = grad.sum(dim=(2, 3)).split(list(counts))
+        return torch.cat([part @ biases[n] for part, n in zip(sums, used)])
 
     def backward(self, layer: nn.Module, grad: Tensor, size: Sequence[int], expert: int) -> Tensor:
         """The gradient of the images of one expert, (b, C_in, H, W), from that of its output."""
@@ -95,7 +130,7 @@ class HeldWeights:
         key = ('backward', expert, *size)
         if key not in self._made:
             self._made[key] = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-                _expert(layer.weight, layer, expert), padding, rest, stride, dilation, 1, list(grad.shape)
+                self._chunks(layer, self._weight)[expert], padding, rest, stride, dilation, 1, list(grad.shape)
             )
         return torch.ops.mkldnn._convolution_transpose_pointwise(
             grad, self._made[key], None, padding, rest, stride, dilation, 1, *_PLAIN
@@ -128,9 +163,7 @@ class _Convolve(torch.autograd.Function):
         grad_gate = None
         if ctx.needs_input_grad[1]:
             grad_gate = image_dots(grad_x, *ctx.saved_tensors)
-            if ctx.layer.bias is not None:
-                sums = grad.sum(dim=(2, 3)).split(ctx.counts)
-                grad_gate += torch.cat([part @ _expert(ctx.layer.bias, ctx.layer, n) for part, n in zip(sums, ctx.used)])
+            grad_gate += ctx.held.gate_of_bias(ctx.layer, grad, ctx.counts, ctx.used)
             grad_gate = grad_gate.to(ctx.gate_dtype)
         return grad_x, grad_gate, None, None, None
 
@@ -145,7 +178,3 @@ def image_dots(a: Tensor, b: Tensor) -> Tensor:
         # Of images in channels-last layout this is a view.
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
-
-
-def _expert(stacked: Tensor, layer: nn.Module, expert: int) -> Tensor:
-    return stacked.detach().chunk(layer.num_experts)[expert]

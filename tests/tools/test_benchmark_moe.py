@@ -46,8 +46,8 @@ def test_ratios_are_taken_inside_a_round():
     seconds = {
         'dense': [1.0, 10.0],
         'router': [1.0, 10.0],
-        'dense channels last': [0.5, 20.0],
-        'router channels last': [1.0, 5.0],
+        'dense prepared': [0.5, 20.0],
+        'router prepared': [1.0, 5.0],
         'moe': [3.0, 30.0],
         'moe unheld': [4.0, 60.0],
         'masked': [6.0],

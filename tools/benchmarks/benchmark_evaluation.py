@@ -106,8 +106,8 @@ class Contest:
         return standing
 
     def run_steps(self) -> int:
-        with self.model.frozen():
-            for _, images, _ in self.batches:
+        for _, images, _ in self.batches:
+            with self.model.frozen(images):
                 for _ in range(STEPS):
                     run_attack_step(self.model, images)
         return 0

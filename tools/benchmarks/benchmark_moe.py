@@ -8,12 +8,12 @@ machine that slows down for a while changes both sides. Table and JSON give the 
 
 Weights are drawn at random; the router is set so that it spreads the images over all experts. As in an attack, models
 are in eval mode and parameters are frozen. A forward runs without gradients; an attack step is a forward and the
-gradient with respect to the images, through the router's gate too. Weights are held (``mmadvmoe.moe.weights_held``), as
-they are for the length of an attack or of an evaluation.
+gradient with respect to the images, through the router's gate too. Weights of the mixture are held and its norms folded
+(``mmadvmoe.moe.weights_held``), as they are for the length of an evaluation.
 
 Keys of a row: ``*_over_limit`` compares with the dense network and the router as they run by themselves, in PyTorch's
-default memory layout; ``*_over_best_limit`` with the faster of that and channels last, the layout that the mixture
-chooses by itself; ``*_unheld_over_limit`` is a single pass, for which nothing is prepared, over the first limit.
+default memory layout; ``*_over_best_limit`` with the faster of that and of both in channels last with folded norms, which
+is how the mixture runs; ``*_unheld_over_limit`` is a single pass, for which nothing is prepared, over the first limit.
 """
 
 import argparse
@@ -23,6 +23,8 @@ import json
 import math
 import statistics
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -146,7 +148,7 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, Tensor]:
     """Ratios round by round: over the limits, and how many times faster than the masked form."""
     times = {name: torch.tensor(values) for name, values in seconds.items()}
     limit = times['dense'] + times['router']
-    best = torch.minimum(limit, times['dense channels last'] + times['router channels last'])
+    best = torch.minimum(limit, times['dense prepared'] + times['router prepared'])
     ratios = (
         times['moe'] / limit,
         times['moe'] / best,
@@ -174,18 +176,21 @@ def benchmark(config: dict, num_experts: int, batches: Tensor, rounds: int) -> t
     dense = build_backbone(config['backbone'])
     models = {
         'dense': dense,
-        'router': moe.router,
-        'dense channels last': ChannelsLast(dense),
-        'router channels last': ChannelsLast(moe.router),
+        'router': copy.deepcopy(moe.router),
+        'dense prepared': ChannelsLast(copy.deepcopy(dense)),
+        'router prepared': ChannelsLast(copy.deepcopy(moe.router)),
         'moe': moe,
         'moe unheld': copy.deepcopy(moe),
-        'masked': load_masked_form()(moe),
+        'masked': load_masked_form()(copy.deepcopy(moe)),
     }
+    prepared = [models[name] for name in ('dense prepared', 'router prepared', 'moe')]
     loads = [load for images in batches for load in moe.forward_routed(images)[1][0].counts]
     row: dict = dict(num_experts=num_experts)
     extra: dict = dict(loads=f'{min(loads)} to {max(loads)}')
     for kind, step in (('forward', run_forward), ('attack', run_attack_step)):
-        with weights_held(moe):
+        with ExitStack() as stack:
+            for model in prepared:
+                stack.enter_context(weights_held(model, partial(model, batches[0])))
             seconds = time_rounds(models, batches, rounds, step)
         extra[f'{kind}_ms'] = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
         for name, ratios in compare(seconds).items():
