@@ -72,8 +72,8 @@ FOLDED: WeakKeyDictionary[nn.Module, FoldedNorm] = WeakKeyDictionary()
 def norms_folded(network: nn.Module, probe: Callable[[], Any], expert_layer: type[nn.Module]) -> Iterator[None]:
     """Promise that no weight of a network in eval mode changes inside, so that norms may go into its convolutions.
 
-    The network must have the same data flow in every pass. A layer with a hook keeps what it computes, so does one whose
-    parameters want a gradient, and so does all under autocast, where folding would round differently.
+    The network must have the same data flow in every pass. A layer with a hook keeps what it computes, so does one
+    whose parameters want a gradient, and so does all under autocast, where folding would round differently.
 
     Args:
         network (nn.Module): A network without folded norms, or with: those stay.

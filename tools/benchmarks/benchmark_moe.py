@@ -12,8 +12,8 @@ gradient with respect to the images, through the router's gate too. Weights of t
 (``mmadvmoe.moe.weights_held``), as they are for the length of an evaluation.
 
 Keys of a row: ``*_over_limit`` compares with the dense network and the router as they run by themselves, in PyTorch's
-default memory layout; ``*_over_best_limit`` with the faster of that and of both in channels last with folded norms, which
-is how the mixture runs; ``*_unheld_over_limit`` is a single pass, for which nothing is prepared, over the first limit.
+default memory layout; ``*_over_best_limit`` with the faster of that and of both in channels last with folded norms, as
+the mixture runs; ``*_unheld_over_limit`` is a single pass, for which nothing is prepared, over the first limit.
 """
 
 import argparse
