@@ -1,5 +1,6 @@
 """How a model is attacked."""
 
+from .apgd import APGD, APGDT
 from .autoattack import AutoAttack
 from .bound import BoundAttack, NonFiniteImagesError
 from .builder import build_attack
@@ -17,6 +18,8 @@ from .victim import Victim
 register_torchattacks()
 
 __all__ = [
+    'APGD',
+    'APGDT',
     'STANDARD_ATTACKS',
     'JSMA',
     'AutoAttack',

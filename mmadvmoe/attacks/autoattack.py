@@ -12,12 +12,16 @@ from torchattacks.attack import Attack
 from mmadvmoe.registry import ATTACKS
 
 from . import steps as ball
+from .apgd import APGD, APGDT
 from .victim import Victim
 
 VERSIONS = ('standard', 'plus', 'rand')
 
 #: The attacks of the ensembles, by the names of the original.
 PARTS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
+
+#: Those that there are in L1.
+PARTS_IN_L1 = ('apgd-ce', 'apgd-dlr', 'apgd-t')
 
 # The targeted attacks of AutoAttack try the 9 most likely wrong classes.
 _MOST_CLASSES = 10
@@ -41,9 +45,12 @@ class AutoAttack(Attack):
     the fourth, so they do not exist for few classes. With 3 classes APGD on DLR takes the place of
     targeted APGD; with 2 classes the attacks on DLR are left out.
 
+    In L1 (Croce & Hein, arXiv:2103.01208) there are the two kinds of APGD only: torchattacks has neither FAB nor Square
+    there, so no attack of this ensemble does without gradients. Hold its number against others with that in mind.
+
     Args:
         model (Victim): The attacked model.
-        norm (str): ``'Linf'`` or ``'L2'``. Defaults to ``'Linf'``.
+        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
         eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
         version (str): See above. Defaults to ``'standard'``.
         attacks_to_run (Sequence[str], optional): The attacks to run in place of a version: some of ``PARTS``, in this
@@ -55,7 +62,8 @@ class AutoAttack(Attack):
         verbose (bool): Print the progress of each attack. Defaults to False.
 
     Raises:
-        ValueError: ``norm``, ``version`` or one of ``attacks_to_run`` is unknown, or there are fewer than 2 classes.
+        ValueError: ``norm``, ``version`` or one of ``attacks_to_run`` is unknown or not there in this norm, or there
+            are fewer than 2 classes.
     """
 
     def __init__(
@@ -77,6 +85,8 @@ class AutoAttack(Attack):
         unknown = [name for name in attacks_to_run or () if name not in PARTS]
         if unknown or isinstance(attacks_to_run, str):
             raise ValueError(f'attacks_to_run={attacks_to_run!r} must be a list of some of {PARTS}')
+        if norm == 'L1' and (absent := [name for name in attacks_to_run or () if name not in PARTS_IN_L1]):
+            raise ValueError(f"attacks_to_run={absent!r} have no norm='L1'; allowed there: {PARTS_IN_L1}")
         if n_classes < 2:
             raise ValueError(f'n_classes={n_classes} must be at least 2')
         self.norm = ball.check_norm(norm)
@@ -129,41 +139,45 @@ def _ensemble(
     targets = dict(n_classes=min(n_classes, _MOST_CLASSES))
 
     def apgd(loss: str, **kwargs) -> Attack:
-        return torchattacks.APGD(model, loss=loss, steps=steps, **common, **kwargs)
+        return APGD(model, loss=loss, steps=steps, **common, **kwargs)
 
     def apgd_targeted() -> list[Attack]:
         if n_classes >= 4:
-            return [torchattacks.APGDT(model, steps=steps, **common, **targets)]
+            return [APGDT(model, steps=steps, **common, **targets)]
         return dlr() if version == 'standard' else []
 
     def dlr(**kwargs) -> list[Attack]:
         return [apgd('dlr', **kwargs)] if n_classes >= 3 else []
 
-    def fab(**kwargs) -> Attack:
-        return torchattacks.FAB(model, steps=steps, **common, **targets, **kwargs)
+    def fab(**kwargs) -> list[Attack]:
+        if common['norm'] == 'L1':
+            return []
+        return [torchattacks.FAB(model, steps=steps, **common, **targets, **kwargs)]
 
-    def square() -> Attack:
-        return torchattacks.Square(model, n_queries=n_queries, resc_schedule=False, **common)
+    def square() -> list[Attack]:
+        if common['norm'] == 'L1':
+            return []
+        return [torchattacks.Square(model, n_queries=n_queries, resc_schedule=False, **common)]
 
     if attacks_to_run is not None:
         parts = {
             'apgd-ce': lambda: [apgd('ce')],
             'apgd-dlr': dlr,
             'apgd-t': apgd_targeted,
-            'fab': lambda: [fab()],
-            'fab-t': lambda: [fab(multi_targeted=True)],
-            'square': lambda: [square()],
+            'fab': fab,
+            'fab-t': lambda: fab(multi_targeted=True),
+            'square': square,
         }
         return [attack for name in attacks_to_run for attack in parts[name]()]
     if version == 'standard':
-        return [apgd('ce'), *apgd_targeted(), fab(multi_targeted=True), square()]
+        return [apgd('ce'), *apgd_targeted(), *fab(multi_targeted=True), *square()]
     if version == 'rand':
         return [apgd('ce', eot_iter=20), *dlr(eot_iter=20)]
     return [
         apgd('ce', n_restarts=5),
         *dlr(n_restarts=5),
-        fab(n_restarts=5),
-        square(),
+        *fab(n_restarts=5),
+        *square(),
         *apgd_targeted(),
-        fab(multi_targeted=True),
+        *fab(multi_targeted=True),
     ]

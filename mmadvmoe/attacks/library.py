@@ -20,7 +20,7 @@ SOFT_LABEL_ATTACKS = frozenset(
 L2_ATTACKS = frozenset(['PGDL2', 'PGDRSL2'])
 
 #: Attacks with a choice of norms that have none for L1. FAB has the formulas, but its loop over restarts stops there.
-NO_L1 = frozenset(['APGD', 'APGDT', 'FAB', 'Square', 'AutoAttack'])
+NO_L1 = frozenset(['FAB', 'Square'])
 
 
 def attacks_a_model(cls: type) -> bool:

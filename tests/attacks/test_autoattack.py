@@ -48,12 +48,11 @@ def test_losses_that_do_not_exist_for_few_classes_are_left_out(make_tiny, num_cl
 
 @pytest.mark.parametrize('num_classes', [2, 3, 10, 100])
 @pytest.mark.parametrize('batch', [1, 7])
-@pytest.mark.parametrize('norm', ['Linf', 'L2'])
-def test_inside_the_ball_for_any_class_count_and_batch(make_tiny, num_classes, batch, norm):
+@pytest.mark.parametrize(('norm', 'order', 'eps'), [('Linf', float('inf'), 0.05), ('L2', 2, 0.5), ('L1', 1, 3.0)])
+def test_inside_the_ball_for_any_class_count_and_batch(make_tiny, num_classes, batch, norm, order, eps):
     victim, images, labels = make_tiny(num_classes, batch)
-    eps = 0.05 if norm == 'Linf' else 0.5
     adversarial = build_attack(dict(QUICK, eps=eps, norm=norm), victim)(images, labels, seed=0)
-    distance = (adversarial - images).flatten(1).norm(p=float('inf') if norm == 'Linf' else 2, dim=1)
+    distance = (adversarial - images).flatten(1).norm(p=order, dim=1)
     assert distance.max() <= eps + 1e-5
     assert 0 <= adversarial.min() and adversarial.max() <= 1
 
