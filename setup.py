@@ -40,7 +40,7 @@ def openmmlab(module: str, distribution: str = '') -> str:
 
 
 #: Libraries whose attacks run on what `load_robust_model` gives.
-INTEROP = ['foolbox>=3.3', 'adversarial-robustness-toolbox>=1.17']
+INTEROP = ['foolbox>=3.3', 'adversarial-robustness-toolbox>=1.17', 'pyautoattack>=0.2']
 
 setup(
     name='mmadvmoe',

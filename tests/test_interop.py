@@ -2,6 +2,7 @@
 
 import foolbox
 import numpy as np
+import pyautoattack
 import pytest
 import torch
 from art.attacks.evasion import ProjectedGradientDescentPyTorch
@@ -121,6 +122,30 @@ def test_three_libraries_agree_on_robust_accuracy(model: nn.Module) -> None:
     # The attack has to matter, and to leave something to agree on.
     assert clean > 80 and all(5 < accuracy < clean - 10 for accuracy in found.values())
     assert max(found.values()) - min(found.values()) <= 1.0
+
+
+def _with_the_original(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, parts: list) -> Tensor:
+    """AutoAttack by its authors, with shorter runs."""
+    attack = pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=0, version='standard')
+    attack.attacks_to_run = parts
+    for part in (attack.apgd, attack.apgd_targeted, attack.fab):
+        part.n_iter = 20
+    attack.square.n_queries = 200
+    return attack.run_standard_evaluation(images, labels, batch_size=len(images))[0]
+
+
+@pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.15), ('L2', 0.8), ('L1', 3.0)])
+def test_autoattack_finds_what_the_original_finds(model: nn.Module, norm: str, eps: float) -> None:
+    parts = ['apgd-ce', 'apgd-t', 'fab-t', 'square'][: 2 if norm == 'L1' else None]
+    images, labels = (each[:90] for each in _digits('test'))
+    ours = build_attack(dict(type='AutoAttack', norm=norm, eps=eps, steps=20, n_queries=200), model)
+    found = [
+        _accuracy(model, ours(images, labels, seed=0), labels),
+        _accuracy(model, _with_the_original(model, images, labels, norm, eps, parts), labels),
+    ]
+    assert 5 < min(found) and max(found) < _accuracy(model, images, labels) - 10
+    # Both start at random points.
+    assert abs(found[0] - found[1]) <= 3 * 100 / 90
 
 
 def test_a_loaded_model_is_a_plain_module(model: nn.Module) -> None:

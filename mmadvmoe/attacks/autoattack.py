@@ -25,6 +25,8 @@ PARTS_IN_L1 = ('apgd-ce', 'apgd-dlr', 'apgd-t')
 
 # The targeted attacks of AutoAttack try the 9 most likely wrong classes.
 _MOST_CLASSES = 10
+# In L1 they are fewer, and APGD on the cross entropy starts more often.
+_MOST_CLASSES_L1, _RESTARTS_L1 = 6, 5
 
 
 @ATTACKS.register_module()
@@ -45,8 +47,9 @@ class AutoAttack(Attack):
     the fourth, so they do not exist for few classes. With 3 classes APGD on DLR takes the place of
     targeted APGD; with 2 classes the attacks on DLR are left out.
 
-    In L1 (Croce & Hein, arXiv:2103.01208) there are the two kinds of APGD only: torchattacks has neither FAB nor Square
-    there, so no attack of this ensemble does without gradients. Hold its number against others with that in mind.
+    In L1 (Croce & Hein, arXiv:2103.01208) there are the two kinds of APGD only, with 5 restarts of the one and 5
+    targets of the other: torchattacks has neither FAB nor Square there, so no attack of this ensemble does without
+    gradients. Hold its number against others with that in mind.
 
     Args:
         model (Victim): The attacked model.
@@ -136,7 +139,7 @@ def _ensemble(
     n_queries: int,
 ) -> list[Attack]:
     """The attacks of one version, in the published order."""
-    targets = dict(n_classes=min(n_classes, _MOST_CLASSES))
+    targets = dict(n_classes=min(n_classes, _MOST_CLASSES if common['norm'] != 'L1' else _MOST_CLASSES_L1))
 
     def apgd(loss: str, **kwargs) -> Attack:
         return APGD(model, loss=loss, steps=steps, **common, **kwargs)
@@ -170,7 +173,8 @@ def _ensemble(
         }
         return [attack for name in attacks_to_run for attack in parts[name]()]
     if version == 'standard':
-        return [apgd('ce'), *apgd_targeted(), *fab(multi_targeted=True), *square()]
+        restarts = _RESTARTS_L1 if common['norm'] == 'L1' else 1
+        return [apgd('ce', n_restarts=restarts), *apgd_targeted(), *fab(multi_targeted=True), *square()]
     if version == 'rand':
         return [apgd('ce', eot_iter=20), *dlr(eot_iter=20)]
     return [

@@ -25,6 +25,13 @@ def test_published_settings_are_the_defaults(make_tiny):
     assert {part.eps for part in attack.attacks} == {0.1}
 
 
+def test_published_settings_in_l1(make_tiny):
+    victim, _, _ = make_tiny(num_classes=100)
+    apgd, targeted = build_attack(dict(type='AutoAttack', norm='L1', eps=12), victim)._attack.attacks
+    assert (apgd.loss, apgd.n_restarts, apgd.steps) == ('ce', 5, 100)
+    assert (targeted.n_target_classes, targeted.n_restarts, targeted.steps) == (5, 1, 100)
+
+
 @pytest.mark.parametrize(
     ('num_classes', 'version', 'expected'),
     [
