@@ -134,8 +134,9 @@ def _with_the_original(model: nn.Module, images: Tensor, labels: Tensor, norm: s
     return attack.run_standard_evaluation(images, labels, batch_size=len(images))[0]
 
 
-@pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.15), ('L2', 0.8), ('L1', 3.0)])
-def test_autoattack_finds_what_the_original_finds(model: nn.Module, norm: str, eps: float) -> None:
+# Both start at random points; in L1, with the longest way to go, more hangs on them in such short runs.
+@pytest.mark.parametrize(('norm', 'eps', 'apart'), [('Linf', 0.15, 3), ('L2', 0.8, 3), ('L1', 3.0, 6)])
+def test_autoattack_finds_what_the_original_finds(model: nn.Module, norm: str, eps: float, apart: int) -> None:
     parts = ['apgd-ce', 'apgd-t', 'fab-t', 'square'][: 2 if norm == 'L1' else None]
     images, labels = (each[:90] for each in _digits('test'))
     ours = build_attack(dict(type='AutoAttack', norm=norm, eps=eps, steps=20, n_queries=200), model)
@@ -144,8 +145,7 @@ def test_autoattack_finds_what_the_original_finds(model: nn.Module, norm: str, e
         _accuracy(model, _with_the_original(model, images, labels, norm, eps, parts), labels),
     ]
     assert 5 < min(found) and max(found) < _accuracy(model, images, labels) - 10
-    # Both start at random points.
-    assert abs(found[0] - found[1]) <= 3 * 100 / 90
+    assert abs(found[0] - found[1]) <= apart * 100 / 90 + 1e-3
 
 
 def test_a_loaded_model_is_a_plain_module(model: nn.Module) -> None:
