@@ -5,6 +5,7 @@ import torch
 import torchattacks
 
 from mmadvmoe.attacks import AutoAttack, build_attack
+from mmadvmoe.attacks.autoattack import PARTS
 
 QUICK = dict(type='AutoAttack', steps=3, n_queries=5)
 
@@ -121,3 +122,17 @@ def test_the_layout_of_the_images_in_memory_does_not_matter(make_tiny):
     attack = build_attack(dict(type='FAB', eps=0.1, steps=2), victim)
     channels_last = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(attack(channels_last, labels, seed=0), attack(images, labels, seed=0))
+
+
+@pytest.mark.parametrize('num_classes', [2, 3, 4, 11])
+@pytest.mark.parametrize('part', PARTS)
+def test_each_part_alone_for_any_class_count(make_tiny, part, num_classes):
+    """What does not exist for few classes leaves the images as they are; all else finds what is close by."""
+    victim, images, labels = make_tiny(num_classes, batch=16)
+    cfg = dict(type='AutoAttack', attacks_to_run=[part], eps=0.3, steps=10, n_queries=100)
+    adversarial = build_attack(cfg, victim)(images, labels, seed=0)
+    assert (adversarial - images).abs().max() <= 0.3 + 1e-6
+    fooled = (victim(adversarial).argmax(1) != labels).float().mean()
+    # With 3 classes APGD on DLR stands in for its targeted form.
+    exists = num_classes > 2 or part not in ('apgd-dlr', 'apgd-t')
+    assert fooled > 0.5 if exists else torch.equal(adversarial, images)

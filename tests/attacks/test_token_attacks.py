@@ -121,3 +121,17 @@ def test_the_training_attack_moves_the_routers(make_victim):
         return sum(F.kl_div(r.logits.log_softmax(-1), c.softmax(-1), reduction='sum').item() for c, r in pairs)
 
     assert moved(100.0) > 1.1 * moved(0.0) > 0
+
+
+def test_an_attack_of_torchattacks_holds_the_choice_of_each_token(make_victim):
+    victim = make_victim()
+    images = torch.rand(6, 3, 8, 8)
+    labels = victim(images).argmax(1)
+    route = torch.cat([routing.decisions for routing in victim.forward_routed(images)[1]], dim=1).detach()
+    assert len(route.unique(dim=0)) == len(images)
+    settings = dict(eps=EPS, alpha=ALPHA, steps=STEPS)
+    held = build_attack(dict(type='BIM', route='held', **settings), victim)(images, labels)
+    expected = by_hand(lambda points: victim.forward_routed(points, route)[0], images, labels)
+    torch.testing.assert_close(held, expected)
+    gated = build_attack(dict(type='BIM', **settings), victim)(images, labels)
+    assert not torch.allclose(gated, held)
