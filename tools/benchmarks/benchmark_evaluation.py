@@ -7,7 +7,9 @@ processor time, which a machine busy with other work disturbs less:
 - AutoAttack through the evaluation, over torchattacks' AutoAttack called on the bare model with the same batches. That
   class has 10 iterations and a rescaled schedule of Square; here it gets the published settings, so both do the same.
 - The cascade, PGD-50 first and AutoAttack on what is left standing, over the same. On a mixture of experts RoutePGD
-  runs in between, as it does in every evaluation of attacks by name.
+  runs in between.
+- On a mixture of experts with image-level routing, the cascade with each attack once more with the route held, as it
+  runs in every evaluation of attacks by name, over the same: that is AutoAttack twice.
 - PGD-50 through the evaluation, over 50 attack steps as benchmark_moe.py measures them.
 
 The evaluation includes all it does: predictions and routes before and after each attack, checks, and outcomes on disk.
@@ -42,6 +44,7 @@ CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 RATIOS = {
     'autoattack_over_bare': ('autoattack', 'bare_autoattack'),
     'cascade_over_bare': ('cascade', 'bare_autoattack'),
+    'cascade_held_over_bare': ('cascade_held', 'bare_autoattack'),
     f'pgd{STEPS}_over_steps': (f'pgd{STEPS}', 'attack_steps'),
 }
 Batch = tuple[int, Tensor, Tensor]
@@ -88,7 +91,8 @@ class Contest:
         self.bare = bare_autoattack(model, args.eps, args.iterations, args.queries)
         pgd = {f'pgd{STEPS}': standard_attack(f'pgd{STEPS}', args.eps)}
         auto = dict(type='AutoAttack', eps=args.eps, steps=args.iterations, n_queries=args.queries)
-        cascade = with_route_attack(dict(pgd, autoattack=auto), model)
+        both = with_route_attack(dict(pgd, autoattack=auto), model)
+        cascade = {name: attack for name, attack in both.items() if not name.endswith('-held')}
         self.contestants: dict[str, Callable[[], int]] = {
             'bare_autoattack': self.run_bare,
             'autoattack': lambda: self.evaluate(dict(autoattack=auto)),
@@ -96,6 +100,8 @@ class Contest:
             'attack_steps': self.run_steps,
             f'pgd{STEPS}': lambda: self.evaluate(pgd),
         }
+        if len(both) > len(cascade):
+            self.contestants['cascade_held'] = lambda: self.evaluate(both, survivors_only=list(both))
 
     def run_bare(self) -> int:
         standing = 0
@@ -127,7 +133,9 @@ class Contest:
         seconds: dict = {clock: {name: [] for name in self.contestants} for clock in CLOCKS}
         standing = {}
         for _ in range(rounds):
-            for name in ('bare_autoattack', 'autoattack', 'cascade', *PGD_REPEATS * ('attack_steps', f'pgd{STEPS}')):
+            pgd = ('attack_steps', f'pgd{STEPS}')
+            once = [name for name in self.contestants if name not in pgd]
+            for name in (*once, *PGD_REPEATS * pgd):
                 start = {clock: now() for clock, now in CLOCKS.items()}
                 standing[name] = self.contestants[name]()
                 for clock, now in CLOCKS.items():
@@ -152,7 +160,11 @@ def main() -> None:
     contest = Contest(model, ChunkSampler(dataset, args.batch_size), args)
     seconds, standing = contest.run(args.rounds)
     ratios = {
-        clock: {name: [a / b for a, b in zip(times[top], times[under])] for name, (top, under) in RATIOS.items()}
+        clock: {
+            name: [a / b for a, b in zip(times[top], times[under])]
+            for name, (top, under) in RATIOS.items()
+            if top in times
+        }
         for clock, times in seconds.items()
     }
     result = dict(
@@ -168,7 +180,7 @@ def main() -> None:
         seconds=medians(seconds),
         standing={name: count for name, count in standing.items() if name != 'attack_steps'},
     )
-    for name in RATIOS:
+    for name in result['ratios']['wall']:
         cells = []
         for clock in CLOCKS:
             rounds = ', '.join(f'{value:.3f}' for value in ratios[clock][name])
