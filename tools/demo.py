@@ -30,6 +30,8 @@ METRICS = WORK_DIR / 'metrics.json'
 PICTURE = WORK_DIR / 'adversarial_examples.png'
 #: What a trained model depends on.
 TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks', 'randomness')
+#: What `tools/train.py` adds to a data loader, as MMPretrain does.
+ADDED = ('pin_memory', 'persistent_workers', 'collate_fn')
 #: Images in the picture, and how many are attacked to choose them from.
 SHOWN, TRIED = 8, 90
 
@@ -54,13 +56,21 @@ def call(tool: str, *arguments: object) -> None:
         sys.exit(f'demo: tools/{tool} failed; what it wrote last is above and in {WORK_DIR}')
 
 
+def training_of(cfg: Config) -> dict:
+    """The settings that a trained model depends on."""
+    parts = Config({key: cfg.get(key) for key in TRAINING}).to_dict()
+    for name in ADDED:
+        parts['train_dataloader'].pop(name, None)
+    return parts
+
+
 def set_aside_other_training(cfg: Config) -> None:
     """Move the work directory away if it was made with other settings, for nothing can go on from that."""
     saved = WORK_DIR / CONFIG.name
     if not saved.is_file():
         return
     before = Config.fromfile(saved)
-    if any(before.get(key) != cfg.get(key) for key in TRAINING):
+    if training_of(before) != training_of(cfg):
         aside = WORK_DIR.with_name(f'demo_until_{time.strftime("%Y%m%d_%H%M%S")}')
         WORK_DIR.rename(aside)
         say(f'{CONFIG.name} has changed since the last demo: its results are in {aside} now')
