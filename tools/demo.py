@@ -6,6 +6,7 @@ goes on where it was when it is started again; finished, it attacks the trained 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from mmengine.config import Config
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.engine.evaluation_data import as_dataset
+from mmadvmoe.engine.launch import complete_loaders
 from mmadvmoe.engine.robust_evaluation import spread_images
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.visualization import draw_image_grid, save_png
@@ -30,8 +32,6 @@ METRICS = WORK_DIR / 'metrics.json'
 PICTURE = WORK_DIR / 'adversarial_examples.png'
 #: What a trained model depends on.
 TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks', 'randomness')
-#: What `tools/train.py` adds to a data loader, as MMPretrain does.
-ADDED = ('pin_memory', 'persistent_workers', 'collate_fn')
 #: Images in the picture, and how many are attacked to choose them from.
 SHOWN, TRIED = 8, 90
 
@@ -56,21 +56,15 @@ def call(tool: str, *arguments: object) -> None:
         sys.exit(f'demo: tools/{tool} failed; what it wrote last is above and in {WORK_DIR}')
 
 
-def training_of(cfg: Config) -> dict:
-    """The settings that a trained model depends on."""
-    parts = Config({key: cfg.get(key) for key in TRAINING}).to_dict()
-    for name in ADDED:
-        parts['train_dataloader'].pop(name, None)
-    return parts
-
-
 def set_aside_other_training(cfg: Config) -> None:
     """Move the work directory away if it was made with other settings, for nothing can go on from that."""
     saved = WORK_DIR / CONFIG.name
     if not saved.is_file():
         return
-    before = Config.fromfile(saved)
-    if training_of(before) != training_of(cfg):
+    before, now = Config.fromfile(saved), copy.deepcopy(cfg)
+    # A run writes its config down complete.
+    complete_loaders(now, ['train_dataloader'])
+    if any(before.get(key) != now.get(key) for key in TRAINING):
         aside = WORK_DIR.with_name(f'demo_until_{time.strftime("%Y%m%d_%H%M%S")}')
         WORK_DIR.rename(aside)
         say(f'{CONFIG.name} has changed since the last demo: its results are in {aside} now')

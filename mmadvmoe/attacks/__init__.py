@@ -18,9 +18,9 @@ from .victim import Victim
 register_torchattacks()
 
 __all__ = [
+    'STANDARD_ATTACKS',
     'APGD',
     'APGDT',
-    'STANDARD_ATTACKS',
     'JSMA',
     'AutoAttack',
     'BoundAttack',

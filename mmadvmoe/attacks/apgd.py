@@ -23,8 +23,8 @@ from . import steps as ball
 #: ``loss(logits, rows) -> (b,)``, to be maximised, of the images in these rows of the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-#: The radii of a run, in eps, and which share of the iterations each gets.
-_RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+#: The share of the iterations that each of the two larger radii of a run gets, 3 eps and 2 eps.
+_EARLY = 0.3
 #: After this share of the iterations step and sparsity are looked at again.
 _PERIOD = 0.04
 #: A point that has kept this share of its moved coordinates has stopped to grow sparser.
@@ -144,15 +144,11 @@ def _run(attack, loss: Loss, images: Tensor, labels: Tensor, start: Tensor, rows
             grad += torch.autograd.grad(values.sum(), points)[0]
         return values.detach(), grad, logits.detach().argmax(1) != labels
 
-    spent = 0
-    points, found = start, images
-    fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    for factor, share in _RADII:
-        last = factor == 1
-        steps = attack.steps - spent if last else int(share * attack.steps)
-        spent += steps
-        points = ball.project(points, images, factor * attack.eps, 'L1')
-        points, found, fooled = _climb(look, points, images, factor * attack.eps, steps)
+    early = int(_EARLY * attack.steps)
+    points = start
+    for radius, steps in ((3 * attack.eps, early), (2 * attack.eps, early), (attack.eps, attack.steps - 2 * early)):
+        points = ball.project(points, images, radius, 'L1')
+        points, found, fooled = _climb(look, points, images, radius, steps)
     return found, fooled
 
 

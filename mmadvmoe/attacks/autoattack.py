@@ -139,7 +139,8 @@ def _ensemble(
     n_queries: int,
 ) -> list[Attack]:
     """The attacks of one version, in the published order."""
-    targets = dict(n_classes=min(n_classes, _MOST_CLASSES if common['norm'] != 'L1' else _MOST_CLASSES_L1))
+    in_l1 = common['norm'] == 'L1'
+    targets = dict(n_classes=min(n_classes, _MOST_CLASSES_L1 if in_l1 else _MOST_CLASSES))
 
     def apgd(loss: str, **kwargs) -> Attack:
         return APGD(model, loss=loss, steps=steps, **common, **kwargs)
@@ -153,14 +154,10 @@ def _ensemble(
         return [apgd('dlr', **kwargs)] if n_classes >= 3 else []
 
     def fab(**kwargs) -> list[Attack]:
-        if common['norm'] == 'L1':
-            return []
-        return [torchattacks.FAB(model, steps=steps, **common, **targets, **kwargs)]
+        return [] if in_l1 else [torchattacks.FAB(model, steps=steps, **common, **targets, **kwargs)]
 
     def square() -> list[Attack]:
-        if common['norm'] == 'L1':
-            return []
-        return [torchattacks.Square(model, n_queries=n_queries, resc_schedule=False, **common)]
+        return [] if in_l1 else [torchattacks.Square(model, n_queries=n_queries, resc_schedule=False, **common)]
 
     if attacks_to_run is not None:
         parts = {
@@ -173,8 +170,12 @@ def _ensemble(
         }
         return [attack for name in attacks_to_run for attack in parts[name]()]
     if version == 'standard':
-        restarts = _RESTARTS_L1 if common['norm'] == 'L1' else 1
-        return [apgd('ce', n_restarts=restarts), *apgd_targeted(), *fab(multi_targeted=True), *square()]
+        return [
+            apgd('ce', n_restarts=_RESTARTS_L1 if in_l1 else 1),
+            *apgd_targeted(),
+            *fab(multi_targeted=True),
+            *square(),
+        ]
     if version == 'rand':
         return [apgd('ce', eot_iter=20), *dlr(eot_iter=20)]
     return [

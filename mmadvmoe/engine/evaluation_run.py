@@ -118,18 +118,19 @@ class RobustEvaluation:
         if self._folder is not None:
             saved = self._folder.chunk(chunk_index, place, labels, images)
         try:
-            part = evaluate_chunk(
-                self.victim,
-                self.attacks,
-                images,
-                labels,
-                chunk_index=chunk_index,
-                place=place,
-                seed=self._seed,
-                survivors_only=self._survivors_only,
-                saved=saved,
-                report=self._progress.report,
-            )
+            with self.victim.frozen(images):
+                part = evaluate_chunk(
+                    self.victim,
+                    self.attacks,
+                    images,
+                    labels,
+                    chunk_index=chunk_index,
+                    place=place,
+                    seed=self._seed,
+                    survivors_only=self._survivors_only,
+                    saved=saved,
+                    report=self._progress.report,
+                )
         except Exception:
             if self._folder is not None:
                 print_log(

@@ -91,6 +91,16 @@ def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Seque
         cfg.merge_from_dict(args.cfg_options)
     if cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    complete_loaders(cfg, loaders)
+
+
+def complete_loaders(cfg: Config, loaders: Sequence[str]) -> None:
+    """Fill in what MMPretrain's tools take as default for data loaders.
+
+    Args:
+        cfg (Config): Changed in place.
+        loaders (Sequence[str]): Data loaders to complete, such as ``'train_dataloader'``.
+    """
     for loader in _present(cfg, loaders):
         loader.setdefault('collate_fn', dict(type='default_collate'))
         # PyTorch warns when there is no GPU to pin for.

@@ -127,32 +127,31 @@ def evaluate_chunk(
         RuntimeError: If an attack fails.
     """
     outcomes = RobustOutcomes(torch.as_tensor(place), labels.cpu(), {})
-    with victim.frozen(images):
-        for name in (CLEAN, *attacks):
-            start = time.perf_counter()
-            outcome = None if saved is None else saved.read(name)
-            known = outcome is not None
-            if not known:
-                if name == CLEAN:
-                    outcome = classify(victim, images, images, CLEAN, place)
-                    _check_labels(labels, outcome.logits.shape[1], place)
-                else:
-                    outcome = _outcome(
-                        victim,
-                        attacks[name],
-                        images,
-                        labels,
-                        outcomes.worst(),
-                        name=name,
-                        place=place,
-                        seed=chunk_seed(seed, name, chunk_index),
-                        survivors_only=name in survivors_only,
-                    )
-                if saved is not None:
-                    saved.write(name, outcome)
-            outcomes = replace(outcomes, by_name={**outcomes.by_name, name: outcome})
-            if report is not None:
-                report(name, outcomes, None if known else time.perf_counter() - start)
+    for name in (CLEAN, *attacks):
+        start = time.perf_counter()
+        outcome = None if saved is None else saved.read(name)
+        known = outcome is not None
+        if not known:
+            if name == CLEAN:
+                outcome = classify(victim, images, images, CLEAN, place)
+                _check_labels(labels, outcome.logits.shape[1], place)
+            else:
+                outcome = _outcome(
+                    victim,
+                    attacks[name],
+                    images,
+                    labels,
+                    outcomes.worst(),
+                    name=name,
+                    place=place,
+                    seed=chunk_seed(seed, name, chunk_index),
+                    survivors_only=name in survivors_only,
+                )
+            if saved is not None:
+                saved.write(name, outcome)
+        outcomes = replace(outcomes, by_name={**outcomes.by_name, name: outcome})
+        if report is not None:
+            report(name, outcomes, None if known else time.perf_counter() - start)
     return outcomes
 
 

@@ -146,22 +146,19 @@ def _is_fixed(norm: nn.Module) -> bool:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts the operations that use the output of each convolution, in all and inside of norms."""
+    """Sees where the output of each convolution goes: into which norm, and whether anywhere else."""
 
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int, tuple[nn.Module, Tensor]] = {}  # with the tensor, so that its id stays its own
-        self._uses: Counter[int] = Counter()
-        self._uses_in_norm: Counter[int] = Counter()
+        self._used_elsewhere: set[int] = set()
         self._calls: Counter[nn.Module] = Counter()
         self._norm_of: dict[int, nn.Module] = {}
         self._inside: Optional[int] = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and id(value) in self._made:
-                self._uses[id(value)] += 1
-                self._uses_in_norm[id(value)] += id(value) == self._inside
+        used = {id(value) for value in tree_leaves((args, kwargs))} & self._made.keys()
+        self._used_elsewhere |= used - {self._inside}
         return func(*args, **(kwargs or {}))
 
     def leave_conv(self, conv: nn.Module, _, output: Tensor) -> None:
@@ -178,11 +175,6 @@ class _Watch(TorchDispatchMode):
         self._inside = None
 
     def found(self, result: Any) -> list[tuple[nn.Module, nn.Module]]:
-        given = {id(value) for value in tree_leaves(result)}
-        return [
-            (self._made[key][0], norm)
-            for key, norm in self._norm_of.items()
-            if self._uses[key] == self._uses_in_norm[key] > 0
-            and key not in given
-            and self._calls[self._made[key][0]] == self._calls[norm] == 1
-        ]
+        used_elsewhere = self._used_elsewhere | {id(value) for value in tree_leaves(result)}
+        pairs = [(self._made[key][0], norm) for key, norm in self._norm_of.items() if key not in used_elsewhere]
+        return [(conv, norm) for conv, norm in pairs if self._calls[conv] == self._calls[norm] == 1]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from mmadvmoe.engine.launch import complete_loaders
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,8 +24,8 @@ def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_only_results_of_another_training_are_set_aside(demo, setting: dict, kept: bool) -> None:
     saved = Config.fromfile(demo.CONFIG)
     # As a run writes down its config: with the defaults of data loaders, and where it is.
-    saved.merge_from_dict({'train_dataloader.pin_memory': False, 'train_dataloader.persistent_workers': False})
-    saved.train_dataloader.collate_fn = dict(type='default_collate')
+    complete_loaders(saved, ['train_dataloader'])
+    assert saved.train_dataloader.collate_fn == dict(type='default_collate')
     saved.work_dir, saved.resume = str(demo.WORK_DIR), True
     saved.merge_from_dict(setting)
     saved.dump(demo.WORK_DIR / demo.CONFIG.name)

@@ -132,9 +132,9 @@ class Contest:
         self.evaluate({'warm-up': standard_attack('pgd5', 0.1)})
         seconds: dict = {clock: {name: [] for name in self.contestants} for clock in CLOCKS}
         standing = {}
+        pgd = ('attack_steps', f'pgd{STEPS}')
+        once = [name for name in self.contestants if name not in pgd]
         for _ in range(rounds):
-            pgd = ('attack_steps', f'pgd{STEPS}')
-            once = [name for name in self.contestants if name not in pgd]
             for name in (*once, *PGD_REPEATS * pgd):
                 start = {clock: now() for clock, now in CLOCKS.items()}
                 standing[name] = self.contestants[name]()
