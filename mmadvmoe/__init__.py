@@ -6,9 +6,8 @@ from .version import __version__
 check_requirements()
 
 # After the check, so that a wrong environment is named instead of failing somewhere in an import.
-from . import attacks, datasets, engine, models, moe, pruning  # noqa: E402
-from .engine.safe_load import enable_safe_loading  # noqa: E402
+from . import attacks, datasets, evaluation, models, moe, pruning, runtime, training  # noqa: E402
 
-enable_safe_loading()
+runtime.enable_safe_loading()
 
-__all__ = ['__version__', 'attacks', 'datasets', 'engine', 'models', 'moe', 'pruning']
+__all__ = ['__version__', 'attacks', 'datasets', 'evaluation', 'models', 'moe', 'pruning', 'runtime', 'training']

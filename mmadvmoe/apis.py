@@ -19,13 +19,13 @@ from torch import Tensor, nn
 import mmadvmoe  # noqa: F401  # registers the components
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.engine.evaluation_data import Data, as_dataset, unit_chunks
-from mmadvmoe.engine.evaluation_run import RobustEvaluation
-from mmadvmoe.engine.named_attacks import choose_attacks, with_route_attack
-from mmadvmoe.engine.preflight import check_data
-from mmadvmoe.engine.safe_load import check_state_dict
-from mmadvmoe.engine.seeding import preserve_rng_state
 from mmadvmoe.evaluation import CLEAN, WORST, RobustOutcomes
+from mmadvmoe.evaluation.data import Data, as_dataset, unit_chunks
+from mmadvmoe.evaluation.named_attacks import choose_attacks, with_route_attack
+from mmadvmoe.evaluation.run import RobustEvaluation
+from mmadvmoe.runtime.preflight import check_data
+from mmadvmoe.runtime.safe_load import check_state_dict
+from mmadvmoe.runtime.seeding import preserve_rng_state
 
 
 def load_robust_model(
@@ -98,7 +98,7 @@ class RobustnessResult:
     """What :func:`evaluate_robustness` found.
 
     Attributes:
-        metrics: As :class:`~mmadvmoe.engine.RobustTestLoop` reports them: ``'pgd50/accuracy/top1'`` in percent, and
+        metrics: As :class:`~mmadvmoe.evaluation.RobustTestLoop` reports them: ``'pgd50/accuracy/top1'`` in percent, and
             what the routes of a mixture of experts did.
         outcomes: Logits, experts and distances of every image under every attack.
     """

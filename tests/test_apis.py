@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmadvmoe.apis import inference, load_robust_model
 from mmadvmoe.attacks import build_attack
-from mmadvmoe.engine.safe_load import CheckpointError
+from mmadvmoe.runtime.safe_load import CheckpointError
 
 MEAN, STD = [120.0, 110.0, 100.0], [60.0, 50.0, 40.0]
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import mmadvmoe  # noqa: F401
 from mmadvmoe.datasets import Digits
-from mmadvmoe.engine import check_config
-from mmadvmoe.engine.safe_load import CheckpointError
 from mmadvmoe.moe import BaseRouter
+from mmadvmoe.runtime import check_config
+from mmadvmoe.runtime.safe_load import CheckpointError
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FGSM = dict(type='FGSM', eps=0.2)

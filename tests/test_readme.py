@@ -13,8 +13,8 @@ from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from mmadvmoe.engine.preflight import check_config
 from mmadvmoe.moe import split_parameters
+from mmadvmoe.runtime.preflight import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')

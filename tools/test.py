@@ -11,15 +11,15 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
 from mmadvmoe.attacks import STANDARD_ATTACKS
-from mmadvmoe.engine.dist import finish_distributed, prepare_distributed
-from mmadvmoe.engine.launch import (
+from mmadvmoe.evaluation.named_attacks import choose_attacks
+from mmadvmoe.runtime.dist import finish_distributed, prepare_distributed
+from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
     load_config,
     merge_common_arguments,
 )
-from mmadvmoe.engine.named_attacks import choose_attacks
 
 OUT_SUFFIXES = {
     'pred': ('.pkl', '.pickle'),

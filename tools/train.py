@@ -4,8 +4,8 @@ import argparse
 
 from mmengine.config import Config
 
-from mmadvmoe.engine.dist import finish_distributed, prepare_distributed
-from mmadvmoe.engine.launch import (
+from mmadvmoe.runtime.dist import finish_distributed, prepare_distributed
+from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
@@ -13,7 +13,7 @@ from mmadvmoe.engine.launch import (
     load_config,
     merge_common_arguments,
 )
-from mmadvmoe.engine.preflight import check_config
+from mmadvmoe.runtime.preflight import check_config
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 import torchattacks
 from torch import Tensor
 
+from mmadvmoe.attacks import steps as ball
 from mmadvmoe.registry import ATTACKS
-
-from . import steps as ball
 
 #: ``loss(logits, rows) -> (b,)``, to be maximised, of the images in these rows of the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -9,9 +9,9 @@ import torchattacks
 from torch import Tensor
 from torchattacks.attack import Attack
 
+from mmadvmoe.attacks import steps as ball
 from mmadvmoe.registry import ATTACKS
 
-from . import steps as ball
 from .apgd import APGD, APGDT
 from .victim import Victim
 

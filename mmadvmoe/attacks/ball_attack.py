@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from . import steps as ball
+from mmadvmoe.attacks import steps as ball
+
 from .climb import Objective, climb
 
 

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import steps as ball
+from mmadvmoe.attacks import steps as ball
 
 #: ``objective(points, rows) -> (gradient, arrived)``; see :func:`climb`.
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Optional[Tensor]]]

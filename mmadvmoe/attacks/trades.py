@@ -7,9 +7,9 @@ from mmengine.dist import get_rank, get_world_size
 from torch import Tensor
 from torchattacks.attack import Attack
 
+from mmadvmoe.attacks import steps as ball
 from mmadvmoe.registry import ATTACKS
 
-from . import steps as ball
 from .climb import climb
 from .kl import kl_divergence
 from .victim import Victim

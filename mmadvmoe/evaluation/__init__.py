@@ -1,7 +1,8 @@
-"""Outcomes of robust evaluation and the metrics made of them."""
+"""Robust evaluation: named attacks on every image of a data set, and the metrics made of the outcomes."""
 
 from .examples import Examples, attack_examples
 from .folder import OutcomeFolder, SavedChunk, SavedEvaluation, read_evaluation
+from .loops import RobustTestLoop, RobustValLoop
 from .outcomes import (
     CLEAN,
     NORMS,
@@ -22,6 +23,8 @@ __all__ = [
     'Outcome',
     'OutcomeFolder',
     'RobustOutcomes',
+    'RobustTestLoop',
+    'RobustValLoop',
     'SavedChunk',
     'SavedEvaluation',
     'as_data_samples',

@@ -15,7 +15,7 @@ import mmengine
 import torch
 from torch import Tensor
 
-from mmadvmoe.atomic import PARTIAL, write_atomically
+from mmadvmoe.runtime.atomic import PARTIAL, write_atomically
 
 from .outcomes import CLEAN, NORMS, Outcome, RobustOutcomes
 

@@ -10,6 +10,9 @@ from mmengine.model import BaseModule
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+#: The two parameter groups: the experts θ and the router ψ.
+GROUPS = ('experts', 'router')
+
 
 class BaseRouter(BaseModule):
     """Base of everything that decides routes.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mmadvmoe.evaluation.cost import flop_analyzer
+from mmadvmoe.cost import flop_analyzer
 
 from .channels import ChannelGroup
 

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from mmadvmoe.evaluation.cost import count_cost
+from mmadvmoe.cost import count_cost
 from mmadvmoe.models import RobustClassifier
 
 from .budget import fit_channels

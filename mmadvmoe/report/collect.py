@@ -12,14 +12,14 @@ from typing import Any, Optional
 from mmengine.config import Config
 
 from mmadvmoe.apis import load_robust_model
-from mmadvmoe.atomic import write_atomically
 from mmadvmoe.attacks import RoutePGD, Victim, build_attack
-from mmadvmoe.engine.evaluation_data import as_dataset
-from mmadvmoe.engine.launch import check_checkpoint, load_config
-from mmadvmoe.engine.robust_evaluation import spread_images
+from mmadvmoe.cost import count_cost
 from mmadvmoe.evaluation import attack_examples
-from mmadvmoe.evaluation.cost import count_cost
+from mmadvmoe.evaluation.data import as_dataset
+from mmadvmoe.evaluation.robust_evaluation import spread_images
 from mmadvmoe.registry import ATTACKS
+from mmadvmoe.runtime.atomic import write_atomically
+from mmadvmoe.runtime.launch import check_checkpoint, load_config
 
 from .results import MODEL, PARTS, TRAINING
 from .saved_examples import SavedExamples, patch_choices, save_examples

@@ -38,7 +38,7 @@ class ModelResults:
     Attributes:
         name: What the model is called.
         model: Content of ``model.json``.
-        metrics: Metrics of robust evaluation, as :class:`~mmadvmoe.engine.RobustTestLoop` names them.
+        metrics: Metrics of robust evaluation, as :class:`~mmadvmoe.evaluation.RobustTestLoop` names them.
         run: Settings and versions of that evaluation.
         dissection, soundness: Content of these files.
         examples: Attacked images.

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmadvmoe.atomic import write_atomically
 from mmadvmoe.attacks import Victim
 from mmadvmoe.evaluation import Examples
+from mmadvmoe.runtime.atomic import write_atomically
 
 _PLAIN = tuple(field.name for field in fields(Examples))
 

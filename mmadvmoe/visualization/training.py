@@ -24,8 +24,8 @@ def draw_training(scalars: Mapping[str, Points]) -> dict[str, Figure]:
 
     Args:
         scalars (Mapping): The points ``(iteration, value)`` of each scalar, under the names that
-            :class:`~mmadvmoe.models.RobustClassifier`, :class:`~mmadvmoe.engine.RobustValLoop`,
-            :class:`~mmadvmoe.engine.RouterHealthHook` and MMEngine's logger give them.
+            :class:`~mmadvmoe.models.RobustClassifier`, :class:`~mmadvmoe.evaluation.RobustValLoop`,
+            :class:`~mmadvmoe.training.RouterHealthHook` and MMEngine's logger give them.
 
     Returns:
         dict: The figures under their names, of a run in turns ``losses_experts``, ``losses_router``,

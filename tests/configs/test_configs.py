@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import MODELS
 
-from mmadvmoe.evaluation.cost import input_shape_of
+from mmadvmoe.cost import input_shape_of
 from mmadvmoe.moe import split_parameters
 
 ROOT = Path(__file__).parents[2] / 'configs'

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmadvmoe.atomic import PARTIAL, write_atomically
 from mmadvmoe.evaluation import Outcome, OutcomeFolder, RobustOutcomes, SavedChunk, read_evaluation
+from mmadvmoe.runtime.atomic import PARTIAL, write_atomically
 
 RUN = dict(format=1, settings=dict(attacks=dict(a={}, b={}), seed=0), versions=dict(torch='2'), machine=dict(threads=1))
 

@@ -8,7 +8,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 import mmadvmoe  # noqa: F401
-from mmadvmoe.evaluation.cost import count_cost
+from mmadvmoe.cost import count_cost
 from mmadvmoe.pruning import find_channel_groups, fit_channels, remove_channels
 
 init_default_scope('mmpretrain')

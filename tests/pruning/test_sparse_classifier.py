@@ -10,7 +10,7 @@ from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import MODELS
 
 import mmadvmoe  # noqa: F401
-from mmadvmoe.evaluation.cost import count_cost
+from mmadvmoe.cost import count_cost
 
 init_default_scope('mmpretrain')
 SCORES = 'configs/baselines/at_sparse_resnet18_digits_scores.py'

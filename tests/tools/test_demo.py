@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmadvmoe.engine.launch import complete_loaders
+from mmadvmoe.runtime.launch import complete_loaders
 
 ROOT = Path(__file__).parents[2]
 

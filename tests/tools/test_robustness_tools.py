@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmpretrain.registry import MODELS
 
 import mmadvmoe  # noqa: F401
-from mmadvmoe.analysis import write_json
+from mmadvmoe.diagnosis.subject import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / 'tools' / 'analysis_tools'

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmpretrain.registry import MODELS
 
 import mmadvmoe  # noqa: F401
-from mmadvmoe.engine.safe_load import CheckpointError
+from mmadvmoe.runtime.safe_load import CheckpointError
 
 TOOL = Path(__file__).parents[2] / 'tools/test.py'
 CONFIG = """

@@ -13,12 +13,12 @@ import textwrap
 import time
 from dataclasses import asdict
 
-from mmadvmoe.analysis import add_arguments, check_arguments, load_subject, write_json
 from mmadvmoe.apis import load_robust_model
-from mmadvmoe.engine.launch import check_checkpoint, load_config
-from mmadvmoe.evaluation.dissection_tables import threat_text
-from mmadvmoe.evaluation.soundness import curves, measure, ra_of_each
-from mmadvmoe.evaluation.soundness_checks import WARN, judge
+from mmadvmoe.diagnosis.dissection_tables import threat_text
+from mmadvmoe.diagnosis.soundness import curves, measure, ra_of_each
+from mmadvmoe.diagnosis.soundness_checks import WARN, judge
+from mmadvmoe.diagnosis.subject import add_arguments, check_arguments, load_subject, write_json
+from mmadvmoe.runtime.launch import check_checkpoint, load_config
 
 
 def parse_args() -> argparse.Namespace:

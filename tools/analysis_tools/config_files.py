@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Optional, Union
 
 from mmengine.config import Config
 
 import mmadvmoe  # noqa: F401
-from mmadvmoe.evaluation.cost import Cost, count_cost, input_shape_of
+from mmadvmoe.cost import Cost, count_cost, input_shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs'
@@ -23,6 +25,8 @@ DATA_SETS = {
 }
 #: What in the config of a model changes nothing of its network.
 _TRAINING = ('data_preprocessor', 'robust_loss', 'router_loss', 'stage')
+#: What the name of a config begins with: the method. The rest names network, data set and variant.
+_METHOD = re.compile(r'^(?:advmoe|(?:at|plain)(?:_(?:dense|sdense|sparse|moe))?)_')
 _counted: dict[str, Cost] = {}
 
 
@@ -50,6 +54,30 @@ def cost_of(cfg: Config) -> Cost:
     if key not in _counted:
         _counted[key] = count_cost(cfg)
     return _counted[key]
+
+
+def find_dense_config(path: Union[str, Path]) -> Optional[Path]:
+    """The config of the dense network that belongs to a config, by their names.
+
+    ``advmoe_<network>_<dataset>_<variant>.py``, ``baselines/at_moe_<network>_<dataset>.py`` and the like belong to
+    ``baselines/at_dense_<network>_<dataset>.py``. ``-moe`` behind a network says that it has experts, and is left out.
+
+    Args:
+        path (str or Path): A config file.
+
+    Returns:
+        Path or None: The file, if it exists.
+    """
+    path = Path(path)
+    network, *others = _METHOD.sub('', path.stem).split('_')
+    words = [network.removesuffix('-moe'), *others]
+    for folder in (path.parent, path.parent / 'baselines', path.parent.parent / 'baselines'):
+        # Whatever follows network and data set names a variant of the method.
+        for end in range(len(words), 1, -1):
+            dense = folder / f'at_dense_{"_".join(words[:end])}.py'
+            if dense.is_file():
+                return dense
+    return None
 
 
 def write(texts: Mapping[Path, str], check: bool) -> None:

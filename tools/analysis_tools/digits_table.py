@@ -122,7 +122,7 @@ def cost_of(config: Path) -> dict:
     # Slow to import, and not needed to print the table.
     from mmengine.config import Config
 
-    from mmadvmoe.evaluation.cost import count_cost
+    from mmadvmoe.cost import count_cost
 
     with LOCK:
         return asdict(count_cost(Config.fromfile(config)))

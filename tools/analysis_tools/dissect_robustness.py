@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from mmadvmoe.analysis import add_arguments, check_arguments, load_subject, write_json
-from mmadvmoe.evaluation.dissection import dissect
-from mmadvmoe.evaluation.dissection_summary import summarize
-from mmadvmoe.evaluation.dissection_tables import dissection_tables
+from mmadvmoe.diagnosis.dissection import dissect
+from mmadvmoe.diagnosis.dissection_summary import summarize
+from mmadvmoe.diagnosis.dissection_tables import dissection_tables
+from mmadvmoe.diagnosis.subject import add_arguments, check_arguments, load_subject, write_json
 
 
 def parse_args() -> argparse.Namespace:

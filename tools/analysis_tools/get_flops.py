@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
+from config_files import find_dense_config
 from mmengine.registry import init_default_scope
 
 import mmadvmoe  # noqa: F401
-from mmadvmoe.engine.launch import load_config
-from mmadvmoe.evaluation.cost import Cost, count_cost, find_dense_config, input_shape_of
+from mmadvmoe.cost import Cost, count_cost, input_shape_of
+from mmadvmoe.runtime.launch import load_config
 
 
 def parse_args() -> argparse.Namespace:

@@ -33,9 +33,9 @@ from torch import Tensor
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, standard_attack
 from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.engine.evaluation_data import as_dataset, unit_chunks
-from mmadvmoe.engine.evaluation_run import RobustEvaluation
-from mmadvmoe.engine.named_attacks import with_route_attack
+from mmadvmoe.evaluation.data import as_dataset, unit_chunks
+from mmadvmoe.evaluation.named_attacks import with_route_attack
+from mmadvmoe.evaluation.run import RobustEvaluation
 
 STEPS = 50
 PGD_REPEATS = 3  # It takes so much less time than AutoAttack that a round has room for several.

@@ -11,8 +11,8 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from mmadvmoe.engine.launch import check_checkpoint, load_config
-from mmadvmoe.engine.safe_load import load_from_local
+from mmadvmoe.runtime.launch import check_checkpoint, load_config
+from mmadvmoe.runtime.safe_load import load_from_local
 from mmadvmoe.version import __version__
 
 #: For each network: a tensor that tells it, and how its names are replaced by ours. Names of the backbone get its

@@ -1,0 +1,1 @@
+"""Who fails under attack, and whether to believe the numbers."""

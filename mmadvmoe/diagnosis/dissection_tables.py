@@ -1,0 +1,125 @@
+"""A dissection as tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+#: The attacks in words.
+ATTACKS = dict(
+    gate='whole model, PGD through the gate',
+    route_pgd='whole model, RoutePGD',
+    end_to_end='whole model, worse of both',
+    router='router alone',
+    experts='experts alone, route frozen',
+    experts_free='the same images, route free',
+)
+#: The loads that tables show; the others are in the file.
+_LOADS = dict(clean='clean', end_to_end='attacked', router='router attacked')
+#: Of more experts than this, tables show the busiest one.
+_MOST_EXPERTS = 4
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be; the first one flush left, the others flush right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = [
+        '  '.join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+        ).rstrip()
+        for line in lines
+    ]
+    return '\n'.join([text[0], '-' * max(map(len, text)), *text[1:]])
+
+
+def threat_text(report: Mapping) -> str:
+    """The threat model in one line."""
+    threat = report['threat_model']
+    return (
+        f'{threat["norm"]} ball of eps {threat["eps"]:.4g}, {threat["steps"]} steps of {threat["alpha"]:.4g}, '
+        f'{report["num_images"]} test images'
+    )
+
+
+def dissection_tables(report: Mapping) -> str:
+    """All tables of a dissection.
+
+    Args:
+        report: As :func:`~mmadvmoe.diagnosis.dissection_summary.summarize` gives it, with the header of the tool.
+    """
+    parts = [f'{report["config"]}: {threat_text(report)}\nSA {report["sa"]:.1f} %', _attacks(report)]
+    if report['routing'] is None:
+        parts.append('This model is dense: it has no routers and experts to attack apart, so this is all there is.')
+        return '\n\n'.join(parts)
+    return '\n\n'.join([*parts, _failures(report), _experts(report), _loads(report), _layers(report)])
+
+
+def _attacks(report: Mapping) -> str:
+    is_moe = report['routing'] is not None
+    header = ['attack on', 'RA %', 'kept/kept', 'kept/flipped', 'changed/kept', 'changed/flipped', 'routes changed %']
+    rows = []
+    for name, found in report['attacks'].items():
+        table = found['table']
+        cells = [str(table[route][prediction]) for route in table for prediction in table[route]]
+        words = ATTACKS[name] if is_moe else 'whole model, PGD'
+        rows.append([words, f'{found["ra"]:.1f}', *cells, f'{100 * found["route_changed"]:.1f}'])
+        if len(report['routers']) > 1:
+            rows[-1].append(f'{100 * found["decisions_changed"]:.1f}')
+    if len(report['routers']) > 1:
+        header.append('decisions changed %')
+    if not is_moe:
+        return text_table([*header[:2], 'stand', 'fall'], [row[:4] for row in rows])
+    counted = 'Attacks. Counts: route/prediction, of the images that are right without an attack'
+    return f'{counted}\n{text_table(header, rows)}'
+
+
+def _failures(report: Mapping) -> str:
+    failures = report['failures']
+    total = max(sum(failures.values()), 1)
+    words = dict(
+        standing='stand end to end',
+        experts='fall with the route kept: the experts fail',
+        router='fall only with another route: the router fails',
+    )
+    rows = [[words[key], str(count), f'{100 * count / total:.1f}'] for key, count in failures.items()]
+    return f'Who fails, of the images that are right without an attack\n{text_table(["images", "count", "%"], rows)}'
+
+
+def _experts(report: Mapping) -> str:
+    rows = [[f'expert {each["expert"]}', f'{each["sa"]:.1f}', f'{each["ra"]:.1f}'] for each in report['experts']]
+    best = report['best_expert']
+    rows.append(['best expert of each image', f'{best["sa"]:.1f}', f'{best["ra"]:.1f}'])
+    return f'Each expert on all images, attacked as a network of its own\n{text_table(["", "SA %", "RA %"], rows)}'
+
+
+def _loads(report: Mapping) -> str:
+    """Share of each expert per class, without an attack and under two."""
+    rows = []
+    for c, name in enumerate(report['class_names']):
+        loads = [report['load'][key]['per_class'][c] for key in _LOADS]
+        if None not in loads:
+            rows.append([name, *_cells(loads)])
+    table = text_table(['class', *_columns(report, _LOADS)], rows)
+    return f'Load of the experts per class, in % of the decisions\n{table}'
+
+
+def _layers(report: Mapping) -> str:
+    """Share of each expert per router."""
+    loads = zip(*(report['load'][key]['per_layer'] for key in _LOADS))
+    rows = [[name, *_cells(of_router)] for name, of_router in zip(report['routers'], loads)]
+    table = text_table(['router', *_columns(report, _LOADS)], rows)
+    return f'Load of the experts per router, in % of the decisions\n{table}'
+
+
+def _columns(report: Mapping, loads: Mapping[str, str]) -> list[str]:
+    experts = range(report['num_experts'])
+    if len(experts) > _MOST_EXPERTS:
+        return [f'{words}: busiest' for words in loads.values()]
+    return [f'{words}: {n}' if n == 0 else str(n) for words in loads.values() for n in experts]
+
+
+def _cells(loads: Sequence[Sequence[float]]) -> list[str]:
+    """The share of each expert; or, of many experts, the busiest one and its share."""
+    if len(loads[0]) <= _MOST_EXPERTS:
+        return [f'{100 * share:.0f}' for shares in loads for share in shares]
+    return [f'{shares.index(max(shares))} ({100 * max(shares):.0f})' for shares in loads]

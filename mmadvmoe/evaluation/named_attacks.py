@@ -1,0 +1,258 @@
+"""The attacks of an evaluation under their names."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Optional
+
+from mmengine.logging import print_log
+
+from mmadvmoe.attacks import (
+    STANDARD_ATTACKS,
+    RoutePGD,
+    Victim,
+    attack_norm,
+    build_attack,
+    is_standard_attack,
+    standard_attack,
+)
+from mmadvmoe.registry import ATTACKS
+
+from .outcomes import CLEAN, WORST
+from .robust_evaluation import Attack
+
+# Largest distance of two images in [0, 1] with n values.
+_DIAMETERS = {'L2': math.sqrt, 'L1': float}
+
+
+def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, Attack]:
+    """Build named attacks, and warn where they cannot judge an MoE.
+
+    Args:
+        attacks: Config of each attack under the name that its metrics get.
+        victim: The model as the attacks see it.
+        key: Config key of ``attacks``, for errors.
+
+    Raises:
+        TypeError: If ``attacks`` does not map names to configs.
+        ValueError: If there is no attack, or a name cannot be the prefix of a metric.
+    """
+    _check_configs(attacks, key)
+    built = {name: build_attack(cfg, victim) for name, cfg in attacks.items()}
+    if victim.num_routers and not any(moves_routes(cfg) for cfg in attacks.values()):
+        print_log(
+            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: '
+            f'{WORST}/ is only an upper bound of its robust accuracy, and can be far too high. '
+            "Add dict(type='RoutePGD', ...).",
+            logger='current',
+            level=logging.WARNING,
+        )
+    return built
+
+
+def _check_configs(attacks: Mapping[str, Mapping], key: str) -> None:
+    if not isinstance(attacks, Mapping):
+        raise TypeError(
+            f"{key} must map names to attack configs, such as dict(pgd10=dict(type='PGD', "
+            f'eps=8 / 255, alpha=2 / 255, steps=10)), but got {attacks!r}.'
+        )
+    if not attacks:
+        raise ValueError(
+            f"{key} holds no attack. To measure accuracy without attacks, use MMEngine's loop "
+            "(dict(type='ValLoop') or dict(type='TestLoop'))."
+        )
+    for name, cfg in attacks.items():
+        if name in (CLEAN, WORST) or not name or '/' in name:
+            raise ValueError(
+                f'{key}: an attack cannot be called {name!r}. Its metrics are logged as '
+                f"'<name>/accuracy/top1', so the name must not be empty nor contain '/'; "
+                f'{CLEAN!r} and {WORST!r} are taken by the loop.'
+            )
+        if not isinstance(cfg, Mapping) or 'type' not in cfg:
+            raise TypeError(f'{key}.{name} must be the config of an attack, a dict with a type, but got {cfg!r}.')
+
+
+def check_groups(
+    attacks: Collection[str], survivors_only: Sequence[str], worst_of: Mapping[str, Sequence[str]], mode: str
+) -> None:
+    """Check that the settings which refer to attacks name attacks.
+
+    Args:
+        attacks: The names of the attacks.
+        survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
+        mode: ``'val'`` or ``'test'``, for errors.
+
+    Raises:
+        TypeError: If attacks are not given as a list of names.
+        ValueError: If there is no such attack, or a group has a name that is taken.
+    """
+    keys = {f'{mode}_cfg.survivors_only': survivors_only}
+    for group, members in worst_of.items():
+        key = f'{mode}_cfg.worst_of.{group}'
+        if group in (CLEAN, WORST, *attacks) or not group or '/' in group:
+            raise ValueError(
+                f"{key}: the worst case over some attacks needs a name of its own without '/'; taken are "
+                f'{", ".join((CLEAN, WORST, *attacks))}.'
+            )
+        keys[key] = members
+    for key, names in keys.items():
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f'{key} must be a list of names of attacks, but got {names!r}.')
+        for name in names:
+            if name not in attacks:
+                near = get_close_matches(str(name), attacks, n=1)
+                hint = f' (did you mean {near[0]!r}?)' if near else ''
+                raise ValueError(f'{key}: there is no attack {name!r}{hint}; allowed: {", ".join(attacks)}.')
+
+
+def moves_routes(cfg: Mapping) -> bool:
+    """Whether the config is that of an attack that knows of the routes of a mixture of experts."""
+    kind = _attack_class(cfg)
+    return isinstance(kind, type) and issubclass(kind, RoutePGD)
+
+
+def _attack_class(cfg: Mapping) -> Optional[type]:
+    return ATTACKS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+
+
+def choose_attacks(
+    names: Sequence[str],
+    known: Mapping[str, Mapping] | None = None,
+    eps: Optional[float] = None,
+    norm: Optional[str] = None,
+) -> dict[str, dict]:
+    """Configs of attacks by name: those of a config, and the standard ones.
+
+    Args:
+        names: The names, in the order in which they are to run.
+        known: Configs of attacks under their names. One whose norm is not ``norm`` is not taken.
+        eps: Radius; of a known attack it takes the place of its own, and the step size goes with it. Defaults to
+            that of the known attacks.
+        norm: Norm of the ball. Defaults to that of the known attacks, or else ``'Linf'``.
+
+    Raises:
+        TypeError: ``names`` is not a list of names.
+        ValueError: A name is neither known nor standard or occurs twice, or the known attacks have no radius in common
+            and ``eps`` is not given.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'attacks={names!r} must be a list of names, or map names to configs of attacks')
+    known = {name: dict(cfg) for name, cfg in (known or {}).items()}
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f'attacks={list(names)} names {", ".join(twice)} more than once')
+    chosen = {}
+    for name in names:
+        cfg = known.get(name)
+        if cfg is not None and norm in (None, attack_norm(cfg)):
+            chosen[name] = cfg if eps is None else _with_radius(cfg, eps)
+        elif is_standard_attack(name):
+            chosen[name] = standard_attack(name, *_common_ball(name, known, eps, norm))
+        else:
+            allowed = ', '.join((*known, *(each for each in STANDARD_ATTACKS if each not in known)))
+            raise ValueError(
+                f'there is no attack {name!r}' + (f' in norm {norm}' if cfg else '') + f'; allowed: {allowed}'
+            )
+    return chosen
+
+
+def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str = 'attacks') -> dict[str, dict]:
+    """Put what knows of routes beside attacks on a mixture of experts: ``RoutePGD``, and each with the route held.
+
+    ``RoutePGD`` with 50 steps is added where there is none. It comes after the first attack, because a cascade is fast
+    when what fools most images for its price comes early. Its radius is the largest of the attacks; of attacks in
+    several norms, each gets its own. With image-level routing each attack ``<name>`` is followed by ``<name>-held``,
+    the same with ``route='held'``; with a route for each layer or token, nearly every image has a route of its own and
+    would have to be attacked by itself, so there the held route is left to ``RoutePGD``.
+
+    Args:
+        attacks: Configs of the attacks.
+        victim: The attacked model; nothing is added for one without routers.
+        key: Config key of ``attacks``, for errors.
+
+    Raises:
+        TypeError, ValueError: As :func:`build_attacks`.
+    """
+    _check_configs(attacks, key)
+    attacks = {name: dict(cfg) for name, cfg in attacks.items()}
+    if not victim.num_routers:
+        return attacks
+    if getattr(victim.classifier.backbone, 'routing', None) == 'image':
+        attacks = _with_held_routes(attacks)
+    if any(moves_routes(cfg) for cfg in attacks.values()):
+        return attacks
+    radii: dict[str, float] = {}
+    for cfg in attacks.values():
+        # Built, it knows the default as well.
+        eps = build_attack(cfg, victim).eps
+        if eps is not None:
+            radii[attack_norm(cfg)] = max(eps, radii.get(attack_norm(cfg), 0.0))
+    name = 'routepgd50'
+    added = {
+        name if len(radii) == 1 else f'{name}-{norm.lower()}': standard_attack(name, eps, norm)
+        for norm, eps in radii.items()
+    }
+    first, *others = attacks
+    return {first: attacks[first], **added, **{other: attacks[other] for other in others}}
+
+
+def _with_held_routes(attacks: Mapping[str, dict]) -> dict[str, dict]:
+    """Each attack that does not choose routes by itself, followed by the same with the route held."""
+    both = {}
+    for name, cfg in attacks.items():
+        both[name] = cfg
+        if 'route' not in cfg and not getattr(_attack_class(cfg), 'own_routes', False):
+            both[held_name(name)] = dict(cfg, route='held')
+    return both
+
+
+def held_name(name: str) -> str:
+    """The name of an attack with the route held, beside the attack ``name``."""
+    return f'{name}-held'
+
+
+def check_radii(attacks: Mapping[str, Mapping], num_values: int) -> None:
+    """Check that no ball is larger than the space of images.
+
+    Args:
+        attacks: Configs of the attacks. Those in the L-inf norm are checked when they are built.
+        num_values: Values in one image, C·H·W.
+
+    Raises:
+        ValueError: A radius is larger than the distance of any two images in [0, 1].
+    """
+    for name, cfg in attacks.items():
+        norm, eps = attack_norm(cfg), cfg.get('eps')
+        if eps is not None and norm in _DIAMETERS and eps > _DIAMETERS[norm](num_values):
+            raise ValueError(
+                f'attack {name!r}: eps={eps!r} in the norm {norm} is larger than the distance of any two images in '
+                f'[0, 1] ({_DIAMETERS[norm](num_values):.4g}); if it is in units of 0..255, write eps={eps:g} / 255'
+            )
+
+
+def _with_radius(cfg: dict, eps: float) -> dict:
+    kind = _attack_class(cfg)
+    # What is no attack is told when it is built.
+    if kind is None or 'eps' not in inspect.signature(kind).parameters:
+        return cfg
+    scaled = {'alpha': cfg['alpha'] * eps / cfg['eps']} if 'alpha' in cfg and cfg.get('eps') else {}
+    return cfg | {'eps': eps} | scaled
+
+
+def _common_ball(name: str, known: Mapping[str, dict], eps: Optional[float], norm: Optional[str]) -> tuple[float, str]:
+    """Radius and norm of a standard attack."""
+    balls = {(cfg['eps'], attack_norm(cfg)) for cfg in known.values() if cfg.get('eps') is not None}
+    norms = {each for _, each in balls}
+    if norm is None:
+        norm = norms.pop() if len(norms) == 1 else 'Linf'
+    if eps is None:
+        radii = {radius for radius, of in balls if of == norm}
+        if len(radii) != 1:
+            found = f'the attacks of the config have {sorted(radii)}' if radii else 'no attack of the config has one'
+            raise ValueError(f'attack {name!r} needs a radius in norm {norm} (eps, or --eps): {found}')
+        (eps,) = radii
+    return eps, norm

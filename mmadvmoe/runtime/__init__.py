@@ -1,0 +1,17 @@
+"""What MMEngine lacks: safe loading, whole checkpoints, exact resuming, launching, and checks before long work."""
+
+from .checkpoint_hook import SafeCheckpointHook
+from .preflight import PreflightHook, check_config
+from .resume_hook import ExactResumeHook
+from .safe_load import CheckpointError, enable_safe_loading
+from .seeding import seed_worker
+
+__all__ = [
+    'CheckpointError',
+    'ExactResumeHook',
+    'PreflightHook',
+    'SafeCheckpointHook',
+    'check_config',
+    'enable_safe_loading',
+    'seed_worker',
+]

@@ -1,0 +1,260 @@
+"""Checkpoints that survive a kill at any moment, and are refused when they do not fit."""
+
+import os
+import os.path as osp
+import re
+from glob import escape, glob
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.fileio import LocalBackend, get_file_backend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmpretrain.registry import HOOKS
+
+from .atomic import PARTIAL, write_atomically
+from .safe_load import CheckpointError, check_state_dict, load_from_local
+
+
+class AtomicLocalBackend(LocalBackend):
+    """MMEngine's local files, each of which is either the old one or the new one, never a part.
+
+    A file is written under another name, forced to disk, and then renamed over the old one.
+    """
+
+    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
+        """Write a file atomically.
+
+        Args:
+            obj (bytes): Its content.
+            filepath (str or Path): Its path; missing folders are made.
+
+        Raises:
+            OSError: If it cannot be written, because the disk is full say. A file of that name
+                that was there before is unharmed.
+        """
+        filepath = os.fspath(filepath)
+        try:
+            write_atomically(filepath, obj)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f'{filepath!r} could not be written ({error.strerror}; {len(obj) / 2**20:.1f} MiB). '
+                'What was saved before is intact. Make room there, or set '
+                '`default_hooks.checkpoint.out_dir` or a smaller `max_keep_ckpts`; then resume',
+            ) from error
+
+    def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
+        """Write a text file atomically; arguments and errors as in :meth:`put`."""
+        self.put(obj.encode(encoding), filepath)
+
+
+register_backend('atomic_local', AtomicLocalBackend, force=True)
+
+
+class _RemoveLater:
+    """A file backend that only notes what to remove, until told that it is no longer needed."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.outdated: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self.outdated.append(path)
+
+    rmtree = remove
+
+    def remove_outdated(self, keep: set) -> None:
+        for path in self.outdated:
+            if path in keep:
+                continue
+            if self._backend.isfile(path):
+                self._backend.remove(path)
+            elif self._backend.isdir(path):
+                self._backend.rmtree(path)
+        self.outdated.clear()
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """MMEngine's checkpoint hook, safe against being killed and against files that do not fit.
+
+    Takes the arguments of :class:`mmengine.hooks.CheckpointHook` and writes the same files. Beyond it:
+
+    * At any moment the folder holds a complete checkpoint and a ``last_checkpoint`` that names
+      one: files are replaced atomically, and older ones are deleted after the new one and
+      ``last_checkpoint`` are on disk. So there must be room for one checkpoint more than
+      ``max_keep_ckpts``. This holds on local disks; other storage is used as it is.
+    * The checkpoint of an epoch is saved once more after its validation, so that it holds the result.
+    * ``resume=True`` without a file takes the newest checkpoint that loads, with a warning, when the
+      one that ``last_checkpoint`` names is lost or damaged.
+    * Resuming, validating and testing demand that the checkpoint fits the model tensor for tensor.
+      ``load_from`` in training stays MMEngine's: it takes what fits and logs the rest.
+    * Before it saves, it calls ``collect_checkpoint_state(runner)`` of every hook that has one, in
+      every process (``before_save_checkpoint`` is called in the first process alone).
+
+    Example:
+        >>> default_hooks = dict(checkpoint=dict(
+        ...     type='SafeCheckpointHook', interval=1, max_keep_ckpts=2,
+        ...     save_best='worst/accuracy/top1', rule='greater'))
+    """
+
+    def __init__(self, *args, file_client_args: Optional[dict] = None, **kwargs) -> None:
+        if file_client_args is not None:
+            raise ValueError(
+                f'default_hooks.checkpoint.file_client_args={file_client_args!r}: MMEngine has '
+                'replaced it by `backend_args`, and SafeCheckpointHook takes that alone.'
+            )
+        super().__init__(*args, **kwargs)
+        self._saved_after_val = False
+
+    def before_run(self, runner: Runner) -> None:
+        """Choose the checkpoint to resume from when none was named.
+
+        Raises:
+            CheckpointError: If ``last_checkpoint`` names a file that does not load and there is no
+                other that does.
+        """
+        if not runner._resume or runner._load_from is not None:
+            return
+        named = find_latest_checkpoint(runner.work_dir)
+        if named is None or not isinstance(get_file_backend(named), LocalBackend):
+            return
+        problem = _problem_of(named)
+        if problem is None:
+            return
+        for candidate in self._saved_checkpoints(runner):
+            if _problem_of(candidate) is None:
+                runner.logger.warning(f'{problem} Resuming from {candidate!r} instead.')
+                runner._load_from = candidate
+                return
+        raise CheckpointError(
+            f'Nothing to resume from in {runner.work_dir!r}. {problem} No other checkpoint there '
+            'loads either. Name one with `load_from` or start anew in another `work_dir`.'
+        )
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse a checkpoint that does not fit, except where training starts from it.
+
+        Raises:
+            CheckpointError: If it does not fit the model, or lacks what resuming needs.
+        """
+        training = is_training(runner)
+        if training and not runner._resume:
+            return
+        filename = runner._load_from or find_latest_checkpoint(runner.work_dir)
+        if training:
+            needed = ('meta', 'message_hub', 'optimizer')
+            missing = [key for key in needed if key not in checkpoint]
+            if missing:
+                raise CheckpointError(
+                    f'Checkpoint {filename!r} cannot be resumed from: it has no {missing}. It was '
+                    'saved for its weights alone, as the best checkpoint is. Resume from '
+                    '`epoch_*.pth`, or start from these weights with `load_from` and `resume=False`.'
+                )
+        check_state_dict(runner.model, checkpoint, filename)
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the folder, and tidy up what a killed run has left there."""
+        folder = self.out_dir or runner.work_dir
+        if isinstance(get_file_backend(folder, backend_args=self.backend_args), LocalBackend):
+            self.backend_args = dict(backend='atomic_local')
+        super().before_train(runner)
+        self.file_backend = _RemoveLater(self.file_backend)
+        info = runner.message_hub.runtime_info
+        if 'last_ckpt' in info and self.last_ckpt is None:
+            last_ckpt = self._path_of(osp.basename(info['last_ckpt']))
+            # All processes must agree, because they act together when they save.
+            exists = [self.file_backend.isfile(last_ckpt)]
+            broadcast_object_list(exists)
+            self.last_ckpt = last_ckpt if exists[0] else None
+        if is_main_process():
+            for folder in {runner.work_dir, self.out_dir}:
+                for path in glob(osp.join(escape(folder), f'.*{PARTIAL}')):
+                    os.remove(path)
+            self.file_backend.outdated += map(self._path_of, info.get('outdated_ckpts', []))
+            self._remove_outdated()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Save the best checkpoint, and the result of the validation with the latest one."""
+        if not is_training(runner):
+            return
+        self._saved_after_val = False
+        super().after_val_epoch(runner, metrics)
+        step = runner.epoch if self.by_epoch else runner.iter
+        if self.last_ckpt is None or self._saved_after_val:
+            return
+        if self.last_ckpt == self._path_of(self.filename_tmpl.format(step)):
+            meta = dict(epoch=runner.epoch, iter=runner.iter)
+            self._save_checkpoint_with_step(runner, step, meta)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self._remove_outdated()
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        runner.call_hook('collect_checkpoint_state')
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                oldest = self._path_of(self.filename_tmpl.format(self.keep_ckpt_ids[0]))
+                self.file_backend.remove(oldest)
+            self.keep_ckpt_ids.append(step)  # a deque of that length: the oldest drops out
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        filename = self.filename_tmpl.format(step)
+        self.last_ckpt = self._path_of(filename)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        # If the run is killed before they are deleted, the resumed one deletes them.
+        outdated = [osp.basename(path) for path in self.file_backend.outdated]
+        runner.message_hub.update_info('outdated_ckpts', outdated)
+        runner.save_checkpoint(
+            self.out_dir,
+            filename,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            pointer = osp.join(runner.work_dir, 'last_checkpoint')
+            AtomicLocalBackend().put_text(self.last_ckpt, pointer)
+            self._remove_outdated()
+        self._saved_after_val = True
+
+    def _remove_outdated(self) -> None:
+        keep = {self.last_ckpt, getattr(self, 'best_ckpt_path', None)}
+        keep.update(getattr(self, 'best_ckpt_path_dict', {}).values())
+        if is_main_process():
+            self.file_backend.remove_outdated(keep)
+        self.file_backend.outdated.clear()
+
+    def _path_of(self, filename: str) -> str:
+        return self.file_backend.join_path(self.out_dir, filename)
+
+    def _saved_checkpoints(self, runner: Runner) -> list[str]:
+        """The checkpoints that this hook has saved for a run, newest first."""
+        folder = runner.work_dir
+        if self.out_dir is not None:
+            folder = osp.join(self.out_dir, osp.basename(runner.work_dir.rstrip(osp.sep)))
+        pattern = re.compile(re.escape(self.filename_tmpl).replace(r'\{\}', r'(\d+)'))
+        names = os.listdir(folder) if osp.isdir(folder) else []
+        steps = {int(match[1]): match[0] for match in map(pattern.fullmatch, names) if match}
+        return [osp.join(folder, steps[step]) for step in sorted(steps, reverse=True)]
+
+
+def is_training(runner: Runner) -> bool:
+    """Whether the runner trains; it builds the loop of its task before it does anything."""
+    return isinstance(runner._train_loop, BaseLoop)
+
+
+def _problem_of(filename: str) -> Optional[str]:
+    try:
+        load_from_local(filename, map_location='cpu')
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None

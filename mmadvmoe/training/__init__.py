@@ -1,0 +1,23 @@
+"""How experts and router are trained in turns, and what watches over it."""
+
+from .alternating_hook import AlternatingOptimHook
+from .amp import CPUAmpOptimWrapper
+from .awp import AWPOptimWrapper
+from .bind_victim_hook import BindVictimHook
+from .health_hook import RouterHealthHook
+from .images_hook import AdversarialImagesHook
+from .optim_constructor import AlternatingOptimWrapperConstructor
+from .optim_wrapper import AlternatingOptimWrapper
+from .turns import TurnSchedule
+
+__all__ = [
+    'AWPOptimWrapper',
+    'AdversarialImagesHook',
+    'AlternatingOptimHook',
+    'AlternatingOptimWrapper',
+    'AlternatingOptimWrapperConstructor',
+    'BindVictimHook',
+    'CPUAmpOptimWrapper',
+    'RouterHealthHook',
+    'TurnSchedule',
+]

@@ -1,0 +1,269 @@
+"""Watches the routers of a network in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+from mmpretrain.registry import HOOKS
+from torch import Tensor
+
+from mmadvmoe.models.finite import NonFiniteError
+from mmadvmoe.moe import Routing, router_modules
+from mmadvmoe.runtime.dist import bare_model
+
+VIEWS = ('clean', 'adversarial')
+
+
+@HOOKS.register_module()
+class RouterHealthHook(Hook):
+    """Logs what the routers do, warns of starving experts, and stops on gradients not finite.
+
+    Reads ``routing_record`` of the model, what :class:`RobustClassifier` notes of each training
+    batch: the routings of the clean and of the adversarial images, one per router. Each report has
+
+    - ``router/share_clean_0``, ``router/share_adversarial_0``...: share of the images that each
+      expert got;
+    - ``router/entropy``: mean entropy of the router's softmax for one image, in nats, in [0, ln N];
+    - ``router/load_entropy``: entropy of the shares, in nats, in [0, ln N]; 0 when one expert gets
+      all;
+    - ``router/max_logit``: the largest absolute value of a router logit;
+    - ``router/route_changed``: share of the images that the attack sent to another expert;
+    - ``router/dropped``: share of the choices that no expert computed for want of capacity, for routers of tokens
+      that drop any.
+
+    For routers of tokens, read "tokens" for "images" (with top K > 1, "choices of tokens").
+    Entropies are those of the clean images, or of the adversarial ones where training sees no
+    others. With several routers there is one such set for each, ``router/<index>/...``, and
+    ``router/...`` is their mean (for ``max_logit`` their maximum). Models without a router are left
+    alone.
+
+    Args:
+        interval (int, optional): Report every so many iterations. Defaults to None: at the end of
+            each epoch.
+        starve_below (float): Warn when an expert gets less than this part of an equal share 1/N of
+            all images since the last report, in [0, 1]. Defaults to 0.1.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Examples:
+        >>> custom_hooks = [dict(type='RouterHealthHook')]
+    """
+
+    def __init__(self, interval: Optional[int] = None, starve_below: float = 0.1) -> None:
+        if interval is not None and interval < 1:
+            raise ValueError(f'RouterHealthHook: interval={interval}; allowed: None or 1 and more')
+        if not 0 <= starve_below <= 1:
+            raise ValueError(f'RouterHealthHook: starve_below={starve_below}; allowed: [0, 1]')
+        self.interval = interval
+        self.starve_below = starve_below
+        self._watches = False
+        self._tally: Optional[_Tally] = None
+        self._handles: list[Any] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Start watching the gradients, and the routers if there are any.
+
+        Raises:
+            TypeError: The model has routers but does not tell what they decide.
+        """
+        model = bare_model(runner.model)
+        self._watches = bool(router_modules(model))
+        if self._watches and not hasattr(model, 'routing_record'):
+            raise TypeError(
+                f'RouterHealthHook: a {type(model).__name__} does not tell where its routers send '
+                "images; set model.type='RobustClassifier' or remove the hook"
+            )
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        wrapper = runner.optim_wrapper
+        for member in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper,):
+            # A loss scaler produces such gradients on purpose, and skips the step itself.
+            if not isinstance(member, (AmpOptimWrapper, ApexOptimWrapper)):
+                check = _GradientCheck(names)
+                self._handles.append(member.optimizer.register_step_pre_hook(check))
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Optional[dict] = None,
+    ) -> None:
+        """Add the batch to the tally."""
+        if self._watches:
+            record = bare_model(runner.model).routing_record
+            if self._tally is None:
+                self._tally = _Tally(record.clean or record.adversarial)
+            self._tally.add(record.clean, record.adversarial)
+        if self.interval is not None and self.every_n_train_iters(runner, self.interval):
+            self._report(runner, runner.iter + 1)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Report on the epoch."""
+        if self.interval is None:
+            self._report(runner, runner.iter)
+
+    def after_train(self, runner: Runner) -> None:
+        """Stop watching the gradients."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _report(self, runner: Runner, step: int) -> None:
+        tally, self._tally = self._tally, None
+        if tally is None:
+            return
+        tally.reduce()
+        per_router = tally.measure()
+        mean = {
+            key: (max if key == 'max_logit' else _mean)([scalars[key] for scalars in per_router])
+            for key in per_router[0]
+        }
+        scalars = {f'router/{key}': value for key, value in mean.items()}
+        if len(per_router) > 1:
+            for index, measured in enumerate(per_router):
+                scalars.update({f'router/{index}/{k}': v for k, v in measured.items()})
+        for key, value in scalars.items():
+            runner.message_hub.update_scalar(key, value)
+        runner.visualizer.add_scalars(scalars, step=step)
+        runner.logger.info(_summary(mean, tally.num_experts, len(per_router)))
+        self._warn_of_starving(runner, tally, step)
+
+    def _warn_of_starving(self, runner: Runner, tally: _Tally, step: int) -> None:
+        least = self.starve_below / tally.num_experts
+        starving = [
+            f'expert {expert} of router {router} ({share:.2%})'
+            for router, shares in enumerate(tally.shares.tolist())
+            for expert, share in enumerate(shares)
+            if share < least
+        ]
+        if starving:
+            # With the iteration, as MMEngine's logger drops a warning that it has given before.
+            runner.logger.warning(
+                f'Starving up to iteration {step}: {", ".join(starving)} got less than {least:.2%} of the images (or '
+                f'tokens), where an equal share is {1 / tally.num_experts:.2%}. The network is losing the capacity of '
+                'these experts; a router loss that balances them, a smaller learning rate of the router or clipping of '
+                'its gradient may help'
+            )
+
+
+class _GradientCheck:
+    """Refuses a step of an optimizer on gradients that are not finite."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self.names = names
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        parameters = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
+        if not parameters:
+            return
+        # The largest magnitude is finite exactly when all are; a sum of squares could overflow.
+        largest = [torch.linalg.vector_norm(p.grad, math.inf) for p in parameters]
+        for parameter, finite in zip(parameters, torch.stack(largest).isfinite().tolist()):
+            if not finite:
+                raise NonFiniteError(f'gradient of {self.names[id(parameter)]}')
+
+
+class _Tally:
+    """Sums over the batches of one report.
+
+    Letters: V views (clean, adversarial), L routers, N experts.
+    """
+
+    def __init__(self, routings: Sequence[Routing]) -> None:
+        self.num_experts = routings[0].num_experts
+        num_routers, device = len(routings), routings[0].expert.device
+        self.counts = torch.zeros(len(VIEWS), num_routers, self.num_experts, dtype=torch.float64)
+        # Decisions whose clean and adversarial versions are both known; softmaxes in the entropy; choices dropped.
+        self.pairs, self.softmaxes, self.dropped = torch.zeros(3, num_routers, dtype=torch.float64)
+        zeros = torch.zeros(num_routers, dtype=torch.float64, device=device)
+        self.changed, self.entropy, self.max_logit = zeros, zeros.clone(), zeros.clone()
+
+    def add(self, clean: Sequence[Routing], adversarial: Sequence[Routing]) -> None:
+        """Add a batch: the routings of each router, of either view or both."""
+        for view, routings in enumerate((clean, adversarial)):
+            if routings:
+                self.counts[view] += torch.tensor([routing.counts for routing in routings])
+                largest = [_largest_logit(routing) for routing in routings]
+                self.max_logit = torch.maximum(self.max_logit, torch.stack(largest))
+                self.dropped += torch.tensor([getattr(routing, 'dropped', 0) for routing in routings])
+        self.entropy = self.entropy + torch.stack([_entropy(r) for r in clean or adversarial])
+        self.softmaxes += torch.tensor([r.logits.numel() // r.num_experts for r in clean or adversarial])
+        if clean and adversarial:
+            self.pairs += torch.tensor([routing.decisions.numel() for routing in clean])
+            changed = [(c.decisions != a.decisions).sum() for c, a in zip(clean, adversarial)]
+            self.changed = self.changed + torch.stack(changed)
+
+    def reduce(self) -> None:
+        """Sum over all processes."""
+        sums = torch.cat([self.counts.flatten(), self.pairs, self.softmaxes, self.dropped])
+        sums = torch.cat([sums.to(self.entropy.device), self.changed, self.entropy])
+        all_reduce(sums)
+        all_reduce(self.max_logit, op='max')
+        sizes = [self.counts.numel(), *[len(self.pairs)] * 5]
+        counts, self.pairs, self.softmaxes, self.dropped, self.changed, self.entropy = sums.cpu().split(sizes)
+        self.counts = counts.view_as(self.counts)
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of all images that each expert got, clean and adversarial together, (L, N)."""
+        counts = self.counts.sum(0)
+        return counts / counts.sum(1, keepdim=True)
+
+    def measure(self) -> list[dict[str, float]]:
+        """The scalars of each router."""
+        seen = [view for view in range(len(VIEWS)) if self.counts[view].any()]
+        measured = []
+        for router, max_logit in enumerate(self.max_logit.tolist()):
+            counts = {VIEWS[view]: self.counts[view, router] for view in seen}
+            scalars = {
+                f'share_{view}_{expert}': share
+                for view, count in counts.items()
+                for expert, share in enumerate((count / count.sum()).tolist())
+            }
+            load = counts[VIEWS[seen[0]]]
+            scalars['entropy'] = float(self.entropy[router] / self.softmaxes[router])
+            scalars['load_entropy'] = float(torch.special.entr(load / load.sum()).sum())
+            scalars['max_logit'] = max_logit
+            if self.pairs[router]:
+                scalars['route_changed'] = float(self.changed[router] / self.pairs[router])
+            if self.dropped.any():
+                scalars['dropped'] = float(self.dropped[router] / self.counts[:, router].sum())
+            measured.append(scalars)
+        return measured
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _largest_logit(routing: Routing) -> Tensor:
+    return routing.logits.abs().amax().double()
+
+
+def _entropy(routing: Routing) -> Tensor:
+    """Entropy of the router's softmax, summed over the images or tokens, in nats."""
+    return torch.special.entr(routing.logits.double().softmax(dim=-1)).sum()
+
+
+def _summary(scalars: dict[str, float], num_experts: int, num_routers: int) -> str:
+    """One line for the log."""
+    parts = [f'Router(train) mean of {num_routers}:' if num_routers > 1 else 'Router(train)']
+    for view in VIEWS:
+        if f'share_{view}_0' in scalars:
+            shares = (scalars[f'share_{view}_{expert}'] for expert in range(num_experts))
+            parts.append(f'share {view}: ' + '/'.join(f'{share:.3f}' for share in shares))
+    if 'route_changed' in scalars:
+        parts.append(f'route changed: {scalars["route_changed"]:.2%}')
+    parts.append(
+        f'entropy: {scalars["entropy"]:.3f} (of the load {scalars["load_entropy"]:.3f}, at most '
+        f'{math.log(num_experts):.3f})'
+    )
+    parts.append(f'max |logit|: {scalars["max_logit"]:.3g}')
+    return '  '.join(parts)

@@ -1,0 +1,25 @@
+"""Choose among named things, with an error that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from difflib import get_close_matches
+from typing import Any
+
+
+def choose(name: Any, allowed: Collection[str], key: str) -> Any:
+    """Give ``name`` back if it is allowed.
+
+    Args:
+        name (str): What a config or an argument says.
+        allowed (Collection[str]): The names on offer, in the order in which the message lists them.
+        key (str): Config key or argument, for the message.
+
+    Raises:
+        ValueError: It is not allowed; the message names key, value, the nearest name and all that are allowed.
+    """
+    if name in allowed:
+        return name
+    near = get_close_matches(str(name), [str(each) for each in allowed], n=1, cutoff=0.5)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    raise ValueError(f'{key}={name!r} is unknown{hint}; allowed: {", ".join(map(str, allowed))}')

@@ -1,0 +1,131 @@
+"""Attacks by name, at the radius that was asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mmadvmoe.attacks import STANDARD_ATTACKS, Victim, build_attack, is_standard_attack, standard_attack
+from mmadvmoe.evaluation.named_attacks import check_radii, choose_attacks, with_route_attack
+
+KNOWN = dict(
+    pgd50=dict(type='PGD', eps=0.2, alpha=0.02, steps=50),
+    mine=dict(type='FGSM', eps=0.2),
+    jsma=dict(type='JSMA'),
+)
+
+
+@pytest.mark.parametrize('name', [name.replace('<steps>', '2') for name in STANDARD_ATTACKS])
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+def test_standard_attacks_stay_in_the_ball_that_was_asked_for(name: str, norm: str) -> None:
+    if (name, norm) == ('fgsm', 'L2'):
+        with pytest.raises(ValueError, match="no 'fgsm' in norm='L2'; allowed: Linf"):
+            standard_attack(name, 0.1, norm)
+        return
+    cfg = standard_attack(name, 0.1, norm)
+    if cfg['type'] == 'AutoAttack':
+        cfg |= dict(steps=2, n_queries=2)
+    images, labels = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    change = build_attack(cfg, Victim(model, num_classes=5))(images, labels, seed=0) - images
+    length = change.flatten(1).norm(torch.inf if norm == 'Linf' else 2, dim=1)
+    assert (length <= 0.1 + 1e-6).all()
+
+
+def test_names_are_not_taken_for_patterns() -> None:
+    assert is_standard_attack('pgd7') and is_standard_attack('routepgd100') and is_standard_attack('apgd-t')
+    assert not any(map(is_standard_attack, ['pgd', 'pgd0', 'pgd<steps>', 'xpgd5', 'pgd5x', 'autoattack2']))
+
+
+def test_steps_are_a_quarter_of_the_radius() -> None:
+    assert standard_attack('pgd50', 0.2) == dict(type='PGD', eps=0.2, alpha=0.05, steps=50, norm='Linf')
+    assert standard_attack('pgd10', 4.0, 'L1') == dict(type='PGD', eps=4.0, alpha=1.0, steps=10, norm='L1')
+
+
+def test_a_known_attack_goes_before_a_standard_one() -> None:
+    chosen = choose_attacks(['mine', 'pgd50', 'pgd10'], KNOWN)
+    assert list(chosen) == ['mine', 'pgd50', 'pgd10']
+    assert chosen['pgd50'] == KNOWN['pgd50'] and chosen['mine'] == KNOWN['mine']
+    # At the radius of the config.
+    assert chosen['pgd10'] == standard_attack('pgd10', 0.2)
+
+
+def test_a_given_radius_counts_for_all() -> None:
+    chosen = choose_attacks(['pgd50', 'pgd10', 'jsma', 'default'], KNOWN | dict(default=dict(type='PGD')), eps=0.1)
+    assert chosen['default'] == dict(type='PGD', eps=0.1)
+    assert chosen['pgd50']['eps'] == 0.1 and chosen['pgd50']['alpha'] == pytest.approx(0.01)
+    assert chosen['pgd10']['eps'] == 0.1
+    assert chosen['jsma'] == KNOWN['jsma']
+    assert KNOWN['pgd50']['eps'] == 0.2
+
+
+def test_another_norm_takes_the_standard_attack() -> None:
+    assert choose_attacks(['pgd50'], KNOWN, eps=0.5, norm='L2') == {'pgd50': standard_attack('pgd50', 0.5, 'L2')}
+    with pytest.raises(ValueError, match="no attack 'mine' in norm L2"):
+        choose_attacks(['mine'], KNOWN, eps=0.5, norm='L2')
+    with pytest.raises(ValueError, match=r"'pgd50' needs a radius in norm L2 \(eps, or --eps\): no attack"):
+        choose_attacks(['pgd50'], KNOWN, norm='L2')
+
+
+@pytest.mark.parametrize(
+    ('names', 'error', 'message'),
+    [
+        ('pgd50', TypeError, "attacks='pgd50' must be a list of names"),
+        (['pgd50', 'pgd50'], ValueError, 'names pgd50 more than once'),
+        (['pgd500x'], ValueError, "no attack 'pgd500x'; allowed: pgd50, mine, jsma, fgsm, pgd<steps>"),
+    ],
+)
+def test_what_is_no_name_is_refused(names: list, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        choose_attacks(names, KNOWN)
+
+
+def test_two_radii_leave_none_to_choose() -> None:
+    known = dict(a=dict(type='PGD', eps=0.1), b=dict(type='PGD', eps=0.2))
+    with pytest.raises(ValueError, match=r'the attacks of the config have \[0\.1, 0\.2\]'):
+        choose_attacks(['pgd50'], known)
+
+
+class _Mixture(nn.Module):
+    """What tells a victim that there are routes."""
+
+    num_routers = 1
+    num_classes = 10
+
+    def __init__(self, routing: str = 'token') -> None:
+        super().__init__()
+        self.classifier = SimpleNamespace(backbone=SimpleNamespace(routing=routing))
+
+
+def test_each_norm_gets_its_attack_on_the_routes() -> None:
+    attacks = dict(a=dict(type='PGD', eps=0.1), b=dict(type='FGSM', eps=0.2), c=dict(type='PGDL2', eps=0.5))
+    completed = with_route_attack(attacks, _Mixture())
+    assert list(completed) == ['a', 'routepgd50-linf', 'routepgd50-l2', 'b', 'c']
+    assert completed['routepgd50-linf'] == standard_attack('routepgd50', 0.2)
+    assert completed['routepgd50-l2'] == standard_attack('routepgd50', 0.5, 'L2')
+    assert list(with_route_attack(dict(a=attacks['a']), _Mixture())) == ['a', 'routepgd50']
+    by_default = with_route_attack(dict(a=dict(type='PGD')), _Mixture())
+    assert 'a-held' not in by_default
+    assert by_default['routepgd50'] == standard_attack('routepgd50', 8 / 255)
+
+
+def test_each_attack_on_images_with_one_route_is_made_with_the_route_held_as_well() -> None:
+    attacks = dict(
+        a=dict(type='PGD', eps=0.1),
+        gate=dict(type='PGD', eps=0.1, route='gate'),
+        routers=dict(type='RouterAttack', eps=0.1),
+        mine=dict(type='RoutePGD', eps=0.1),
+    )
+    completed = with_route_attack(attacks, _Mixture('image'))
+    assert list(completed) == ['a', 'a-held', 'gate', 'routers', 'mine']
+    assert completed['a-held'] == dict(type='PGD', eps=0.1, route='held')
+    assert list(with_route_attack(dict(a=attacks['a']), _Mixture('image'))) == ['a', 'routepgd50', 'a-held']
+
+
+def test_a_ball_beyond_all_images_is_refused() -> None:
+    check_radii(dict(a=dict(type='PGDL2', eps=13.8), b=dict(type='PGD', eps=1)), 192)
+    with pytest.raises(ValueError, match=r"'a': eps=14 in the norm L2 .*\(13\.86\).* eps=14 / 255"):
+        check_radii(dict(a=dict(type='PGDL2', eps=14)), 192)
+    with pytest.raises(ValueError, match="'a': eps=200 in the norm L1"):
+        check_radii(dict(a=dict(type='RoutePGD', norm='L1', eps=200)), 192)

@@ -1,0 +1,295 @@
+import re
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmpretrain.models import ImageClassifier
+from mmpretrain.registry import DATASETS, HOOKS
+from tiny_runs import CLASSES, RandomImages, build_runner, group_cfg, model_cfg, run_cfg, turns_cfg
+
+import mmadvmoe  # noqa: F401
+from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
+from mmadvmoe.runtime import PreflightHook, check_config
+
+FGSM = dict(type='FGSM', eps=8 / 255)
+
+
+@DATASETS.register_module()
+class OddImages(RandomImages):
+    """Sixteen images, of which the last has another size, another label or another scale."""
+
+    def __init__(self, odd, size=16, tells_labels=False):
+        super().__init__(size)
+        self.odd = odd
+        if tells_labels:
+            self.get_cat_ids = lambda index: [self[index]['data_samples'].gt_label.item()]
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        torch.rand(1)  # as an augmentation would draw
+        if index == len(self) - 1 and self.odd == 'size':
+            sample['inputs'] = torch.zeros(3, 9, 8, dtype=torch.uint8)
+        if index == len(self) - 1 and self.odd == 'label':
+            sample['data_samples'].set_gt_label(CLASSES)
+        if self.odd == 'scale':
+            sample['inputs'] = sample['inputs'] / 255
+        return sample
+
+
+@HOOKS.register_module()
+class CountHook(Hook):
+    """Counts the checks, and notes what the first iteration would draw."""
+
+    def before_run(self, runner):
+        (hook,) = [hook for hook in runner.hooks if isinstance(hook, PreflightHook)]
+        before_train, self.checks = hook.before_train, 0
+
+        def counted(runner):
+            self.checks += 1
+            state = torch.get_rng_state()
+            before_train(runner)
+            assert torch.get_rng_state().equal(state)
+
+        hook.before_train = counted
+
+    def after_train(self, runner):
+        CountHook.total = self.checks
+
+
+def loader(dataset, batch_size=4, **kwargs):
+    return (
+        dict(dataset=dataset, batch_size=batch_size, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True))
+        | kwargs
+    )
+
+
+def joint_cfg(tmp_path, model=None, hooks=(), **overrides):
+    hooks = [dict(type='PreflightHook'), *hooks]
+    cfg = dict(model=model or model_cfg(), optim_wrapper=group_cfg(), custom_hooks=hooks)
+    return run_cfg(tmp_path, **cfg | overrides)
+
+
+def stopped(cfg, error=ValueError):
+    """The message with which a run stops before its first iteration."""
+    runner = build_runner(cfg)
+    with pytest.raises(error) as caught:
+        runner.train()
+    assert runner.iter == 0
+    return str(caught.value)
+
+
+def with_validation(**dataset):
+    return dict(
+        val_dataloader=loader(dataset),
+        val_cfg=dict(),
+        val_evaluator=dict(type='Accuracy'),
+    )
+
+
+def test_a_sound_run_is_checked_once_and_draws_the_same_numbers(tmp_path):
+    cfg = joint_cfg(
+        tmp_path,
+        hooks=[dict(type='CountHook')],
+        train_dataloader=loader(dict(type='OddImages', odd=None, tells_labels=True)),
+        **with_validation(type='RandomImages'),
+    )
+    build_runner(cfg).train()
+    assert CountHook.total == 1
+
+
+def test_a_resumed_run_is_checked_too(tmp_path):
+    checkpoint = dict(default_hooks=dict(checkpoint=dict(type='SafeCheckpointHook', interval=1)))
+    build_runner(joint_cfg(tmp_path, epochs=1, **checkpoint)).train()
+    cfg = joint_cfg(tmp_path, resume=True, load_from=str(tmp_path / 'epoch_1.pth'), **checkpoint)
+    cfg.train_dataloader.dataset = dict(type='OddImages', odd='label')
+    with pytest.raises(ValueError, match=r'labels \[3\]'):
+        build_runner(cfg).train()
+
+
+REPLACE = dict(type='AdvDataPreprocessor', attack=FGSM, mode='replace')
+PAIR = dict(type='AdvDataPreprocessor', attack=FGSM)
+
+
+def classifier(preprocessor):
+    model = model_cfg(type='ImageClassifier', data_preprocessor=preprocessor)
+    del model['robust_loss']
+    return model
+
+
+@pytest.mark.parametrize(
+    ('model', 'hooks', 'message'),
+    [
+        (classifier(PAIR), ['BindVictimHook'], r"mode='pair' hands adv_inputs to ImageClassifier, .*mode='replace'"),
+        (classifier(REPLACE), [], r"no victim to attack: use a RobustClassifier, or .*'BindVictimHook'"),
+        (
+            model_cfg(data_preprocessor=REPLACE),
+            [],
+            r"mode='replace' takes the clean images away from RobustClassifier, .*mode='pair'",
+        ),
+        (model_cfg(data_preprocessor=None), [], r'data_preprocessor\.attack is missing'),
+        (model_cfg(data_preprocessor=dict(type='ClsDataPreprocessor')), [], r'data_preprocessor\.attack is missing'),
+    ],
+    ids=['ignores-pairs', 'no-victim', 'no-clean', 'no-attack', 'other-preprocessor'],
+)
+def test_model_and_attack_must_fit(tmp_path, model, hooks, message):
+    cfg = joint_cfg(tmp_path, model, hooks=[dict(type=name) for name in hooks])
+    assert re.search(message, stopped(cfg))
+
+
+TEN = dict(type='Digits', split='val', pipeline=[dict(type='PackInputs')])
+THREE = dict(TEN, metainfo=dict(classes=tuple('abc')))
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'loader_kwargs', 'message'),
+    [
+        (dict(type='RandomImages'), dict(batch_size=1), r'train_dataloader\.batch_size=1: .*at least 2'),
+        (
+            dict(type='RandomImages', size=9),
+            {},
+            r'batch_size=4 leaves a last batch of a single image out of 9; set .*drop',
+        ),
+        (dict(type='RandomImages', size=3), dict(drop_last=True), r'batch_size=4 is more than the 3 images'),
+        (dict(type='OddImages', odd='size'), {}, r'differ in size: .*8, 8.*9, 8.*train_dataloader\.dataset\.pipeline'),
+        (dict(type='OddImages', odd='scale'), {}, r'expects 0\.\.255.*train_dataloader\.dataset\.pipeline'),
+        (
+            dict(type='OddImages', odd='label'),
+            {},
+            r'\(OddImages\) has labels \[3\] outside \[0, 3\).*head\.num_classes',
+        ),
+        # Too many to read them all: a data set tells its labels, also inside of wrappers.
+        (
+            dict(type='RepeatDataset', times=2, dataset=THREE),
+            {},
+            r'\(RepeatDataset\) has labels \[3, 4, 5, 6, 7\] outside',
+        ),
+        (
+            dict(type='ConcatDataset', datasets=[THREE, THREE]),
+            {},
+            r'\(ConcatDataset\) has labels \[3, 4, 5, 6, 7\] outside',
+        ),
+        (TEN, {}, r'num_classes=3 differs from the 10 classes of train_dataloader\.dataset \(Digits\)'),
+    ],
+    ids=['one-image', 'last-image', 'too-few', 'sizes', 'scale', 'label', 'repeated', 'joined', 'classes'],
+)
+def test_data_must_fit_the_model(tmp_path, dataset, loader_kwargs, message):
+    assert re.search(message, stopped(joint_cfg(tmp_path, train_dataloader=loader(dataset, **loader_kwargs))))
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'message'),
+    [
+        (dict(type='OddImages', odd='label'), r'val_dataloader\.dataset \(OddImages\) has labels \[3\]'),
+        (dict(type='OddImages', odd='size'), r'differ in size.*val_dataloader\.dataset\.pipeline'),
+        (TEN, r'num_classes=3 differs from the 10 classes of val_dataloader\.dataset'),
+    ],
+)
+def test_data_of_validation_must_fit_too(tmp_path, dataset, message):
+    assert re.search(message, stopped(joint_cfg(tmp_path, **with_validation(**dataset))))
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(train_dataloader=loader(dict(type='RandomImages', size=9), drop_last=True)),
+        # An endless sampler has no last batch.
+        dict(
+            train_dataloader=loader(
+                dict(type='RandomImages', size=9), sampler=dict(type='InfiniteSampler'), batch_size=4
+            ),
+            train_cfg=dict(by_epoch=False, max_iters=4),
+        ),
+        dict(model=classifier(dict(type='ClsDataPreprocessor', mean=[0.0], std=[255.0]))),
+    ],
+    ids=['drop-last', 'endless', 'no-attack-at-all'],
+)
+def test_what_is_right_is_left_alone(tmp_path, cfg):
+    build_runner(joint_cfg(tmp_path, epochs=1, **cfg)).train()
+
+
+def test_classes_of_the_preprocessor_must_be_those_of_the_head(tmp_path):
+    model = model_cfg(data_preprocessor=dict(PAIR, num_classes=10))
+    message = stopped(joint_cfg(tmp_path, model))
+    assert 'model.head.num_classes=3 differs from data_preprocessor.num_classes=10' in message
+    build_runner(joint_cfg(tmp_path, model_cfg(data_preprocessor=dict(PAIR, num_classes=CLASSES)), epochs=1)).train()
+
+
+def test_images_smaller_than_the_strides_are_named(tmp_path):
+    """A backbone of MMPretrain, which does not check its images."""
+    backbone = dict(type='DenseNet', arch=dict(growth_rate=2, depths=[1, 1, 1], init_channels=4))
+    model = model_cfg(backbone=backbone, head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=5))
+    message = stopped(joint_cfg(tmp_path, model))
+    assert re.search(
+        r'\(3, 8, 8\) are too small for the strides.*Resize in train_dataloader\.dataset\.pipeline', message
+    )
+
+
+def test_iterations_are_checked_like_epochs(tmp_path):
+    cfg = joint_cfg(
+        tmp_path,
+        train_cfg=dict(by_epoch=False, max_iters=4),
+        train_dataloader=loader(dict(type='OddImages', odd='label')),
+    )
+    assert 'labels [3]' in stopped(cfg)
+
+
+def full_cfg(**overrides):
+    schedule = dict(type='MultiStepLR', milestones=[1])
+    return Config(
+        dict(
+            model=model_cfg(data_preprocessor=PAIR),
+            optim_wrapper=turns_cfg(),
+            param_scheduler=dict(experts=schedule, router=schedule),
+        )
+        | overrides
+    )
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        (dict(param_scheduler=dict(experts=[])), r'param_scheduler\.router is missing'),
+        (dict(param_scheduler=dict(experts=[], router=[], routers=[])), r"param_scheduler\.routers .* mean 'router'\?"),
+        (dict(model=model_cfg(data_preprocessor=REPLACE)), r"mode='replace' takes the clean images away"),
+        # The type of a RobustClassifier's preprocessor goes without saying.
+        (dict(model=model_cfg(data_preprocessor=dict(mode='replace'))), r"mode='replace' takes the clean images away"),
+        (dict(model=classifier(PAIR)), r'hands adv_inputs to ImageClassifier'),
+        (dict(model=dict(type='ImageClassifier'), data_preprocessor=PAIR), r'hands adv_inputs to ImageClassifier'),
+        (
+            dict(model=dict(type=ImageClassifier, data_preprocessor=dict(PAIR, type=AdvDataPreprocessor))),
+            r'hands adv_inputs to ImageClassifier',
+        ),
+        (
+            dict(
+                model=dict(
+                    type='mmpretrain.ImageClassifier',
+                    data_preprocessor=dict(PAIR, type='mmpretrain.AdvDataPreprocessor'),
+                )
+            ),
+            r'hands adv_inputs to ImageClassifier',
+        ),
+    ],
+)
+def test_a_config_is_checked_before_anything_is_built(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(full_cfg(**overrides))
+
+
+def test_sound_configs_pass():
+    check_config(full_cfg())
+    check_config(full_cfg(param_scheduler=[dict(type='MultiStepLR', milestones=[1])]))
+    check_config(full_cfg(param_scheduler=None))
+    check_config(full_cfg(model=dict(type=RobustClassifier, data_preprocessor=PAIR)))
+    check_config(full_cfg(model=classifier(REPLACE)))
+    check_config(full_cfg(model=classifier(None)))
+    check_config(full_cfg(model=dict(type='NobodyKnows', data_preprocessor=PAIR)))
+    check_config(Config())
+
+
+@pytest.mark.parametrize('width', [0, 2.5])
+def test_a_width_that_no_layer_can_have_is_named(width):
+    model = model_cfg()
+    model['backbone']['backbone']['base_channels'] = width
+    with pytest.raises(ValueError, match=rf'model\.backbone\.backbone\.base_channels={width}.*nearest is'):
+        check_config(dict(model=model))

@@ -1,0 +1,285 @@
+import logging
+import os
+
+import pytest
+import torch
+from mmpretrain.models import ImageClassifier
+from mmpretrain.registry import MODELS
+from tiny_runs import (
+    CLASSES,
+    TurnRecorder,
+    build_runner,
+    group_cfg,
+    model_cfg,
+    run_cfg,
+    snapshot,
+    turns_cfg,
+)
+from torch import distributed, multiprocessing
+
+from mmadvmoe.models import RobustClassifier
+from mmadvmoe.moe import router_modules, split_parameters
+from mmadvmoe.training.alternating_hook import AlternatingOptimHook
+
+
+@MODELS.register_module()
+class StepRecorder(RobustClassifier):
+    """Notes for each training step its turn, its batch and what it changed."""
+
+    def train_step(self, data, optim_wrapper):
+        before = snapshot(self)
+        flags = {name: p.requires_grad for name, p in self.named_parameters()}
+        batch = data['inputs'], [sample.clone() for sample in data['data_samples']]
+        log_vars = super().train_step(data, optim_wrapper)
+        moved = {
+            group: {name for name, tensor in now.items() if not tensor.equal(before[group][name])}
+            for group, now in snapshot(self).items()
+        }
+        self.steps = [*getattr(self, 'steps', []), (self.turn, moved, flags, batch)]
+        return log_vars
+
+
+def train(tmp_path, **kwargs):
+    kwargs.setdefault('model', model_cfg(type='StepRecorder'))
+    runner = build_runner(run_cfg(tmp_path, **kwargs))
+    runner.train()
+    return runner
+
+
+ROUTER_FIRST_BN = 'backbone.router.bn1'
+EXPERTS_FIRST_BN = 'backbone.network.bn1'
+
+
+@pytest.mark.parametrize(
+    'schedule, accumulative_counts, turns',
+    [
+        (dict(), 1, 'erererer'),
+        (dict(k_experts=2, warmup_iters=2), 1, 'eeeereer'),
+        (dict(), 2, 'eerreerr'),
+        (dict(reuse_batch=True, warmup_iters=2), 1, 'ee' + 'er' * 6),
+        (dict(reuse_batch=True), 2, 'er' * 8),
+    ],
+)
+def test_a_turn_changes_its_own_group_only(tmp_path, schedule, accumulative_counts, turns):
+    optim_wrapper = turns_cfg(accumulative_counts=accumulative_counts)
+    runner = train(tmp_path, schedule=schedule, optim_wrapper=optim_wrapper)
+    steps = runner.model.steps
+    assert ''.join(turn[0] for turn, *_ in steps) == turns
+    parameters = {group: {name for name, _ in named} for group, named in split_parameters(runner.model).items()}
+    backward_passes = dict(experts=0, router=0)
+    for turn, moved, flags, _ in steps:
+        other = 'router' if turn == 'experts' else 'experts'
+        assert not moved[other]
+        assert {name for name, flag in flags.items() if flag} == parameters[turn]
+        backward_passes[turn] += 1
+        updates = backward_passes[turn] % accumulative_counts == 0
+        first = ROUTER_FIRST_BN if turn == 'router' else EXPERTS_FIRST_BN
+        # Norm statistics follow every batch, weights every update.
+        assert f'{first}.running_mean' in moved[turn]
+        assert (f'{first}.weight' in moved[turn]) == updates
+
+
+def test_iteration_based_training_takes_the_same_turns(tmp_path):
+    train_cfg = dict(by_epoch=False, max_iters=4)
+    runner = train(tmp_path, train_cfg=train_cfg, schedule=dict(k_router=2))
+    assert [turn for turn, *_ in runner.model.steps] == ['experts', 'router', 'router', 'experts']
+
+
+def test_training_leaves_a_plain_model_behind(tmp_path):
+    runner = train(tmp_path, epochs=1)
+    model = runner.model
+    assert model.turn is None
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_was_frozen_before_stays_frozen(tmp_path):
+    runner = build_runner(run_cfg(tmp_path, epochs=1))
+    runner.model.head.requires_grad_(False)
+    runner.model.backbone.router.conv1.requires_grad_(False)
+    runner.model.init_weights()
+    frozen = [runner.model.head.fc.weight, runner.model.backbone.router.conv1.weight]
+    before = [parameter.clone() for parameter in frozen]
+    runner.train()
+    for parameter, value in zip(frozen, before):
+        assert parameter.equal(value) and not parameter.requires_grad
+
+
+def test_norm_eval_of_a_backbone_is_respected(tmp_path):
+    model = model_cfg(type='StepRecorder')
+    model['backbone']['backbone']['norm_eval'] = True
+    runner = train(tmp_path, epochs=1, model=model)
+    moved = [moved['experts'] for turn, moved, *_ in runner.model.steps if turn == 'experts']
+    assert any(moved)
+    assert not any(name.endswith('running_mean') for names in moved for name in names)
+
+
+def test_both_turns_see_the_same_batch_and_labels_are_mixed_once(tmp_path):
+    model = model_cfg(type='StepRecorder')
+    model['head']['loss'] = dict(type='CrossEntropyLoss', use_soft=True)
+    model['data_preprocessor'] |= dict(
+        num_classes=CLASSES, batch_augments=dict(augments=[dict(type='Mixup', alpha=0.5)])
+    )
+    runner = train(tmp_path, epochs=1, schedule=dict(reuse_batch=True), model=model)
+    steps = runner.model.steps
+    assert len(steps) == 8
+    for (*_, (images, samples)), (*_, (again, samples_again)) in zip(steps[::2], steps[1::2]):
+        assert torch.stack(list(images)).equal(torch.stack(list(again)))
+        for sample, sample_again in zip(samples, samples_again):
+            assert sample.gt_label.equal(sample_again.gt_label)
+            assert 'gt_score' not in sample_again
+
+
+def test_layer_level_routers_are_trained_in_their_turn(tmp_path):
+    runner = train(tmp_path, model=model_cfg(routing='layer', type='StepRecorder'))
+    routers = router_modules(runner.model)
+    assert len(routers) == 8
+    for turn, moved, *_ in runner.model.steps:
+        assert moved[turn] and not moved['experts' if turn == 'router' else 'router']
+
+
+def test_both_turns_appear_in_the_log(tmp_path):
+    clipped = turns_cfg(clip_grad=dict(max_norm=1.0))
+    schedule = dict(reuse_batch=True)
+    runner = train(tmp_path, epochs=1, schedule=schedule, optim_wrapper=clipped, log_level='INFO')
+    scalars = runner.message_hub.log_scalars
+    assert 'train/loss' not in scalars
+    for group in ('experts', 'router'):
+        assert {f'train/{group}/loss', f'train/{group}.lr', f'train/{group}.grad_norm'} <= set(scalars)
+        terms = (f'train/{group}/loss_natural', f'train/{group}/loss_robust')
+        total = sum(scalars[term].data[0] for term in terms)
+        assert scalars[f'train/{group}/loss'].data[0] == pytest.approx(total)
+        assert len(total) == 4
+    (log,) = tmp_path.glob('*/*.log')
+    last = [line for line in log.read_text().splitlines() if 'Epoch(train)' in line][-1]
+    for key in ('experts.lr: ', 'router.lr: ', 'experts/loss: ', 'router/loss: '):
+        assert key in last
+
+
+@pytest.mark.parametrize('schedule', [dict(k_experts=2), dict(reuse_batch=True)])
+def test_resuming_within_a_cycle_gives_the_same_weights(tmp_path, schedule):
+    common = dict(
+        schedule=schedule,
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+        param_scheduler=dict(
+            experts=[dict(type='MultiStepLR', milestones=[1], gamma=0.5, end=2)],
+            router=[dict(type='ConstantLR', factor=0.1, by_epoch=False, end=6)],
+        ),
+    )
+    whole = train(tmp_path / 'whole', **common)
+    assert whole.optim_wrapper.schedule.turn_at(4) == 'experts'
+    train(tmp_path / 'parts', epochs=1, **common)
+    resumed = train(tmp_path / 'parts', resume=True, **common)
+    assert [turn for turn, *_ in resumed.model.steps] == [
+        turn for turn, *_ in whole.model.steps[len(whole.model.steps) // 2 :]
+    ]
+    weights = resumed.model.state_dict()
+    for name, tensor in whole.model.state_dict().items():
+        assert weights[name].equal(tensor), name
+    momenta = [
+        [state['momentum_buffer'] for state in member.optimizer.state.values()]
+        for runner in (whole, resumed)
+        for member in runner.optim_wrapper.values()
+    ]
+    for group in (0, 1):
+        assert all(a.equal(b) for a, b in zip(momenta[group], momenta[2 + group]))
+
+
+@pytest.mark.parametrize(
+    'kwargs, error, message',
+    [
+        (
+            dict(model=model_cfg(num_experts=1), optim_wrapper=group_cfg()),
+            TypeError,
+            'optim_wrapper.constructor=',
+        ),
+        (dict(schedule=dict(warmup_iters=8)), ValueError, 'warmup_iters=8 .* in the 8 iterations'),
+        (dict(schedule=dict(k_experts=8)), ValueError, 'k_experts=8 .* in the 8 iterations'),
+        (
+            dict(schedule=dict(warmup_iters=1), optim_wrapper=turns_cfg(accumulative_counts=2)),
+            ValueError,
+            'warmup_iters=1',
+        ),
+    ],
+)
+def test_training_that_cannot_take_turns_is_refused_before_it_starts(tmp_path, kwargs, error, message):
+    runner = build_runner(run_cfg(tmp_path, **kwargs))
+    with pytest.raises(error, match=message):
+        runner.train()
+    assert runner.iter == 0
+
+
+def test_turns_without_the_hook_are_refused(tmp_path):
+    runner = build_runner(run_cfg(tmp_path, custom_hooks=[]))
+    with pytest.raises(RuntimeError, match='AlternatingOptimHook'):
+        runner.train()
+
+
+def test_validation_needs_no_optimizers(tmp_path):
+    cfg = run_cfg(tmp_path)
+    cfg.val_dataloader = dict(cfg.train_dataloader, sampler=dict(type='DefaultSampler'))
+    cfg.val_cfg, cfg.val_evaluator = dict(), dict(type='Accuracy')
+    assert 'accuracy/top1' in build_runner(cfg).val()
+
+
+def test_a_model_without_objectives_per_turn_takes_turns_too(tmp_path):
+    model = model_cfg(type='ImageClassifier', data_preprocessor=dict(type='ClsDataPreprocessor'))
+    del model['robust_loss']
+    runner, recorder = build_runner(run_cfg(tmp_path, epochs=1, model=model)), TurnRecorder()
+    runner.register_hook(recorder)
+    runner.train()
+    assert type(runner.model) is ImageClassifier and not hasattr(runner.model, 'turn')
+    assert recorder.changed == [{'experts'}, {'router'}] * 2
+
+
+def _train_in_two_processes(rank, folder):
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    outcome, recorder = {}, TurnRecorder()
+    for find_unused in (False, True):
+        cfg = run_cfg(
+            f'{folder}/{find_unused}',
+            launcher='pytorch',
+            model_wrapper_cfg=dict(
+                type='MMDistributedDataParallel',
+                find_unused_parameters=find_unused,
+                broadcast_buffers=False,
+                device_ids=None,
+            ),
+            epochs=4,
+            hooks=[dict(type='RouterHealthHook')],
+            optim_wrapper=turns_cfg(accumulative_counts=2),
+        )
+        runner = build_runner(cfg)
+        runner.register_hook(recorder)
+        try:
+            runner.train()
+        except ValueError as error:
+            outcome['refused'] = str(error)
+    outcome['changed'] = recorder.changed
+    outcome['weights'] = {n: p.detach() for n, p in runner.model.module.named_parameters()}
+    scalars = runner.message_hub.log_scalars
+    outcome['shares'] = [scalars[f'router/share_clean_{e}'].data[0].tolist() for e in (0, 1)]
+    torch.save(outcome, f'{folder}/outcome_{rank}.pth')
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_turns_hold_in_two_processes(tmp_path):
+    multiprocessing.spawn(_train_in_two_processes, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f'outcome_{rank}.pth') for rank in (0, 1))
+    assert 'find_unused_parameters=True' in first['refused']
+    # An epoch has two iterations in each process: as many as an update takes.
+    turns = [{'experts'}, {'experts'}, {'router'}, {'router'}]
+    assert first['changed'] == second['changed'] == 2 * turns
+    for name, tensor in first['weights'].items():
+        assert tensor.equal(second['weights'][name]), name
+    assert first['shares'] == second['shares']
+    assert [sum(shares) for shares in zip(*first['shares'])] == [1.0] * 4
+
+
+def test_wrong_numbers_are_refused_when_the_config_is_built():
+    with pytest.raises(ValueError, match='k_router=0'):
+        AlternatingOptimHook(k_router=0)
