@@ -93,7 +93,7 @@ def test_trains_in_turns(tmp_path, name):
         old = {key: value.clone() for key, value in model.state_dict().items()}
         outputs = train_step(*args, **kwargs)
         moved = {key for key, value in model.state_dict().items() if not value.equal(old[key])}
-        turns.append((model.turn, {'router' if 'router' in key else 'experts' for key in moved}))
+        turns.append((args[0]['turn'], {'router' if 'router' in key else 'experts' for key in moved}))
         assert all(value.isfinite() for value in outputs.values())
         return outputs
 

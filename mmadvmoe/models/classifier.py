@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Optional, Union
 
 from mmpretrain.models.classifiers import ImageClassifier
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.moe import Routing, forward_routed
+from mmadvmoe.utils import choose
 
 from .data_preprocessor import AdvDataPreprocessor, targets_of
 from .finite import check_finite
@@ -51,9 +51,8 @@ class RobustClassifier(ImageClassifier):
         **kwargs: As for ``ImageClassifier``: backbone, neck, head, pretrained, train_cfg, init_cfg.
 
     Attributes:
-        turn (str, optional): ``'experts'`` or ``'router'`` while training takes turns, None in joint training. Set
-            by ``AlternatingOptimHook``.
-        routing_record (RoutingRecord): Of the last training step.
+        routing_records (dict[str or None, RoutingRecord]): Of the last training step of each turn (None: of joint
+            training), until somebody takes them.
 
     Raises:
         TypeError: The head has no single loss over one softmax of class logits, so it cannot serve; or a loss is not
@@ -75,8 +74,7 @@ class RobustClassifier(ImageClassifier):
             data_preprocessor.setdefault('type', 'AdvDataPreprocessor')
         super().__init__(*args, data_preprocessor=data_preprocessor, **kwargs)
         _check_head(self.head)
-        self.turn: Optional[str] = None
-        self.routing_record = RoutingRecord()
+        self.routing_records: dict[Optional[str], RoutingRecord] = {}
         if robust_loss is None:
             robust_loss = dict(type='TRADESLoss')
         self.robust_loss = self._build_objectives('robust_loss', robust_loss)
@@ -116,6 +114,7 @@ class RobustClassifier(ImageClassifier):
         data_samples: Optional[list[DataSample]] = None,
         mode: str = 'tensor',
         adv_inputs: Optional[Tensor] = None,
+        turn: Optional[str] = None,
     ) -> Union[Tensor, dict, list[DataSample]]:
         """As ``ImageClassifier.forward``, with the adversarial batch beside the clean one for ``mode='loss'``.
 
@@ -124,15 +123,20 @@ class RobustClassifier(ImageClassifier):
             data_samples (list[DataSample], optional): B samples.
             mode (str): ``'tensor'``, ``'predict'`` or ``'loss'``.
             adv_inputs (Tensor, optional): Adversarial network inputs, (B, C, H, W).
+            turn (str, optional): ``'experts'`` or ``'router'`` where training takes turns.
         """
         if mode == 'loss':
-            return self.loss(inputs, data_samples, adv_inputs)
+            return self.loss(inputs, data_samples, adv_inputs, turn)
         return super().forward(inputs, data_samples, mode)
 
     def loss(
-        self, inputs: Tensor, data_samples: list[DataSample], adv_inputs: Optional[Tensor] = None
+        self,
+        inputs: Tensor,
+        data_samples: list[DataSample],
+        adv_inputs: Optional[Tensor] = None,
+        turn: Optional[str] = None,
     ) -> dict[str, Tensor]:
-        """Loss terms of the turn under way, named ``<turn>/<term>`` while training takes turns.
+        """Loss terms by name: of ``router_loss`` in the router's turn, if it is set, else of ``robust_loss``.
 
         Raises:
             ValueError: There are no adversarial inputs.
@@ -143,8 +147,7 @@ class RobustClassifier(ImageClassifier):
                 "RobustClassifier needs adv_inputs: set data_preprocessor=dict(type='AdvDataPreprocessor', "
                 "mode='pair', attack=...)"
             )
-        in_router_turn = self.turn == 'router' and self.router_loss is not None
-        objectives = self.router_loss if in_router_turn else self.robust_loss
+        objectives = self.robust_loss if turn != 'router' or self.router_loss is None else self.router_loss
         needs_classes = any(objective.needs_classes for objective in objectives)
         batch = RobustBatch(
             clean=self._outputs(inputs, needs_classes),
@@ -152,17 +155,15 @@ class RobustClassifier(ImageClassifier):
             target=targets_of(data_samples),
             classification_loss=lambda logits: self.head._get_loss(logits, data_samples)['loss'],
         )
-        self.routing_record = RoutingRecord(
+        self.routing_records[turn] = RoutingRecord(
             clean=tuple(routing.detach() for routing in batch.clean.routings),
             adversarial=tuple(routing.detach() for routing in batch.adversarial.routings),
         )
         losses: dict[str, Tensor] = {}
-        prefix = f'{self.turn}/' if self.turn else ''
         for objective in objectives:
-            for name, value in objective(batch).items():
-                term = prefix + name
+            for term, value in objective(batch).items():
                 losses[term] = losses[term] + value if term in losses else value
-        check_finite(losses, (*batch.clean.routings, *batch.adversarial.routings))
+        check_finite(losses, (*batch.clean.routings, *batch.adversarial.routings), turn)
         return losses
 
     def _outputs(self, inputs: Tensor, needs_classes: bool) -> Outputs:
@@ -194,11 +195,9 @@ def _build_objective(key: str, cfg: Any) -> Objective:
     if not isinstance(cfg, Mapping) or 'type' not in cfg:
         raise TypeError(f"{key}={cfg!r} must be a dict with a type, such as dict(type='TRADESLoss')")
     allowed = _objective_names()
-    kind = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
-    if kind is None:
-        near = get_close_matches(cfg['type'], allowed, n=1)
-        hint = f' (did you mean {near[0]!r}?)' if near else ''
-        raise ValueError(f'{key}.type={cfg["type"]!r} is unknown{hint}; allowed: {allowed}')
+    kind = cfg['type']
+    if isinstance(kind, str):
+        kind = MODELS.get(kind) or choose(kind, allowed, f'{key}.type')
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
         raise TypeError(f'{key}.type={cfg["type"]!r} is no robust objective; allowed: {allowed}')
     return MODELS.build(cfg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Optional
 
 import torch
@@ -12,6 +11,8 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from mmadvmoe.attacks import BoundAttack, NonFiniteImagesError, Victim, build_attack
+from mmadvmoe.moe import GROUPS
+from mmadvmoe.utils import choose
 
 from .finite import NonFiniteError
 
@@ -53,21 +54,15 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        if mode not in MODES:
-            near = get_close_matches(str(mode), MODES, n=1)
-            hint = f' (did you mean {near[0]!r}?)' if near else ''
-            raise ValueError(f'data_preprocessor.mode={mode!r} is unknown{hint}; allowed: {MODES}')
         _check_scale(mean, std)
-        self.mode = mode
+        self.mode = choose(mode, MODES, 'data_preprocessor.mode')
         self.attack_cfg = attack
         self.router_attack_cfg = router_attack
         for name, given, default in (('mean', mean, 0.0), ('std', std, _MAX_PIXEL)):
             value = torch.tensor([default] if given is None else given, dtype=torch.float32)
             self.register_buffer(name, value.view(-1, 1, 1), persistent=False)
-        # A tuple keeps the victim out of the submodules: it refers back to the model that owns this preprocessor.
-        self._bound: tuple[BoundAttack, ...] = ()
-        self._bound_in_router_turn: tuple[BoundAttack, ...] = ()
-        self._victim: tuple[Victim, ...] = ()
+        # By turn; None stands for joint training. Bound attacks are no modules: they refer back to the model.
+        self._attacks: dict[Optional[str], BoundAttack] = {}
 
     def bind_victim(self, victim: Victim) -> None:
         """Name the model that training attacks.
@@ -75,16 +70,16 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         Args:
             victim (Victim): The bare model as a function of images in [0, 1].
         """
-        self._victim = (victim,)
-        self._bound = (build_attack(self.attack_cfg, victim),) if self.attack_cfg is not None else ()
-        self._bound_in_router_turn = self._bound
+        self._attacks = {}
+        if self.attack_cfg is not None:
+            self._attacks = dict.fromkeys((None, *GROUPS), build_attack(self.attack_cfg, victim))
         if self.router_attack_cfg is not None:
-            self._bound_in_router_turn = (build_attack(self.router_attack_cfg, victim),)
+            self._attacks['router'] = build_attack(self.router_attack_cfg, victim)
 
     @property
     def has_victim(self) -> bool:
-        """Whether a victim was bound."""
-        return bool(self._victim)
+        """Whether there is a model to attack."""
+        return bool(self._attacks)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bring images in [0, 1], (B, C, H, W), to what the network expects."""
@@ -101,12 +96,13 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         """Collate, and in training craft adversarial images.
 
         Args:
-            data (dict): ``inputs``, images in 0..255, and ``data_samples``, as the data loader gives them.
+            data (dict): ``inputs``, images in 0..255, and ``data_samples``, as the data loader gives them; and in
+                training in turns ``turn``, which decides the attack.
             training (bool): Whether this is a training step.
 
         Returns:
-            dict: ``inputs``, ``data_samples`` and, in training with ``mode='pair'``, ``adv_inputs``; inputs are
-            (B, C, H, W).
+            dict: ``inputs``, ``data_samples`` and, in training with ``mode='pair'``, ``adv_inputs`` and ``turn``, if
+            any; inputs are (B, C, H, W).
 
         Raises:
             ValueError: Images differ in size, are not in 0..255, or a training batch holds a single image.
@@ -124,36 +120,39 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
                 'a training batch holds a single image, on which batch statistics do not exist: set '
                 'train_dataloader.batch_size to at least 2 and train_dataloader.drop_last=True'
             )
-        adversarial = self.normalize(self._attack(images, batch['data_samples']))
+        turn = data.get('turn')
+        adversarial = self.normalize(self._attack(images, batch['data_samples'], turn))
         if self.mode == 'replace':
             batch['inputs'] = adversarial
         else:
             batch['inputs'] = self.normalize(images)
             batch['adv_inputs'] = adversarial
+            if turn is not None:
+                batch['turn'] = turn
         return batch
 
-    def _attack(self, images: Tensor, data_samples: Sequence) -> Tensor:
-        if not self._bound:
+    def _attack(self, images: Tensor, data_samples: Sequence, turn: Optional[str]) -> Tensor:
+        if not self._attacks:
             raise RuntimeError(
                 'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
                 "dict(type='BindVictimHook') to custom_hooks"
             )
         labels = targets_of(data_samples)
-        in_router_turn = getattr(self._victim[0].classifier, 'turn', None) == 'router'
-        (attack,) = self._bound_in_router_turn if in_router_turn else self._bound
+        attack = self._attacks[turn]
         try:
             return attack(images, labels.to(images.device))
         except NonFiniteImagesError as error:
-            raise NonFiniteError(self._diagnose(images, attack.name)) from error
+            raise NonFiniteError(_diagnose(images, attack)) from error
 
-    @torch.no_grad()
-    def _diagnose(self, images: Tensor, attack: str) -> str:
-        """Name what is not finite for clean images after an attack went wrong."""
-        with self._victim[0].frozen() as victim:
-            logits, routings = victim.forward_routed(images)
-        named = [('router logits', routing.logits) for routing in routings] + [('class logits', logits)]
-        wrong = dict.fromkeys(name for name, value in named if not value.isfinite().all())
-        return ', '.join(wrong) or f'gradient of attack {attack}'
+
+@torch.no_grad()
+def _diagnose(images: Tensor, attack: BoundAttack) -> str:
+    """Name what is not finite for clean images after an attack went wrong."""
+    with attack.victim.frozen() as victim:
+        logits, routings = victim.forward_routed(images)
+    named = [('router logits', routing.logits) for routing in routings] + [('class logits', logits)]
+    wrong = dict.fromkeys(name for name, value in named if not value.isfinite().all())
+    return ', '.join(wrong) or f'gradient of attack {attack.name}'
 
 
 def targets_of(data_samples: Sequence) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from mmengine.logging import MessageHub
@@ -33,6 +33,7 @@ class NonFiniteError(FloatingPointError):
 def check_finite(
     losses: Mapping[str, Union[Tensor, Sequence[Tensor]]],
     routings: Sequence[Routing] = (),
+    turn: Optional[str] = None,
 ) -> None:
     """Raise if a loss term or a router logit is NaN or infinite.
 
@@ -42,6 +43,7 @@ def check_finite(
         losses (Mapping[str, Tensor | Sequence[Tensor]]): Named loss terms, as a ``loss()`` returns
             them.
         routings (Sequence[Routing]): What the routers decided; those without logits are skipped.
+        turn (str, optional): Whose turn it is, for the message.
 
     Raises:
         NonFiniteError: Naming the iteration and all values concerned.
@@ -55,4 +57,5 @@ def check_finite(
     finite = torch.stack([value.detach().isfinite().all() for _, value in values]).tolist()
     wrong = [name for (name, _), is_finite in zip(values, finite) if not is_finite]
     if wrong:
-        raise NonFiniteError(', '.join(dict.fromkeys(wrong)))
+        where = '' if turn is None else f' in a turn of the {turn}'
+        raise NonFiniteError(', '.join(dict.fromkeys(wrong)) + where)

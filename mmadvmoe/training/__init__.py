@@ -1,6 +1,6 @@
 """How experts and router are trained in turns, and what watches over it."""
 
-from .alternating_hook import AlternatingOptimHook
+from .alternation import AlternatingOptimHook, TurnSchedule, fixed_but
 from .amp import CPUAmpOptimWrapper
 from .awp import AWPOptimWrapper
 from .bind_victim_hook import BindVictimHook
@@ -8,7 +8,6 @@ from .health_hook import RouterHealthHook
 from .images_hook import AdversarialImagesHook
 from .optim_constructor import AlternatingOptimWrapperConstructor
 from .optim_wrapper import AlternatingOptimWrapper
-from .turns import TurnSchedule
 
 __all__ = [
     'AWPOptimWrapper',
@@ -20,4 +19,5 @@ __all__ = [
     'CPUAmpOptimWrapper',
     'RouterHealthHook',
     'TurnSchedule',
+    'fixed_but',
 ]

@@ -25,8 +25,9 @@ VIEWS = ('clean', 'adversarial')
 class RouterHealthHook(Hook):
     """Logs what the routers do, warns of starving experts, and stops on gradients not finite.
 
-    Reads ``routing_record`` of the model, what :class:`RobustClassifier` notes of each training
-    batch: the routings of the clean and of the adversarial images, one per router. Each report has
+    Takes ``routing_records`` from the model, what :class:`RobustClassifier` notes of each training step: the routings
+    of the clean and of the adversarial images, one per router; with ``reuse_batch`` those of both turns. Each report
+    has
 
     - ``router/share_clean_0``, ``router/share_adversarial_0``...: share of the images that each
       expert got;
@@ -76,7 +77,7 @@ class RouterHealthHook(Hook):
         """
         model = bare_model(runner.model)
         self._watches = bool(router_modules(model))
-        if self._watches and not hasattr(model, 'routing_record'):
+        if self._watches and not hasattr(model, 'routing_records'):
             raise TypeError(
                 f'RouterHealthHook: a {type(model).__name__} does not tell where its routers send '
                 "images; set model.type='RobustClassifier' or remove the hook"
@@ -98,10 +99,12 @@ class RouterHealthHook(Hook):
     ) -> None:
         """Add the batch to the tally."""
         if self._watches:
-            record = bare_model(runner.model).routing_record
-            if self._tally is None:
-                self._tally = _Tally(record.clean or record.adversarial)
-            self._tally.add(record.clean, record.adversarial)
+            records = bare_model(runner.model).routing_records
+            for record in records.values():
+                if self._tally is None:
+                    self._tally = _Tally(record.clean or record.adversarial)
+                self._tally.add(record.clean, record.adversarial)
+            records.clear()
         if self.interval is not None and self.every_n_train_iters(runner, self.interval):
             self._report(runner, runner.iter + 1)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from difflib import get_close_matches
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 
 from mmadvmoe.moe import GROUPS
+from mmadvmoe.utils import choose
 
-from .turns import TurnSchedule
+if TYPE_CHECKING:
+    from .alternation import TurnSchedule
 
 
 class AlternatingOptimWrapper(OptimWrapperDict):
@@ -68,10 +69,7 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         Raises:
             ValueError: ``name`` is no group.
         """
-        if name not in self.optim_wrappers:
-            nearest = get_close_matches(str(name), GROUPS, n=1) or ['experts']
-            raise ValueError(f'unknown parameter group {name!r}; did you mean {nearest[0]!r}? Allowed: {GROUPS}')
-        self._active_name = name
+        self._active_name = choose(name, GROUPS, 'parameter group')
         for optim_wrapper in self.values():
             if optim_wrapper.inner_count % optim_wrapper._accumulative_counts == 0:
                 optim_wrapper.zero_grad()

@@ -111,7 +111,7 @@ def test_deep_copy_of_a_robust_classifier_attacks_the_copy(make_moe):
         data_preprocessor=dict(type='AdvDataPreprocessor', attack=attack),
     )
     twin = copy.deepcopy(model)
-    (victim,) = twin.data_preprocessor._victim
+    victim = twin.data_preprocessor._attacks[None].victim
     assert victim.classifier is twin
     assert victim.normalize.__self__._held[1] is twin.data_preprocessor
     assert len(list(model.modules())) == len(list(twin.modules()))

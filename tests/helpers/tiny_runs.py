@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 import mmadvmoe.attacks  # noqa: F401
 import mmadvmoe.models  # noqa: F401
-import mmadvmoe.training.alternating_hook  # noqa: F401
+import mmadvmoe.training.alternation  # noqa: F401
 import mmadvmoe.training.amp  # noqa: F401
 import mmadvmoe.training.health_hook  # noqa: F401
 import mmadvmoe.training.optim_constructor  # noqa: F401

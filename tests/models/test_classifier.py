@@ -18,8 +18,8 @@ def build(moe=False, **overrides):
     return MODELS.build(classifier_cfg(moe=moe, **dict(data_preprocessor=FGSM) | overrides))
 
 
-def losses_of(model, count=4):
-    return model.loss(**model.data_preprocessor(make_data(count), training=True))
+def losses_of(model, count=4, **turn):
+    return model.loss(**model.data_preprocessor(dict(make_data(count), **turn), training=True))
 
 
 def vit(**overrides):
@@ -115,7 +115,7 @@ def linear(**kwargs):
         (
             dict(robust_loss=dict(type='TRADEsLoss')),
             ValueError,
-            "robust_loss.type='TRADEsLoss' is unknown (did you mean 'TRADESLoss'?); allowed: ['AdversarialCrossEntr",
+            "robust_loss.type='TRADEsLoss' is unknown (did you mean 'TRADESLoss'?); allowed: AdversarialCrossEntr",
         ),
         (
             dict(router_loss=[dict(type='TRADESLoss'), dict(type='RouterLabelsLoss')]),
@@ -175,15 +175,10 @@ def test_objectives_are_summed_and_terms_of_one_name_added():
 def test_each_turn_has_its_objective_and_its_names():
     model = build(moe=True, router_loss=[LABEL, dict(type='RouterBalanceLoss')])
     assert set(losses_of(model)) == {'loss_natural', 'loss_robust'}
-    model.turn = 'experts'
-    assert set(losses_of(model)) == {'experts/loss_natural', 'experts/loss_robust'}
-    model.turn = 'router'
-    names = {'router/loss_route_label', 'router/loss_route_robust', 'router/loss_balance'}
-    assert set(losses_of(model)) == names
+    assert set(losses_of(model, turn='experts')) == {'loss_natural', 'loss_robust'}
+    assert set(losses_of(model, turn='router')) == {'loss_route_label', 'loss_route_robust', 'loss_balance'}
     # The paper's way: one objective for both.
-    model = build(moe=True)
-    model.turn = 'router'
-    assert set(losses_of(model)) == {'router/loss_natural', 'router/loss_robust'}
+    assert set(losses_of(build(moe=True), turn='router')) == {'loss_natural', 'loss_robust'}
 
 
 def test_an_objective_of_the_router_alone_runs_no_expert():
@@ -193,24 +188,21 @@ def test_an_objective_of_the_router_alone_runs_no_expert():
     for layer in model.modules():
         if isinstance(layer, ExpertLayer):
             layer.register_forward_hook(lambda *_: calls.append(1))
-    model.turn = 'router'
     model.train()
-    losses = model.loss(**batch)
+    losses = model.loss(**batch, turn='router')
     assert not calls
     sum(losses.values()).backward()
     groups = split_parameters(model)
     assert all(p.grad is None for _, p in groups['experts'])
     assert all(p.grad is not None for _, p in groups['router'])
-    model.turn = 'experts'
-    model.loss(**batch)
+    model.loss(**batch, turn='experts')
     assert len(calls) == 2 * len(model.backbone.expert_layers())
 
 
 def test_router_objectives_see_what_routing_per_layer_decides():
     model = build(backbone=moe_backbone('layer'), router_loss=LABEL).eval()
     batch = model.data_preprocessor(make_data(), training=True)
-    model.turn = 'router'
-    loss = model.loss(**batch)['router/loss_route_label']
+    loss = model.loss(**batch, turn='router')['loss_route_label']
     expert = torch.arange(4) % CLASSES % 2
     routings = forward_routed(model, batch['inputs'])[1]
     expected = sum(torch.nn.functional.cross_entropy(r.logits, expert) for r in routings) / len(routings)
@@ -220,29 +212,29 @@ def test_router_objectives_see_what_routing_per_layer_decides():
 
 def test_routes_of_the_last_step_are_on_record_without_gradients():
     model = build(moe=True, router_loss=LABEL).eval()
-    assert model.routing_record == RoutingRecord()
+    assert model.routing_records == {}
     for turn in ('experts', 'router'):
-        model.turn = turn
-        batch = model.data_preprocessor(make_data(8), training=True)
+        batch = model.data_preprocessor(dict(make_data(8), turn=turn), training=True)
+        assert batch['turn'] == turn
         model.loss(**batch)
         for inputs, routings in (
-            (batch['inputs'], model.routing_record.clean),
-            (batch['adv_inputs'], model.routing_record.adversarial),
+            (batch['inputs'], model.routing_records[turn].clean),
+            (batch['adv_inputs'], model.routing_records[turn].adversarial),
         ):
             (routing,) = routings
             logits = model.backbone.router(inputs)
             assert routing.expert.equal(logits.argmax(1)) and sum(routing.counts) == 8
             assert not routing.logits.requires_grad and routing.gate is None
-    assert losses_of(build()) and build().routing_record == RoutingRecord()
+    dense = build()
+    assert losses_of(dense) and dense.routing_records == {None: RoutingRecord()}
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_turn():
     model = build(moe=True)
-    model.turn = 'experts'
-    batch = model.data_preprocessor(make_data(), training=True)
+    batch = model.data_preprocessor(dict(make_data(), turn='experts'), training=True)
     with torch.no_grad():
         model.head.fc.bias[0] = float('inf')
-    with pytest.raises(NonFiniteError, match='experts/loss_natural, experts/loss_robust'):
+    with pytest.raises(NonFiniteError, match='loss_natural, loss_robust in a turn of the experts'):
         model.loss(**batch)
 
 

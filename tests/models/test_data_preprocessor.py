@@ -184,7 +184,7 @@ def test_float_pixels_and_a_lone_image_in_evaluation_are_fine():
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(mode='pairs'), "mode='pairs' is unknown (did you mean 'pair'?); allowed: ('pair', 'replace')"),
+        (dict(mode='pairs'), "mode='pairs' is unknown (did you mean 'pair'?); allowed: pair, replace"),
         (dict(mean=[0.485], std=[0.229]), 'in the scale 0..1, but images come in 0..255: multiply both by 255'),
         (dict(mean=[0.485], std=[58.0]), 'mean=[0.485], std=[58.0] are in the scale 0..1'),
         (dict(mean=[123.7], std=[0.229]), 'in the scale 0..1'),

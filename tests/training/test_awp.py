@@ -121,7 +121,7 @@ class _Forwards(Hook):
 
     def _count(self, model, args, kwargs):
         if kwargs.get('mode') == 'loss':
-            self.calls[model.turn] += 1
+            self.calls[kwargs['turn']] += 1
 
 
 @pytest.mark.parametrize('groups', [('experts',), ('experts', 'router')])
@@ -190,5 +190,5 @@ def test_average_attacks_and_predicts_on_its_own(tmp_path):
     runner, hook, _ = averaged_run(tmp_path, ema_type='ExponentialMovingAverage', momentum=0.3)
     average = hook.ema_model.module
     preprocessor = average.data_preprocessor
-    assert preprocessor._victim[0].classifier is average
+    assert preprocessor._attacks[None].victim.classifier is average
     assert isinstance(average.backbone, nn.Module) and average.backbone is not runner.model.backbone

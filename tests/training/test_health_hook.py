@@ -27,7 +27,7 @@ class ScriptedRoutes(RobustClassifier):
             tuple(Routing.decide(torch.tensor(logits), gate=None) for logits in side)
             for side in (CLEAN[: self.routers], self.adversarial[: self.routers])
         )
-        self.routing_record = RoutingRecord(clean if self.with_clean else (), adversarial)
+        self.routing_records = {kwargs.get('turn'): RoutingRecord(clean if self.with_clean else (), adversarial)}
         return losses
 
 
@@ -107,6 +107,26 @@ def test_real_routes_are_counted_once_per_image(tmp_path):
         assert first + second == 1 and (first * 8).is_integer()
 
 
+def test_the_routes_of_both_turns_count_where_they_share_a_batch(tmp_path):
+    class Counter(Hook):
+        priority = 'NORMAL'  # before the health hook takes them
+
+        def __init__(self):
+            self.seen = []
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            self.seen.append(sorted(runner.model.routing_records))
+
+    counter = Counter()
+    health = dict(type='RouterHealthHook', priority='LOW')
+    runner = build_runner(run_cfg(tmp_path, hooks=[health], epochs=1, schedule=dict(reuse_batch=True)))
+    runner.register_hook(counter)
+    runner.train()
+    assert counter.seen == [['experts', 'router']] * 4
+    # Sixteen images, each routed in both turns.
+    assert (reported(runner)['share_clean_0'][0] * 32).is_integer() and runner.model.routing_records == {}
+
+
 @pytest.mark.parametrize('starve_below, starves', [(0.1, False), (0.8, True)])
 def test_warns_once_an_epoch_of_an_expert_that_starves(tmp_path, starve_below, starves):
     model, hook = model_cfg(type='ScriptedRoutes'), dict(starve_below=starve_below)
@@ -139,7 +159,7 @@ class PoisonHook(Hook):
 @pytest.mark.parametrize(
     'what, name, message, optim_wrapper',
     [
-        ('weight', 'head.fc.bias', 'experts/loss_natural', turns_cfg()),
+        ('weight', 'head.fc.bias', 'loss_natural.* in a turn of the experts', turns_cfg()),
         ('weight', 'backbone.router.fc.bias', 'router logits', turns_cfg()),
         ('grad', 'head.fc.bias', r'gradient of head\.fc\.bias', turns_cfg()),
         ('grad', 'head.fc.bias', 'gradient of', turns_cfg(clip_grad=dict(max_norm=1.0))),

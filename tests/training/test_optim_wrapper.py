@@ -6,9 +6,9 @@ from tiny_runs import group_cfg, model_cfg, turns_cfg
 from torch import nn
 
 from mmadvmoe.moe import BaseRouter, split_parameters
-from mmadvmoe.training.optim_constructor import check_param_scheduler
+from mmadvmoe.runtime.preflight import check_param_scheduler
+from mmadvmoe.training.alternation import TurnSchedule
 from mmadvmoe.training.optim_wrapper import AlternatingOptimWrapper
-from mmadvmoe.training.turns import TurnSchedule
 
 
 class Routed(nn.Module):

@@ -104,9 +104,9 @@ def train(work_dir, launcher, batch_size):
             images[1::2] = 255 - images[1::2] // 4
             runner.train()
             model = getattr(runner.model, 'module', runner.model)
-            results[f'{case}_{name}'] = dict(
-                weights=model.state_dict(), counts=[r.counts for r in model.routing_record.clean]
-            )
+            records = model.routing_records.values()
+            counts = [r.counts for record in records for r in record.clean]
+            results[f'{case}_{name}'] = dict(weights=model.state_dict(), counts=counts)
     return results
 
 

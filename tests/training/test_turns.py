@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from mmadvmoe.training.turns import TurnSchedule
+from mmadvmoe.training.alternation import TurnSchedule
 
 SCHEDULES = [
     TurnSchedule(),

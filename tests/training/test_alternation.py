@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS
 from tiny_runs import (
@@ -19,7 +20,7 @@ from torch import distributed, multiprocessing
 
 from mmadvmoe.models import RobustClassifier
 from mmadvmoe.moe import router_modules, split_parameters
-from mmadvmoe.training.alternating_hook import AlternatingOptimHook
+from mmadvmoe.training.alternation import AlternatingOptimHook, fixed_but
 
 
 @MODELS.register_module()
@@ -35,7 +36,7 @@ class StepRecorder(RobustClassifier):
             group: {name for name, tensor in now.items() if not tensor.equal(before[group][name])}
             for group, now in snapshot(self).items()
         }
-        self.steps = [*getattr(self, 'steps', []), (self.turn, moved, flags, batch)]
+        self.steps = [*getattr(self, 'steps', []), (data['turn'], moved, flags, batch)]
         return log_vars
 
 
@@ -88,9 +89,61 @@ def test_iteration_based_training_takes_the_same_turns(tmp_path):
 def test_training_leaves_a_plain_model_behind(tmp_path):
     runner = train(tmp_path, epochs=1)
     model = runner.model
-    assert model.turn is None
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class FlagRecorder(Hook):
+    """Notes between steps which flags differ from those of a model in training."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.wrong = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.wrong += [name for name, p in runner.model.named_parameters() if not p.requires_grad]
+        self.wrong += [name for name, module in runner.model.named_modules() if not module.training]
+
+
+@pytest.mark.parametrize('schedule', [dict(), dict(reuse_batch=True)])
+def test_between_steps_the_model_is_whole(tmp_path, schedule):
+    runner, recorder = build_runner(run_cfg(tmp_path, schedule=schedule)), FlagRecorder()
+    runner.register_hook(recorder)
+    runner.train()
+    assert runner.iter == 8 and not recorder.wrong
+
+
+@pytest.mark.parametrize('schedule', [dict(), dict(reuse_batch=True)])
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_precise_bn_recomputes_every_norm(tmp_path, schedule, by_epoch):
+    loop = dict(by_epoch=True, max_epochs=1) if by_epoch else dict(by_epoch=False, max_iters=4)
+    hook = dict(type='PreciseBNHook', num_samples=16, interval=1 if by_epoch else 4, priority='ABOVE_NORMAL')
+    runner = build_runner(run_cfg(tmp_path, schedule=schedule, train_cfg=loop, hooks=[hook]))
+    last = {}
+
+    class Before(Hook):
+        """Runs just before PreciseBNHook."""
+
+        priority = 'HIGH'
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            last.update({n: b.clone() for n, b in runner.model.named_buffers() if n.endswith('running_mean')})
+
+    runner.register_hook(Before())
+    runner.train()
+    now = dict(runner.model.named_buffers())
+    assert any('router' in name for name in last) and any('network' in name for name in last)
+    assert all(not now[name].equal(value) for name, value in last.items())
+
+
+def test_an_error_inside_a_step_leaves_no_group_fixed():
+    model = MODELS.build(model_cfg())
+    with pytest.raises(KeyboardInterrupt), fixed_but(model, 'router'):
+        assert not model.head.fc.weight.requires_grad and not model.head.training
+        assert model.backbone.router.fc.weight.requires_grad and model.backbone.router.training
+        raise KeyboardInterrupt
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
 
 
 def test_what_was_frozen_before_stays_frozen(tmp_path):

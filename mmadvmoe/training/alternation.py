@@ -1,0 +1,257 @@
+"""Algorithm 1 of AdvMoE: experts θ and router ψ learn in turns, each while the other is fixed.
+
+arXiv:2308.10110, algorithm 1, as the parts of this package run it::
+
+    for each iteration:
+        turn = schedule.turn_at(iteration)           # 'experts' or 'router'              TurnSchedule
+        batch = next batch, with batch['turn'] = turn                                     AlternatingOptimHook
+        with the other group fixed:                                                       fixed_but
+            attack the batch                         # the attack of this turn            AdvDataPreprocessor
+            loss of the turn on clean and adversarial images                              RobustClassifier
+            step the optimizer of the turn                                                AlternatingOptimWrapper
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
+
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
+from mmpretrain.registry import HOOKS
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmadvmoe.moe import GROUPS, router_modules, split_parameters
+from mmadvmoe.runtime.dist import bare_model
+
+from .optim_wrapper import AlternatingOptimWrapper
+
+
+@dataclass(frozen=True)
+class TurnSchedule:
+    """The order in which experts and router are updated: a function of the iteration number and nothing else.
+
+    After ``warmup_iters`` iterations of experts only, a cycle of ``k_experts`` updates of the experts and ``k_router``
+    updates of the router repeats. An update takes as many iterations as its group accumulates gradients over, so a turn
+    never ends with half an update.
+
+    Args:
+        k_experts (int): Updates of the experts in one cycle. Defaults to 1.
+        k_router (int): Updates of the router in one cycle. Defaults to 1.
+        warmup_iters (int): Iterations at the start that belong to the experts alone. Defaults to 0.
+        reuse_batch (bool): Each iteration holds a step of the experts and, after the warm-up, a step of the router on
+            the same batch, as in the public code of AdvMoE. Defaults to False: a new batch each turn, as in the paper.
+        accumulative_counts (Mapping[str, int]): Iterations per update of each group. Defaults to 1 and 1.
+
+    Raises:
+        ValueError: A number is out of range, or the numbers do not fit each other.
+    """
+
+    k_experts: int = 1
+    k_router: int = 1
+    warmup_iters: int = 0
+    reuse_batch: bool = False
+    accumulative_counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1))
+
+    def __post_init__(self) -> None:
+        for key, least in (('k_experts', 1), ('k_router', 1), ('warmup_iters', 0)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f'AlternatingOptimHook: {key}={value!r}; it must be an integer of at least {least}')
+        experts, router = (self.accumulative_counts[group] for group in GROUPS)
+        if self.reuse_batch and self.k_experts != self.k_router:
+            raise ValueError(
+                f'AlternatingOptimHook: k_experts={self.k_experts} and k_router={self.k_router} with reuse_batch=True; '
+                'both groups step on each batch, so the two must be equal'
+            )
+        if self.reuse_batch and experts != router:
+            raise ValueError(
+                f'optim_wrapper.experts.accumulative_counts={experts} and optim_wrapper.router.accumulative_counts='
+                f'{router} with reuse_batch=True; both groups step on each batch, so they must be equal to give one '
+                'update of the router for each of the experts'
+            )
+        if self.warmup_iters % experts:
+            raise ValueError(
+                f'AlternatingOptimHook: warmup_iters={self.warmup_iters} ends in the middle of an update; it must be a '
+                f'multiple of optim_wrapper.experts.accumulative_counts={experts}'
+            )
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Iterations of a turn of the experts and of a turn of the router."""
+        counts = self.accumulative_counts
+        return self.k_experts * counts['experts'], self.k_router * counts['router']
+
+    def turn_at(self, iteration: int) -> str:
+        """The group that steps in an iteration (counted from 0), the first one with ``reuse_batch``."""
+        if self.reuse_batch or iteration < self.warmup_iters:
+            return 'experts'
+        experts, router = self.lengths
+        in_cycle = (iteration - self.warmup_iters) % (experts + router)
+        return 'experts' if in_cycle < experts else 'router'
+
+    def repeats_batch(self, iteration: int) -> bool:
+        """Whether a step of the router follows on the batch of this iteration."""
+        return self.reuse_batch and iteration >= self.warmup_iters
+
+    def count_before(self, group: str, iteration: int) -> int:
+        """Backward passes of ``'experts'`` or ``'router'`` that lie before an iteration (counted from 0)."""
+        after = max(iteration - self.warmup_iters, 0)
+        if self.reuse_batch:
+            return iteration if group == 'experts' else after
+        experts, router = self.lengths
+        cycles, rest = divmod(after, experts + router)
+        if group == 'router':
+            return cycles * router + max(rest - experts, 0)
+        return iteration - after + cycles * experts + min(rest, experts)
+
+
+@contextmanager
+def fixed_but(model: nn.Module, turn: str) -> Iterator[None]:
+    """Fix the group whose turn it is not; on exit every flag is as it was.
+
+    Its parameters require no gradient and its modules are in eval mode, so neither weights nor norm statistics move.
+
+    Args:
+        model (nn.Module): The bare model.
+        turn (str): The group that learns, ``'experts'`` or ``'router'``.
+    """
+    below_routers = {id(module) for router in router_modules(model) for module in router.modules()}
+    modules = [m for m in model.modules() if m.training and (id(m) in below_routers) != (turn == 'router')]
+    (other,) = (group for group in GROUPS if group != turn)
+    parameters = [parameter for _, parameter in split_parameters(model)[other] if parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        # Past `train()` of backbones, which would set flags that the user has set otherwise.
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for module in modules:
+            module.training = True
+
+
+@HOOKS.register_module()
+class AlternatingOptimHook(Hook):
+    """Train the experts θ and the router ψ in turns.
+
+    The turn is part of the batch: ``data_batch['turn']`` is ``'experts'`` or ``'router'``, and what depends on it reads
+    it there. It follows from the iteration number alone, so resuming needs no state. The group whose turn it is not is
+    fixed for the length of the step (see :func:`fixed_but`); between steps, other hooks find the model as it is.
+
+    Values in the log get the name of their turn: ``experts/loss``, ``router/loss``.
+
+    Args:
+        k_experts (int): Updates of the experts in one cycle. Defaults to 1.
+        k_router (int): Updates of the router in one cycle. Defaults to 1.
+        warmup_iters (int): Iterations at the start that belong to the experts alone. Defaults to 0.
+        reuse_batch (bool): Whether the router steps on the batch that the experts have just stepped on, attacked
+            afresh, instead of waiting for its own. Defaults to False.
+
+    Raises:
+        ValueError: A number is out of range or they do not fit each other, see :class:`TurnSchedule`.
+
+    Examples:
+        The schedule of the paper (arXiv:2308.10110, algorithm 1), a new batch for each turn:
+
+        >>> custom_hooks = [dict(type='AlternatingOptimHook', k_experts=1, k_router=1)]
+
+        That of its public code, both turns on each batch:
+
+        >>> custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True)]
+
+        Either needs an optimizer for each group:
+
+        >>> optim_wrapper = dict(
+        ...     constructor='AlternatingOptimWrapperConstructor',
+        ...     experts=dict(optimizer=dict(type='SGD', lr=0.1)),
+        ...     router=dict(optimizer=dict(type='SGD', lr=0.01)))
+    """
+
+    # Before RuntimeInfoHook, which puts the outputs of an iteration into the log.
+    priority = 'HIGHEST'
+
+    def __init__(self, k_experts: int = 1, k_router: int = 1, warmup_iters: int = 0, reuse_batch: bool = False) -> None:
+        self.schedule = TurnSchedule(k_experts, k_router, warmup_iters, reuse_batch)
+        self._step = ExitStack()
+        self._batch: Optional[dict] = None
+
+    def before_run(self, runner: Runner) -> None:
+        """Check that the runner can train in turns, and hand the schedule to its optimizers.
+
+        Raises:
+            TypeError: ``optim_wrapper`` is not built for turns.
+            ValueError: The router never gets a turn, or the model wrapper cannot leave parameters out.
+        """
+        optim_wrapper = runner.optim_wrapper
+        if not isinstance(optim_wrapper, OptimWrapper):
+            return  # not built: a run of validation or test
+        if not isinstance(optim_wrapper, AlternatingOptimWrapper):
+            raise TypeError(
+                f'AlternatingOptimHook cannot work with a {type(optim_wrapper).__name__}; set '
+                "optim_wrapper.constructor='AlternatingOptimWrapperConstructor'"
+            )
+        if isinstance(runner.model, DistributedDataParallel) and not runner.model.find_unused_parameters:
+            raise ValueError(
+                'find_unused_parameters=False: distributed training in turns leaves one group out of each step; set '
+                'find_unused_parameters=True in the config (or in its model_wrapper_cfg)'
+            )
+        self.schedule = replace(self.schedule, accumulative_counts=optim_wrapper.accumulative_counts)
+        if not self.schedule.count_before('router', runner.max_iters):
+            raise ValueError(
+                f'AlternatingOptimHook: warmup_iters={self.schedule.warmup_iters} and '
+                f'k_experts={self.schedule.k_experts} leave no turn for the router in the {runner.max_iters} '
+                'iterations of the training'
+            )
+        optim_wrapper.schedule = self.schedule
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+        """Begin the step of the group that this iteration belongs to."""
+        if self.schedule.repeats_batch(runner.iter):
+            # Batch augmentations write mixed labels into the samples: the router gets them as they came.
+            self._batch = _copy_batch(data_batch)
+        turn = self.schedule.turn_at(runner.iter)
+        data_batch['turn'] = turn
+        runner.optim_wrapper.activate(turn)
+        self._step.enter_context(fixed_but(bare_model(runner.model), turn))
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
+    ) -> None:
+        """End the step, name its outputs by turn, and let the router step too if it shares the batch."""
+        self._step.close()
+        log_vars = _named_by_turn(outputs, data_batch['turn'])
+        if self.schedule.repeats_batch(runner.iter):
+            batch, self._batch = dict(self._batch, turn='router'), None
+            runner.optim_wrapper.activate('router')
+            with fixed_but(bare_model(runner.model), 'router'):
+                router_outputs = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
+            log_vars.update(_named_by_turn(router_outputs, 'router'))
+        # In place, as the hooks that follow share this dict.
+        outputs.clear()
+        outputs.update(log_vars)
+
+
+def _named_by_turn(outputs: Mapping[str, Any], turn: str) -> dict[str, Any]:
+    return {f'{turn}/{name}': value for name, value in outputs.items()}
+
+
+def _copy_batch(batch: Any) -> Any:
+    """Copy a batch, deep enough that no change of the original reaches the copy."""
+    if isinstance(batch, (Tensor, BaseDataElement)):
+        return batch.clone()
+    if isinstance(batch, Mapping):
+        return {key: _copy_batch(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, '_fields'):
+        return type(batch)(*(_copy_batch(value) for value in batch))
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        return type(batch)(_copy_batch(value) for value in batch)
+    return batch
