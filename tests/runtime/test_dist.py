@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch import distributed as torch_dist
 from torch import nn
 
-from mmadvmoe.runtime.dist import finish_distributed, prepare_distributed
+from mmadvmoe.runtime.launch import finish_distributed, prepare_distributed
 
 ROOT = Path(__file__).parents[2]
 IMAGES, EPOCHS = 16, 2
@@ -139,7 +139,7 @@ def second_of_two(monkeypatch):
     """The variables of torchrun in its second process, and a machine with two GPUs."""
     for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, MASTER_ADDR='localhost').items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr('mmadvmoe.runtime.dist.get_device', lambda: 'cuda')
+    monkeypatch.setattr('mmadvmoe.runtime.launch.get_device', lambda: 'cuda')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
 
