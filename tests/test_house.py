@@ -200,7 +200,8 @@ def settings():
     yield 'environment', dict(os.environ)
     yield 'default', dict(dtype=torch.get_default_dtype(), threads=torch.get_num_threads(),
         deterministic=torch.are_deterministic_algorithms_enabled(), grad=torch.is_grad_enabled(),
-        mkldnn=torch.backends.mkldnn.enabled, tf32=torch.backends.cudnn.allow_tf32, benchmark=torch.backends.cudnn.benchmark,
+        mkldnn=torch.backends.mkldnn.enabled, tf32=torch.backends.cudnn.allow_tf32,
+        benchmark=torch.backends.cudnn.benchmark,
         print=repr(numpy.get_printoptions()), errors=repr(numpy.geterr()), warnings=repr(warnings.filters),
         matplotlib=repr(dict(matplotlib.rcParams)), hook=sys.excepthook)
     yield 'random state', dict(torch=torch.get_rng_state().tolist(), numpy=repr(numpy.random.get_state()),
