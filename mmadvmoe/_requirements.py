@@ -1,7 +1,7 @@
 """Which OpenMMLab packages this one works with, and a readable refusal of any other.
 
-This module imports nothing heavy: ``setup.py`` reads the ranges from it, and ``mmadvmoe`` checks
-them before MMEngine or MMPretrain are imported, whose own failures name neither cause nor cure.
+This module imports nothing heavy: ``setup.py`` reads the ranges from it, and ``mmadvmoe`` checks them before MMEngine
+or MMPretrain are imported, whose own failures name neither cause nor cure.
 """
 
 from importlib import metadata
@@ -24,8 +24,8 @@ def check_requirements() -> None:
     Only the metadata of the installed distributions is read; none of them is imported.
 
     Raises:
-        ImportError: One is missing, too old or too new. The message names every such package, the
-            version found, the versions allowed and the command that installs one of them.
+        ImportError: One is missing, too old or too new. The message names every such package, the version found, the
+            versions allowed and the command that installs one of them.
     """
     problems = [
         problem
@@ -66,6 +66,6 @@ def _cure(module: str, allowed: str, remove: str | None = None) -> str:
     if remove not in (None, 'mmcv-lite'):
         lite = f'pip uninstall -y {remove} && {lite}'
     return (
-        f'Run: {lite} (mmcv-lite is enough, as no compiled op is used; '
-        'a full mmcv of an allowed version serves as well)'
+        f'Run: {lite} (mmcv-lite is enough, as no compiled op is used; a full mmcv of an allowed version serves as '
+        'well)'
     )

@@ -1,10 +1,18 @@
-"""Choose among named things, with an error that helps."""
+"""Small things that every package uses."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from difflib import get_close_matches
 from typing import Any
+
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model itself, where a distributed wrapper may stand around it."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def choose(name: Any, allowed: Collection[str], key: str) -> Any:

@@ -12,13 +12,14 @@ from mmengine.evaluator import DumpResults
 
 from mmadvmoe.attacks import STANDARD_ATTACKS
 from mmadvmoe.evaluation.named_attacks import choose_attacks
-from mmadvmoe.runtime.dist import finish_distributed, prepare_distributed
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
+    finish_distributed,
     load_config,
     merge_common_arguments,
+    prepare_distributed,
 )
 
 OUT_SUFFIXES = {

@@ -4,14 +4,15 @@ import argparse
 
 from mmengine.config import Config
 
-from mmadvmoe.runtime.dist import finish_distributed, prepare_distributed
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
     enable_amp,
+    finish_distributed,
     load_config,
     merge_common_arguments,
+    prepare_distributed,
 )
 from mmadvmoe.runtime.preflight import check_config
 

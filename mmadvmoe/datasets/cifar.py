@@ -48,11 +48,9 @@ class _HeldOutCIFAR:
             found = '; '.join(f'{state}: {", ".join(names)}' for state, names in states if names)
         archive = osp.join(root, self.filename)
         raise FileNotFoundError(
-            f'{type(self).__name__} needs the official files in {osp.abspath(folder)} ({found}). '
-            f'Download {self.url} (the "python version" on {self.page}), save it as {archive} and '
-            f'unpack it there: tar -xzf {archive} -C {root}. '
-            'If the data set is elsewhere, set data_root to the folder that holds '
-            f'{self.base_folder}/.'
+            f'{type(self).__name__} needs the official files in {osp.abspath(folder)} ({found}). Download {self.url} '
+            f'(the "python version" on {self.page}), save it as {archive} and unpack it there: tar -xzf {archive} -C '
+            f'{root}. If the data set is elsewhere, set data_root to the folder that holds {self.base_folder}/.'
         )
 
 
@@ -60,23 +58,22 @@ class _HeldOutCIFAR:
 class CIFAR10Split(_HeldOutCIFAR, CIFAR10):
     """MMPretrain's CIFAR-10 with a fixed part of the training set held out for validation.
 
-    Robust accuracy needs a validation set of its own: the best checkpoint must not be chosen on the
-    images that the result is reported on. The split is stratified by class and the same for every
-    run.
+    Robust accuracy needs a validation set of its own: the best checkpoint must not be chosen on the images that the
+    result is reported on. The split is stratified by class and the same for every run.
 
     Nothing is downloaded unless ``download=True`` is given.
 
     Args:
         data_root: The folder that holds ``cifar-10-batches-py/``.
-        split: ``'train'`` (45,000 images), ``'val'`` (5,000), ``'trainval'`` (all 50,000 official
-            training images) or ``'test'`` (the 10,000 official test images).
+        split: ``'train'`` (45,000 images), ``'val'`` (5,000), ``'trainval'`` (all 50,000 official training images) or
+            ``'test'`` (the 10,000 official test images).
         num_val: Images held out of the training set.
         **kwargs: Other arguments of :class:`mmpretrain.datasets.CIFAR10`, such as ``pipeline``.
 
     Raises:
         ValueError: If the split is none of these, or ``num_val`` leaves a part empty.
-        FileNotFoundError: If a file of the data set is missing or is not the official one; the
-            message says what to download and where to put it.
+        FileNotFoundError: If a file of the data set is missing or is not the official one; the message says what to
+            download and where to put it.
     """
 
 

@@ -17,12 +17,10 @@ class Digits(BaseDataset):
     """The 1,797 handwritten digits of scikit-learn, as small RGB images.
 
     8×8 scans with 17 grey levels, of the UCI data set `Optical Recognition of Handwritten Digits
-    <https://archive.ics.uci.edu/dataset/80>`_. The grey levels 0..16 are spread over 0..255 and
-    copied to three equal channels (H, W, 3) uint8. To enlarge the images, put ``dict(type='Resize',
-    scale=32)`` first in the pipeline.
+    <https://archive.ics.uci.edu/dataset/80>`_. The grey levels 0..16 are spread over 0..255 and copied to three equal
+    channels (H, W, 3) uint8. To enlarge the images, put ``dict(type='Resize', scale=32)`` first in the pipeline.
 
-    The split is stratified by class and fixed: 1,257 images to train on, 180 to validate on, 360 to
-    test on.
+    The split is stratified by class and fixed: 1,257 images to train on, 180 to validate on, 360 to test on.
 
     Args:
         split: ``'train'``, ``'val'``, ``'trainval'`` (all but the test images) or ``'test'``.

@@ -15,8 +15,8 @@ from .splits import check_split, part_of
 class ImageNetSplit(ImageNet):
     """MMPretrain's ImageNet-1k with a fixed part of the training set held out for validation.
 
-    ``data_root`` holds ``train/`` and ``val/``, in one of the two layouts of :class:`mmpretrain.datasets.ImageNet`:
-    one folder per class, or listed in ``meta/train.txt`` and ``meta/val.txt``, which
+    ``data_root`` holds ``train/`` and ``val/``, in one of the two layouts of :class:`mmpretrain.datasets.ImageNet`: one
+    folder per class, or listed in ``meta/train.txt`` and ``meta/val.txt``, which
     ``tools/dataset_converters/imagenet_annotations.py`` writes for the archives as they unpack.
 
     Args:

@@ -13,9 +13,8 @@ from torch.utils.data import Sampler
 class ChunkSampler(Sampler):
     """Deal whole chunks of consecutive images out to the processes, in data set order.
 
-    Chunk c holds images [c·S, (c+1)·S); process r of W takes chunks r, r + W, r + 2W, ... Every
-    image is visited exactly once and none is repeated to even out the processes, so the processes
-    may do different numbers of batches.
+    Chunk c holds images [c·S, (c+1)·S); process r of W takes chunks r, r + W, r + 2W, ... Every image is visited
+    exactly once and none is repeated to even out the processes, so the processes may do different numbers of batches.
 
     Args:
         dataset: The data set.

@@ -12,14 +12,14 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out images so that every class keeps its share in both parts.
 
-    Class c of n_c images gives n_c · num_held_out / n of them, rounded so that the counts add up to
-    ``num_held_out`` (largest remainder; the lower class first on ties).
+    Class c of n_c images gives n_c · num_held_out / n of them, rounded so that the counts add up to ``num_held_out``
+    (largest remainder; the lower class first on ties).
 
     Args:
         labels: Class of each image, length n.
         num_held_out: How many images to hold out, 1 to n - 1.
-        seed: Picks one of the possible splits. It belongs to the data set, not to a training run:
-            a model must never meet an image in training on which another run selects.
+        seed: Picks one of the possible splits. It belongs to the data set, not to a training run: a model must never
+            meet an image in training on which another run selects.
 
     Returns:
         Ascending indices of the images that remain, and of those held out.
@@ -30,8 +30,8 @@ def stratified_split(
     labels = np.asarray(labels)
     if not 0 < num_held_out < len(labels):
         raise ValueError(
-            f'num_held_out must lie between 1 and {len(labels) - 1} '
-            f'for a data set of {len(labels)} images, but got {num_held_out}.'
+            f'num_held_out must lie between 1 and {len(labels) - 1} for a data set of {len(labels)} images, but got '
+            f'{num_held_out}.'
         )
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * num_held_out / len(labels)
@@ -39,8 +39,8 @@ def stratified_split(
     by_remainder = np.argsort(counts - exact, kind='stable')
     counts[by_remainder[: num_held_out - counts.sum()]] += 1
 
-    # RandomState and not default_rng: numpy promises that its stream never changes, so that the
-    # split is the same for every version.
+    # RandomState and not default_rng: numpy promises that its stream never changes, so that the split is the same for
+    # every version.
     generator = np.random.RandomState(seed)
     held_out = np.zeros(len(labels), dtype=bool)
     for name, count in zip(classes, counts):

@@ -28,8 +28,8 @@ class TinyImageNet(BaseDataset):
 
     Args:
         data_root: The folder that holds ``tiny-imagenet-200/``.
-        split: ``'train'`` (95,000 images), ``'val'`` (5,000), ``'trainval'`` (all 100,000 official training images)
-            or ``'test'`` (the 10,000 official validation images).
+        split: ``'train'`` (95,000 images), ``'val'`` (5,000), ``'trainval'`` (all 100,000 official training images) or
+            ``'test'`` (the 10,000 official validation images).
         num_val: Images held out of the training set.
         **kwargs: Other arguments of :class:`mmpretrain.datasets.BaseDataset`, such as ``pipeline``.
 

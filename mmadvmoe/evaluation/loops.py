@@ -12,9 +12,9 @@ from mmpretrain.registry import LOOPS
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.runtime.dist import bare_model
 from mmadvmoe.runtime.preflight import check_data
 from mmadvmoe.runtime.seeding import preserve_rng_state
+from mmadvmoe.utils import bare_model
 
 from .named_attacks import check_groups, held_name, with_route_attack
 from .outcomes import CLEAN, as_data_samples

@@ -1,4 +1,4 @@
-"""Which channels of a network can be removed, and what has to go with them."""
+"""Channels of a network: which can be removed, how many a budget of multiply-adds keeps, and their removal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
-from torch import nn
+from torch import Tensor, nn
+
+from mmadvmoe.cost import flop_analyzer
 
 # Operations (of autograd) that give channel c of their output from channel c of their inputs alone. A view may only
 # fold positions into channels, as before a linear layer; that the sizes fit is checked below.
@@ -151,8 +153,8 @@ def _trace(model: nn.Module, input_shape: Sequence[int]) -> tuple[list[_Call], o
     parameter = next(model.parameters())
     with torch.enable_grad():
         output = model(torch.zeros((1, *input_shape), dtype=parameter.dtype, device=parameter.device))
-    # A layer that is called twice belongs to two places at once, and a linear layer on more than a vector leaves a
-    # node of another kind: both stay unknown nodes, whose channels are fixed.
+    # A layer that is called twice belongs to two places at once, and a linear layer on more than a vector leaves a node
+    # of another kind: both stay unknown nodes, whose channels are fixed.
     known = [call for call in calls if times[call.module] == 1 and type(call.made).__name__ != 'ViewBackward0']
     return known, output.grad_fn
 
@@ -173,3 +175,115 @@ def _reads(module: nn.Module, channels: int) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.in_channels == channels
     return module.in_features % channels == 0
+
+
+class _CostModel:
+    """Multiply-adds of a network as a function of the channels that its groups keep."""
+
+    def __init__(self, classifier: nn.Module, groups: Sequence[ChannelGroup], input_shape: Sequence[int]) -> None:
+        analyzer = flop_analyzer(classifier, input_shape)
+        self.groups = groups
+        # Of each layer: its multiply-adds, and the groups that scale them.
+        scaled: dict[str, list[int]] = {}
+        for index, group in enumerate(groups):
+            for name in (*group.producers, *group.norms, *group.consumers):
+                scaled.setdefault(name, []).append(index)
+        self.layers = [(analyzer.total(f'classifier.{name}'), indices) for name, indices in scaled.items()]
+        self.rest = analyzer.total() - sum(flops for flops, _ in self.layers)
+
+    def __call__(self, counts: Sequence[int]) -> float:
+        shares = [count / group.channels for count, group in zip(counts, self.groups)]
+        total = float(self.rest)
+        for flops, indices in self.layers:
+            for index in indices:
+                flops = flops * shares[index]
+            total += flops
+        return total
+
+
+def fit_channels(
+    classifier: nn.Module, groups: Sequence[ChannelGroup], input_shape: Sequence[int], target_gflops: float
+) -> list[int]:
+    """Choose how many channels each group keeps, so that the network costs as much as a target and no more.
+
+    Every group keeps the same share, as near as whole channels allow; what the rounding leaves of the budget goes to
+    the groups with the smallest shares.
+
+    Args:
+        classifier (nn.Module): The dense network, in eval mode.
+        groups (Sequence[ChannelGroup]): As :func:`find_channel_groups` gives them.
+        input_shape (Sequence[int]): (C, H, W).
+        target_gflops (float): 1e9 multiply-adds per image.
+
+    Returns:
+        list[int]: For each group, at least 1.
+
+    Raises:
+        ValueError: The target is below what one channel in each group costs, or above the dense network.
+    """
+    cost = _CostModel(classifier, groups, input_shape)
+    target = target_gflops * 1e9
+    least, most = cost([1] * len(groups)), cost([group.channels for group in groups])
+    if not least <= target <= most * (1 + 1e-9):
+        raise ValueError(
+            f'target: its network costs {target:.4g} multiply-adds, but by removing channels from this one only '
+            f'{least:.4g} to {most:.4g} can be reached'
+        )
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(_at(middle, groups)) <= target else (low, middle)
+    counts = _at(low, groups)
+    while True:
+        affordable = []
+        for index, group in enumerate(groups):
+            more = counts[:index] + [counts[index] + 1] + counts[index + 1 :]
+            if counts[index] < group.channels and cost(more) <= target:
+                affordable.append((counts[index] / group.channels, index))
+        if not affordable:
+            return counts
+        counts[min(affordable)[1]] += 1
+
+
+def _at(share: float, groups: Sequence[ChannelGroup]) -> list[int]:
+    return [max(1, round(share * group.channels)) for group in groups]
+
+
+@torch.no_grad()
+def remove_channels(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
+    """Shrink the layers of a network, in place, to the channels that are kept.
+
+    Args:
+        model (nn.Module): The network that the groups were found in.
+        groups (Sequence[ChannelGroup]): The channels concerned.
+        kept (Sequence[Tensor]): For each group the indices of the channels to keep, int64, in ascending order.
+    """
+    for group, index in zip(groups, kept):
+        for name in group.producers:
+            layer = model.get_submodule(name)
+            _shrink(layer, 'weight', 0, index)
+            _shrink(layer, 'bias', 0, index)
+            setattr(layer, 'out_channels' if isinstance(layer, nn.Conv2d) else 'out_features', len(index))
+        for name in group.norms:
+            norm = model.get_submodule(name)
+            for part in ('weight', 'bias', 'running_mean', 'running_var'):
+                _shrink(norm, part, 0, index)
+            norm.num_features = len(index)
+        for name in group.consumers:
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Conv2d):
+                _shrink(layer, 'weight', 1, index)
+                layer.in_channels = len(index)
+            else:
+                positions = layer.in_features // group.channels
+                features = (index[:, None] * positions + torch.arange(positions, device=index.device)).flatten()
+                _shrink(layer, 'weight', 1, features)
+                layer.in_features = len(features)
+
+
+def _shrink(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    old = getattr(module, name)
+    if old is None:
+        return
+    new = old.index_select(dim, index.to(old.device))
+    setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)

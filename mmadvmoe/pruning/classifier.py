@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 
 from mmadvmoe.cost import count_cost
 from mmadvmoe.models import RobustClassifier
+from mmadvmoe.utils import choose
 
-from .budget import fit_channels
-from .channels import ChannelGroup, find_channel_groups
-from .removal import remove_channels
+from .channels import ChannelGroup, find_channel_groups, fit_channels, remove_channels
 
 STAGES = ('scores', 'weights')
 _IMAGE_CHANNELS = 3
@@ -74,8 +72,8 @@ class SparseClassifier(RobustClassifier):
     2. ``stage='weights'``, from a checkpoint of the first stage: scores, and so the channels, are fixed and the weights
        learn.
 
-    As in Sehwag et al., "HYDRA: Pruning Adversarially Robust Neural Networks", arXiv:2002.10509, with channels in
-    place of single weights. Norm layers adapt their statistics in both stages.
+    As in Sehwag et al., "HYDRA: Pruning Adversarially Robust Neural Networks", arXiv:2002.10509, with channels in place
+    of single weights. Norm layers adapt their statistics in both stages.
 
     Args:
         stage (str): ``'scores'`` or ``'weights'``.
@@ -92,13 +90,9 @@ class SparseClassifier(RobustClassifier):
     """
 
     def __init__(self, *, stage: str, target: Mapping[str, Any], input_size: int, **kwargs: Any) -> None:
-        if stage not in STAGES:
-            near = get_close_matches(str(stage), STAGES, n=1)
-            hint = f' (did you mean {near[0]!r}?)' if near else ''
-            raise ValueError(f'model.stage={stage!r} is unknown{hint}; allowed: {STAGES}')
         self._plain_cfg = _plain(kwargs)
         super().__init__(**kwargs)
-        self.stage = stage
+        self.stage = choose(stage, STAGES, 'model.stage')
         shape = (_IMAGE_CHANNELS, input_size, input_size)
         target_cfg = Config(dict(model=copy.deepcopy(self._plain_cfg)))
         target_cfg.merge_from_dict(dict(model=target))

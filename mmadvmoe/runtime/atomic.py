@@ -7,6 +7,8 @@ import os.path as osp
 from pathlib import Path
 from typing import Union
 
+from mmengine.fileio import LocalBackend, register_backend
+
 #: Ending of files that are being written. One that is left over was cut off by a kill, and is surely ours to delete.
 PARTIAL = '.mmadvmoe-partial'
 
@@ -49,3 +51,42 @@ def _sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class AtomicLocalBackend(LocalBackend):
+    """MMEngine's local files, each of which is either the old one or the new one, never a part.
+
+    A file is written under another name, forced to disk, and then renamed over the old one.
+    """
+
+    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
+        """Write a file atomically.
+
+        Args:
+            obj (bytes): Its content.
+            filepath (str or Path): Its path; missing folders are made.
+
+        Raises:
+            OSError: If it cannot be written, because the disk is full say. A file of that name that was there before is
+                unharmed.
+        """
+        filepath = os.fspath(filepath)
+        try:
+            write_atomically(filepath, obj)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f'{filepath!r} could not be written ({error.strerror}; {len(obj) / 2**20:.1f} MiB). What was saved '
+                'before is intact. Make room there, or set `default_hooks.checkpoint.out_dir` or a smaller '
+                '`max_keep_ckpts`; then resume',
+            ) from error
+
+    def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
+        """Write a text file atomically; arguments and errors as in :meth:`put`."""
+        self.put(obj.encode(encoding), filepath)
+
+
+def use_atomic_files() -> dict[str, str]:
+    """Make :class:`AtomicLocalBackend` known to MMEngine; give the ``backend_args`` that name it."""
+    register_backend('atomic_local', AtomicLocalBackend, force=True)
+    return dict(backend='atomic_local')

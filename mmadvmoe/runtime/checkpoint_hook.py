@@ -4,53 +4,17 @@ import os
 import os.path as osp
 import re
 from glob import escape, glob
-from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.fileio import LocalBackend, get_file_backend, register_backend
+from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from mmpretrain.registry import HOOKS
 
-from .atomic import PARTIAL, write_atomically
+from .atomic import PARTIAL, AtomicLocalBackend, use_atomic_files
 from .safe_load import CheckpointError, check_state_dict, load_from_local
-
-
-class AtomicLocalBackend(LocalBackend):
-    """MMEngine's local files, each of which is either the old one or the new one, never a part.
-
-    A file is written under another name, forced to disk, and then renamed over the old one.
-    """
-
-    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        """Write a file atomically.
-
-        Args:
-            obj (bytes): Its content.
-            filepath (str or Path): Its path; missing folders are made.
-
-        Raises:
-            OSError: If it cannot be written, because the disk is full say. A file of that name
-                that was there before is unharmed.
-        """
-        filepath = os.fspath(filepath)
-        try:
-            write_atomically(filepath, obj)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f'{filepath!r} could not be written ({error.strerror}; {len(obj) / 2**20:.1f} MiB). '
-                'What was saved before is intact. Make room there, or set '
-                '`default_hooks.checkpoint.out_dir` or a smaller `max_keep_ckpts`; then resume',
-            ) from error
-
-    def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
-        """Write a text file atomically; arguments and errors as in :meth:`put`."""
-        self.put(obj.encode(encoding), filepath)
-
-
-register_backend('atomic_local', AtomicLocalBackend, force=True)
 
 
 class _RemoveLater:
@@ -85,17 +49,16 @@ class SafeCheckpointHook(CheckpointHook):
 
     Takes the arguments of :class:`mmengine.hooks.CheckpointHook` and writes the same files. Beyond it:
 
-    * At any moment the folder holds a complete checkpoint and a ``last_checkpoint`` that names
-      one: files are replaced atomically, and older ones are deleted after the new one and
-      ``last_checkpoint`` are on disk. So there must be room for one checkpoint more than
-      ``max_keep_ckpts``. This holds on local disks; other storage is used as it is.
+    * At any moment the folder holds a complete checkpoint and a ``last_checkpoint`` that names one: files are replaced
+      atomically, and older ones are deleted after the new one and ``last_checkpoint`` are on disk. So there must be
+      room for one checkpoint more than ``max_keep_ckpts``. This holds on local disks; other storage is used as it is.
     * The checkpoint of an epoch is saved once more after its validation, so that it holds the result.
-    * ``resume=True`` without a file takes the newest checkpoint that loads, with a warning, when the
-      one that ``last_checkpoint`` names is lost or damaged.
-    * Resuming, validating and testing demand that the checkpoint fits the model tensor for tensor.
-      ``load_from`` in training stays MMEngine's: it takes what fits and logs the rest.
-    * Before it saves, it calls ``collect_checkpoint_state(runner)`` of every hook that has one, in
-      every process (``before_save_checkpoint`` is called in the first process alone).
+    * ``resume=True`` without a file takes the newest checkpoint that loads, with a warning, when the one that
+      ``last_checkpoint`` names is lost or damaged.
+    * Resuming, validating and testing demand that the checkpoint fits the model tensor for tensor. ``load_from`` in
+      training stays MMEngine's: it takes what fits and logs the rest.
+    * Before it saves, it calls ``collect_checkpoint_state(runner)`` of every hook that has one, in every process
+      (``before_save_checkpoint`` is called in the first process alone).
 
     Example:
         >>> default_hooks = dict(checkpoint=dict(
@@ -106,19 +69,20 @@ class SafeCheckpointHook(CheckpointHook):
     def __init__(self, *args, file_client_args: Optional[dict] = None, **kwargs) -> None:
         if file_client_args is not None:
             raise ValueError(
-                f'default_hooks.checkpoint.file_client_args={file_client_args!r}: MMEngine has '
-                'replaced it by `backend_args`, and SafeCheckpointHook takes that alone.'
+                f'default_hooks.checkpoint.file_client_args={file_client_args!r}: MMEngine has replaced it by '
+                '`backend_args`, and SafeCheckpointHook takes that alone.'
             )
         super().__init__(*args, **kwargs)
         self._saved_after_val = False
+        self._training = False
 
     def before_run(self, runner: Runner) -> None:
         """Choose the checkpoint to resume from when none was named.
 
         Raises:
-            CheckpointError: If ``last_checkpoint`` names a file that does not load and there is no
-                other that does.
+            CheckpointError: If ``last_checkpoint`` names a file that does not load and there is no other that does.
         """
+        self._training = False  # one Runner may train first and validate then
         if not runner._resume or runner._load_from is not None:
             return
         named = find_latest_checkpoint(runner.work_dir)
@@ -133,8 +97,8 @@ class SafeCheckpointHook(CheckpointHook):
                 runner._load_from = candidate
                 return
         raise CheckpointError(
-            f'Nothing to resume from in {runner.work_dir!r}. {problem} No other checkpoint there '
-            'loads either. Name one with `load_from` or start anew in another `work_dir`.'
+            f'Nothing to resume from in {runner.work_dir!r}. {problem} No other checkpoint there loads either. Name '
+            'one with `load_from` or start anew in another `work_dir`.'
         )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -143,7 +107,8 @@ class SafeCheckpointHook(CheckpointHook):
         Raises:
             CheckpointError: If it does not fit the model, or lacks what resuming needs.
         """
-        training = is_training(runner)
+        # `train` builds both before it loads. The loop alone is built by whoever looks at `runner.train_loop`, too.
+        training = isinstance(runner._train_loop, BaseLoop) and isinstance(runner.optim_wrapper, OptimWrapper)
         if training and not runner._resume:
             return
         filename = runner._load_from or find_latest_checkpoint(runner.work_dir)
@@ -152,17 +117,18 @@ class SafeCheckpointHook(CheckpointHook):
             missing = [key for key in needed if key not in checkpoint]
             if missing:
                 raise CheckpointError(
-                    f'Checkpoint {filename!r} cannot be resumed from: it has no {missing}. It was '
-                    'saved for its weights alone, as the best checkpoint is. Resume from '
-                    '`epoch_*.pth`, or start from these weights with `load_from` and `resume=False`.'
+                    f'Checkpoint {filename!r} cannot be resumed from: it has no {missing}. It was saved for its '
+                    'weights alone, as the best checkpoint is. Resume from `epoch_*.pth`, or start from these weights '
+                    'with `load_from` and `resume=False`.'
                 )
         check_state_dict(runner.model, checkpoint, filename)
 
     def before_train(self, runner: Runner) -> None:
         """Find the folder, and tidy up what a killed run has left there."""
+        self._training = True
         folder = self.out_dir or runner.work_dir
         if isinstance(get_file_backend(folder, backend_args=self.backend_args), LocalBackend):
-            self.backend_args = dict(backend='atomic_local')
+            self.backend_args = use_atomic_files()
         super().before_train(runner)
         self.file_backend = _RemoveLater(self.file_backend)
         info = runner.message_hub.runtime_info
@@ -181,7 +147,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save the best checkpoint, and the result of the validation with the latest one."""
-        if not is_training(runner):
+        if not self._training:
             return
         self._saved_after_val = False
         super().after_val_epoch(runner, metrics)
@@ -245,11 +211,6 @@ class SafeCheckpointHook(CheckpointHook):
         names = os.listdir(folder) if osp.isdir(folder) else []
         steps = {int(match[1]): match[0] for match in map(pattern.fullmatch, names) if match}
         return [osp.join(folder, steps[step]) for step in sorted(steps, reverse=True)]
-
-
-def is_training(runner: Runner) -> bool:
-    """Whether the runner trains; it builds the loop of its task before it does anything."""
-    return isinstance(runner._train_loop, BaseLoop)
 
 
 def _problem_of(filename: str) -> Optional[str]:

@@ -21,8 +21,8 @@ from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
 from mmadvmoe.moe import GROUPS
+from mmadvmoe.utils import bare_model
 
-from .dist import bare_model
 from .seeding import preserve_rng_state
 
 # Images read ahead of training, spread over the data set.
@@ -61,8 +61,8 @@ def check_param_scheduler(param_scheduler: Any) -> None:
     MMEngine's Runner looks the groups up before any hook runs, and would stop with a bare KeyError.
 
     Args:
-        param_scheduler: The value of that key in a config that trains in turns. A list or a single
-            scheduler applies to both groups and is always right.
+        param_scheduler: The value of that key in a config that trains in turns. A list or a single scheduler applies to
+            both groups and is always right.
 
     Raises:
         ValueError: A group is missing or unknown.
@@ -93,8 +93,8 @@ class PreflightHook(Hook):
     """Checks model and data of a training run against each other, before its first iteration.
 
     Labels of all images are looked at, a few images of each data set are read, and one of them goes through the
-    network; the random state is left as it was. ``tools/train.py`` calls :func:`check_config` before anything is
-    built; with other tools this hook does.
+    network; the random state is left as it was. ``tools/train.py`` calls :func:`check_config` before anything is built;
+    with other tools this hook does.
 
     Raises:
         ValueError: Labels and classes do not fit, the attack has no victim, there is no image or a batch would hold a

@@ -11,8 +11,9 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmpretrain.registry import HOOKS
 from torch.utils.data import DataLoader, Sampler
 
-from .checkpoint_hook import SafeCheckpointHook, is_training
-from .dist import bare_model
+from mmadvmoe.utils import bare_model
+
+from .checkpoint_hook import SafeCheckpointHook
 from .seeding import get_rng_state, set_rng_state
 
 _KEY = 'exact_resume'
@@ -22,17 +23,16 @@ _KEY = 'exact_resume'
 class ExactResumeHook(Hook):
     """Save and restore what MMEngine's checkpoints lack for an exact resume.
 
-    MMEngine keeps weights, optimisers, schedulers and the log. This hook adds, for every process, the
-    random states of Python, NumPy and PyTorch, gradients that are still being accumulated, buffers
-    such as norm statistics, and the seed of the sampler. On CPU the weights of a resumed run are
-    then equal, bit for bit, to those of an uninterrupted one. The number of processes must stay
-    the same.
+    MMEngine keeps weights, optimisers, schedulers and the log. This hook adds, for every process, the random states of
+    Python, NumPy and PyTorch, gradients that are still being accumulated, buffers such as norm statistics, and the seed
+    of the sampler. On CPU the weights of a resumed run are then equal, bit for bit, to those of an uninterrupted one.
+    The number of processes must stay the same.
 
-    A validation that was due at the checkpoint, and that the kill did not let finish, is made up
-    for first. Otherwise that epoch could never become the best.
+    A validation that was due at the checkpoint, and that the kill did not let finish, is made up for first. Otherwise
+    that epoch could never become the best.
 
-    It acts after every other hook of ``before_train``, and needs :class:`SafeCheckpointHook` when
-    there are several processes.
+    It acts after every other hook of ``before_train``, and needs :class:`SafeCheckpointHook` when there are several
+    processes.
 
     Example:
         >>> custom_hooks = [dict(type='ExactResumeHook')]
@@ -43,6 +43,11 @@ class ExactResumeHook(Hook):
     def __init__(self) -> None:
         self._collected: Optional[list[dict]] = None
         self._loaded: Optional[dict] = None
+        self._training = False
+
+    def before_run(self, runner: Runner) -> None:
+        """Forget what this Runner did before: it may train first and validate then."""
+        self._training = False
 
     def collect_checkpoint_state(self, runner: Runner) -> None:
         """Gather the state of all processes; :class:`SafeCheckpointHook` calls it in each."""
@@ -65,10 +70,10 @@ class ExactResumeHook(Hook):
     def before_val_epoch(self, runner: Runner) -> None:
         """Note which validation the next checkpoint includes.
 
-        It is noted before because no checkpoint is saved until the validation is complete, and the
-        checkpoint hook saves as soon as it is.
+        It is noted before because no checkpoint is saved until the validation is complete, and the checkpoint hook
+        saves as soon as it is.
         """
-        if is_training(runner):
+        if self._training:
             runner.message_hub.update_info('last_validated', _progress(runner))
 
     def before_train(self, runner: Runner) -> None:
@@ -77,12 +82,13 @@ class ExactResumeHook(Hook):
         Raises:
             ValueError: If the config has something in it that no resume could be exact with.
         """
+        self._training = True
         _check_config(runner)
         loop, loader = runner.train_loop, runner.train_dataloader
         by_iter = isinstance(loop, IterBasedTrainLoop)
         if by_iter and loader.generator is None:
-            # Each pass over the data draws a seed for its workers. The passes that a resume skips
-            # must draw what they drew the first time, when training drew numbers between them.
+            # Each pass over the data draws a seed for its workers. The passes that a resume skips must draw what they
+            # drew the first time, when training drew numbers between them.
             loader.generator = torch.Generator().manual_seed(runner.seed)
         if runner.iter == 0:
             return
@@ -95,8 +101,8 @@ class ExactResumeHook(Hook):
         state, self._loaded = self._loaded, None
         if state is None:
             runner.logger.warning(
-                'The checkpoint was saved without ExactResumeHook and holds no random state: training '
-                'goes on, but not as it would have without the interruption.'
+                'The checkpoint was saved without ExactResumeHook and holds no random state: training goes on, but not '
+                'as it would have without the interruption.'
             )
             return
         sampler = _sampler(runner.train_dataloader)
@@ -104,14 +110,14 @@ class ExactResumeHook(Hook):
         if seed is not None and sampler.seed != seed:
             if by_iter:
                 raise ValueError(
-                    f'The run was started with the random seed {seed}, and its data loader has '
-                    f'been built with {sampler.seed}: set randomness=dict(seed={seed}).'
+                    f'The run was started with the random seed {seed}, and its data loader has been built with '
+                    f'{sampler.seed}: set randomness=dict(seed={seed}).'
                 )
             sampler.seed = seed
         if len(state['ranks']) != get_world_size():
             runner.logger.warning(
-                f'The checkpoint was saved by {len(state["ranks"])} processes and there are '
-                f'{get_world_size()}: training goes on, but with other random numbers.'
+                f'The checkpoint was saved by {len(state["ranks"])} processes and there are {get_world_size()}: '
+                'training goes on, but with other random numbers.'
             )
             return
         own = state['ranks'][get_rank()]
@@ -139,8 +145,8 @@ class ExactResumeHook(Hook):
 class _SkippingIterator:
     """The batches of an iteration-based loop that was resumed.
 
-    MMEngine draws the batches that were trained on once more, to skip them. That draws random
-    numbers too, so the state is restored after it, just before the first new batch is drawn.
+    MMEngine draws the batches that were trained on once more, to skip them. That draws random numbers too, so the state
+    is restored after it, just before the first new batch is drawn.
     """
 
     def __init__(self, loop: IterBasedTrainLoop, rng_state: dict) -> None:
@@ -192,14 +198,13 @@ def _check_config(runner: Runner) -> None:
     savers = [hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)]
     if by_epoch and loader.persistent_workers:
         raise ValueError(
-            'train_dataloader.persistent_workers=True: ExactResumeHook needs False, because workers '
-            'that outlive an epoch have random states that no checkpoint can hold.'
+            'train_dataloader.persistent_workers=True: ExactResumeHook needs False, because workers that outlive an '
+            'epoch have random states that no checkpoint can hold.'
         )
     if by_epoch and any(not hook.by_epoch for hook in savers):
         raise ValueError(
-            'default_hooks.checkpoint.by_epoch=False: MMEngine resumes a loop over epochs at the '
-            'start of an epoch. ExactResumeHook needs by_epoch=True, or '
-            'train_cfg=dict(by_epoch=False, max_iters=...).'
+            'default_hooks.checkpoint.by_epoch=False: MMEngine resumes a loop over epochs at the start of an epoch. '
+            'ExactResumeHook needs by_epoch=True, or train_cfg=dict(by_epoch=False, max_iters=...).'
         )
     if get_world_size() > 1 and not savers:
         raise ValueError(

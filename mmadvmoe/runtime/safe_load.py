@@ -1,10 +1,12 @@
 """Loading checkpoints without running what is in them.
 
-A pickle can call any function when it is read. PyTorch's ``weights_only=True`` calls none but those
-on a list, and MMEngine's own checkpoints need a few that are not on it: its
-:class:`~mmengine.logging.HistoryBuffer`, and NumPy arrays of numbers. They are added here in the
-narrowest form that loads such a checkpoint, and MMEngine's loaders are led through one function.
+A pickle can call any function when it is read. PyTorch's ``weights_only=True`` calls none but those on a list, and
+MMEngine's own checkpoints need a few that are not on it: its :class:`~mmengine.logging.HistoryBuffer`, and NumPy arrays
+of numbers. They are added here in the narrowest form that loads such a checkpoint, and MMEngine's
+:class:`~mmengine.runner.CheckpointLoader` gets loaders that go through one function.
 """
+
+from __future__ import annotations
 
 import os
 import os.path as osp
@@ -12,18 +14,23 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, Optional, Union
+from typing import Any, Union
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer
-from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
-from mmengine.runner import checkpoint as mmengine_checkpoint
-from numpy.core.multiarray import _reconstruct as numpy_reconstruct
-from numpy.core.multiarray import scalar as numpy_scalar
+from mmengine.runner import checkpoint as model_zoos
 from torch import nn
+
+from mmadvmoe.utils import bare_model
+
+try:
+    from numpy._core import multiarray as numpy_core
+except ImportError:  # NumPy 1.25
+    from numpy.core import multiarray as numpy_core
 
 MapLocation = Union[str, torch.device, Callable, None]
 
@@ -41,15 +48,18 @@ def enable_safe_loading() -> None:
     """Make MMEngine load its own and OpenMMLab's checkpoints with ``weights_only=True``.
 
     ``Runner.resume``, ``Runner.load_checkpoint``, ``init_cfg=dict(type='Pretrained')`` and
-    ``mmengine.runner.load_checkpoint`` read local files by :func:`load_from_local` from then on,
-    and so do MMEngine's loaders for URLs and model zoos, which download first. Calling it again
-    changes nothing.
+    ``mmengine.runner.load_checkpoint`` read local files, URLs and model zoos by :func:`load_from_local` from then on:
+    MMEngine's own loader of URLs unpickles what a file asks for. Calling it again changes nothing.
     """
     torch.serialization.add_safe_globals(_safe_globals())
-    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
-    # The loaders for http(s), torchvision, open-mmlab and mmcls all end in this one function.
-    # Its original, of torch.hub, unpickles whatever the file asks for.
-    mmengine_checkpoint.load_url = _load_url
+    for prefixes, loader in (
+        ('', load_from_local),
+        (('http://', 'https://'), load_from_http),
+        (('torchvision://', 'modelzoo://'), load_from_torchvision),
+        (('open-mmlab://', 'openmmlab://'), load_from_openmmlab),
+        ('mmcls://', load_from_mmcls),
+    ):
+        CheckpointLoader.register_scheme(prefixes, loader, force=True)
 
 
 def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
@@ -64,14 +74,14 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is empty, cut off, not a checkpoint, holds no weights, or holds
-            objects that a checkpoint does not need. Nothing of such an object is executed.
+        CheckpointError: If the file is empty, cut off, not a checkpoint, holds no weights, or holds objects that a
+            checkpoint does not need. Nothing of such an object is executed.
     """
     filename = osp.expanduser(os.fspath(filename))
     if not osp.exists(filename):
         raise FileNotFoundError(
-            f'There is no checkpoint {filename!r}. Check `load_from`, `init_cfg.checkpoint` or the '
-            'path on the command line.'
+            f'There is no checkpoint {filename!r}. Check `load_from`, `init_cfg.checkpoint` or the path on the command '
+            'line.'
         )
     _check_container(filename)
     # A buffer that is loaded merges its methods into those of its class. A file has no say there.
@@ -90,12 +100,51 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
     return checkpoint
 
 
+def load_from_http(url: str, map_location: MapLocation = None) -> dict:
+    """Download a checkpoint into PyTorch's cache, unless it is there, and load it as :func:`load_from_local` does."""
+    filename = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(url).path))
+    # The first process downloads while the others wait. On another machine it is still not there after that.
+    if not is_main_process():
+        barrier()
+    if not osp.exists(filename):
+        os.makedirs(osp.dirname(filename), exist_ok=True)
+        torch.hub.download_url_to_file(url, filename, progress=os.isatty(0))
+    if is_main_process():
+        barrier()
+    return load_from_local(filename, map_location)
+
+
+def load_from_torchvision(name: str, map_location: MapLocation = None) -> dict:
+    """Load ``torchvision://<model>``."""
+    return load_from_http(model_zoos.get_torchvision_models()[_after_scheme(name)], map_location)
+
+
+def load_from_openmmlab(name: str, map_location: MapLocation = None) -> dict:
+    """Load ``open-mmlab://<model>``, which may stand for a file in MMEngine's own folder."""
+    name = _after_scheme(name)
+    source = model_zoos.get_external_models()[model_zoos.get_deprecated_model_names().get(name, name)]
+    if '://' in source:
+        return load_from_http(source, map_location)
+    return load_from_local(osp.join(model_zoos._get_mmengine_home(), source), map_location)
+
+
+def load_from_mmcls(name: str, map_location: MapLocation = None) -> dict:
+    """Load the backbone of ``mmcls://<model>``."""
+    checkpoint = load_from_http(model_zoos.get_mmcls_models()[_after_scheme(name)], map_location)
+    weights, prefix = checkpoint.get('state_dict', checkpoint), 'backbone.'
+    return dict(state_dict={key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
+
+
+def _after_scheme(name: str) -> str:
+    return name.split('://', 1)[1]
+
+
 def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: str) -> None:
     """Check that a checkpoint fits a model tensor for tensor.
 
-    MMEngine loads with ``strict=False``: a tensor that does not fit stays as it was initialised,
-    and only the log says so. ``num_batches_tracked`` may be missing, as in MMEngine. What the
-    model's own load hooks convert (a position embedding of another size, say) fits.
+    MMEngine loads with ``strict=False``: a tensor that does not fit stays as it was initialised, and only the log says
+    so. ``num_batches_tracked`` may be missing, as in MMEngine. What the model's own load hooks convert (a position
+    embedding of another size, say) fits.
 
     Args:
         model (nn.Module): The model, or its wrapper for distributed training.
@@ -103,16 +152,14 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
         filename (str): Its file, for the message.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected or of another shape; names the first
-            few of each.
+        CheckpointError: If a tensor is missing, unexpected or of another shape; names the first few of each.
     """
     if 'state_dict' not in checkpoint:
         raise CheckpointError(
-            f'Checkpoint {filename!r} has no `state_dict`, only {_some(checkpoint)}. It is not a '
-            'checkpoint of MMEngine; convert it, or load it with `init_cfg=dict(type="Pretrained", '
-            'checkpoint=...)` of the backbone.'
+            f'Checkpoint {filename!r} has no `state_dict`, only {_some(checkpoint)}. It is not a checkpoint of '
+            'MMEngine; convert it, or load it with `init_cfg=dict(type="Pretrained", checkpoint=...)` of the backbone.'
         )
-    model = model.module if is_model_wrapper(model) else model
+    model = bare_model(model)
     given = {re.sub(r'^module\.', '', name): value for name, value in checkpoint['state_dict'].items()}
     wanted = model.state_dict()
     missing = [k for k in wanted if k not in given and not k.endswith('num_batches_tracked')]
@@ -130,9 +177,9 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
         model.load_state_dict(given, strict=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f'Checkpoint {filename!r} does not fit the model. Tensors {"; ".join(problems)}. Use '
-            'the config that the checkpoint was trained with. To start training from the tensors '
-            'that do fit, set `load_from` and `resume=False`.'
+            f'Checkpoint {filename!r} does not fit the model. Tensors {"; ".join(problems)}. Use the config that the '
+            'checkpoint was trained with. To start training from the tensors that do fit, set `load_from` and '
+            '`resume=False`.'
         ) from error
 
 
@@ -167,8 +214,8 @@ def _check_content(filename: str, checkpoint: Any) -> None:
     nested = [value for value in weights.values() if isinstance(value, Mapping)]
     if not any(isinstance(v, torch.Tensor) for group in (weights, *nested) for v in group.values()):
         raise CheckpointError(
-            f'{filename!r} holds no weights: no `state_dict`, only {_some(checkpoint)}. Choose a '
-            'file that a training run has saved, such as `epoch_*.pth`.'
+            f'{filename!r} holds no weights: no `state_dict`, only {_some(checkpoint)}. Choose a file that a training '
+            'run has saved, such as `epoch_*.pth`.'
         )
 
 
@@ -179,10 +226,9 @@ def _explain(filename: str, error: Exception) -> CheckpointError:
     if isinstance(error, pickle.UnpicklingError) and refused:
         culprit = next(group for group in refused.groups() if group)
         return CheckpointError(
-            f'Checkpoint {filename!r} was refused: it asks for {culprit}, which no checkpoint '
-            'needs and which could run foreign code. Nothing of it was executed. If you trust the '
-            'file and know why it holds that object, allow it by '
-            '`torch.serialization.add_safe_globals`.'
+            f'Checkpoint {filename!r} was refused: it asks for {culprit}, which no checkpoint needs and which could '
+            'run foreign code. Nothing of it was executed. If you trust the file and know why it holds that object, '
+            'allow it by `torch.serialization.add_safe_globals`.'
         )
     first_line = text.splitlines()[0] if text else type(error).__name__
     return CheckpointError(f'Checkpoint {filename!r} is damaged or was not written by PyTorch: {first_line} {_ADVICE}')
@@ -192,21 +238,6 @@ def _some(names: Any) -> str:
     names = [str(name) for name in names]
     more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
     return (', '.join(names[:_SHOWN]) or 'nothing') + more
-
-
-def _load_url(
-    url: str,
-    model_dir: Optional[str] = None,
-    map_location: MapLocation = None,
-    progress: bool = True,
-) -> dict:
-    """Download a checkpoint once into PyTorch's cache and load it as a local file."""
-    model_dir = model_dir or osp.join(torch.hub.get_dir(), 'checkpoints')
-    filename = osp.join(model_dir, osp.basename(urlparse(url).path))
-    if not osp.exists(filename):
-        os.makedirs(model_dir, exist_ok=True)
-        torch.hub.download_url_to_file(url, filename, progress=progress)
-    return load_from_local(filename, map_location)
 
 
 def _safe_globals() -> list:
@@ -222,7 +253,7 @@ def _safe_globals() -> list:
         (_history_buffer_method, 'builtins.getattr'),
         (_number_dtype, 'numpy.dtype'),
         *((_empty_array, f'{place}._reconstruct') for place in places),
-        *((numpy_scalar, f'{place}.scalar') for place in places),
+        *((numpy_core.scalar, f'{place}.scalar') for place in places),
     ]
 
 
@@ -236,8 +267,8 @@ def _history_buffer_method(owner: Any, name: str) -> Callable:
 def _number_dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype:
     """``numpy.dtype`` for numbers.
 
-    A pickle asks for a copy, whose fields and flags it may then set at will, and so make NumPy take
-    its bytes for pointers to objects. NumPy's own instance of a number type ignores such states.
+    A pickle asks for a copy, whose fields and flags it may then set at will, and so make NumPy take its bytes for
+    pointers to objects. NumPy's own instance of a number type ignores such states.
     """
     if not isinstance(code, str) or not re.fullmatch(rf'[{_NUMBER_KINDS}]\d+', code):
         raise pickle.UnpicklingError(f'Refused numpy.dtype({code!r})')
@@ -248,4 +279,4 @@ def _empty_array(kind: type, shape: tuple, code: bytes) -> np.ndarray:
     """The empty array that a pickle fills next; of no subclass and no other type than numbers."""
     if kind is not np.ndarray or shape != (0,) or code not in (b'b', 'b'):
         raise pickle.UnpicklingError(f'Refused numpy _reconstruct({kind!r}, {shape!r}, {code!r})')
-    return numpy_reconstruct(kind, shape, code)
+    return numpy_core._reconstruct(kind, shape, code)

@@ -17,8 +17,8 @@ def get_rng_state() -> dict[str, Any]:
 
     Returns:
         dict: ``python``, ``numpy``, ``torch`` and, on a machine with CUDA, ``cuda`` (the current
-        device, the only one that a process of MMEngine computes on). It holds nothing but tensors
-        and plain Python values, so that a checkpoint with it loads with ``weights_only=True``.
+        device, the only one that a process of MMEngine computes on). It holds nothing but tensors and plain Python
+        values, so that a checkpoint with it loads with ``weights_only=True``.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -36,9 +36,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put back what :func:`get_rng_state` took.
 
     Args:
-        state (Mapping): A state of :func:`get_rng_state`. Its tensors may lie on any device,
-            because a checkpoint is loaded onto the device of training. A ``cuda`` state is left
-            out where there is no CUDA.
+        state (Mapping): A state of :func:`get_rng_state`. Its tensors may lie on any device, because a checkpoint is
+            loaded onto the device of training. A ``cuda`` state is left out where there is no CUDA.
     """
     version, words, gauss = state['python']
     random.setstate((version, tuple(words), gauss))
@@ -63,15 +62,13 @@ def preserve_rng_state() -> Iterator[None]:
 def seed_worker(worker_id: int) -> None:
     """Seed a worker of a data loader anew for every epoch, and differently on every rank.
 
-    MMEngine seeds workers with the run's seed, so that each epoch repeats the augmentations of the
-    first. Here the seed is the one that PyTorch draws from the main process when an epoch's workers
-    start, so it follows from the random state that a checkpoint holds. Use it with
-    ``persistent_workers=False``: a worker that outlives an epoch has a state that no checkpoint
-    can hold.
+    MMEngine seeds workers with the run's seed, so that each epoch repeats the augmentations of the first. Here the seed
+    is the one that PyTorch draws from the main process when an epoch's workers start, so it follows from the random
+    state that a checkpoint holds. Use it with ``persistent_workers=False``: a worker that outlives an epoch has a state
+    that no checkpoint can hold.
 
     Args:
-        worker_id (int): Index of the worker; PyTorch has already added it to
-            ``torch.initial_seed()``.
+        worker_id (int): Index of the worker; PyTorch has already added it to ``torch.initial_seed()``.
 
     Example:
         >>> train_dataloader = dict(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmadvmoe.moe import GROUPS, router_modules, split_parameters
-from mmadvmoe.runtime.dist import bare_model
+from mmadvmoe.utils import bare_model
 
 from .optim_wrapper import AlternatingOptimWrapper
 

@@ -8,7 +8,7 @@ from mmpretrain.registry import HOOKS
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.models import AdvDataPreprocessor
-from mmadvmoe.runtime.dist import bare_model
+from mmadvmoe.utils import bare_model
 
 
 @HOOKS.register_module()

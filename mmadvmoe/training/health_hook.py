@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmadvmoe.models.finite import NonFiniteError
 from mmadvmoe.moe import Routing, router_modules
-from mmadvmoe.runtime.dist import bare_model
+from mmadvmoe.utils import bare_model
 
 VIEWS = ('clean', 'adversarial')
 

@@ -13,8 +13,8 @@ from mmpretrain.registry import HOOKS
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.evaluation.robust_evaluation import spread_images
-from mmadvmoe.runtime.dist import bare_model
 from mmadvmoe.runtime.seeding import preserve_rng_state
+from mmadvmoe.utils import bare_model
 from mmadvmoe.visualization import draw_image_grid, save_png
 
 #: Folder in the work directory, and the name of the picture in the backends of the visualizer.

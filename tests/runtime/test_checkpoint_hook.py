@@ -11,14 +11,16 @@ import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner, find_latest_checkpoint
-from mmpretrain.registry import DATASETS, METRICS, MODELS
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmpretrain.registry import DATASETS, HOOKS, METRICS, MODELS
 from torch import nn
 from torch.utils.data import Dataset
 
 import mmadvmoe  # noqa: F401
-from mmadvmoe.runtime.checkpoint_hook import AtomicLocalBackend, SafeCheckpointHook
+from mmadvmoe.runtime.atomic import AtomicLocalBackend
+from mmadvmoe.runtime.checkpoint_hook import SafeCheckpointHook
 from mmadvmoe.runtime.safe_load import CheckpointError, load_from_local
 
 SCORES = {1: 0.5, 2: 0.2, 3: 0.9, 4: 0.4}
@@ -289,6 +291,40 @@ def test_validation_on_its_own_saves_nothing(finished):
     runner.val()
     assert files(finished) == before
     assert isinstance(runner._train_loop, dict), 'the training set need not exist to validate'
+
+
+@HOOKS.register_module()
+class LooksAtTheTrainLoop(Hook):
+    """Reads ``runner.train_loop``, which builds it, as MMPretrain's VisualizationHook does in every validation."""
+
+    def __init__(self, when):
+        setattr(self, when, lambda runner, **_: runner.train_loop)
+
+
+@pytest.mark.parametrize('when', ['before_run', 'after_val_iter'])
+def test_the_task_is_what_was_called_whoever_looks_at_the_train_loop(when, finished):
+    def runner_of(**changes):
+        cfg = cfg_of(finished, save_best='worst/accuracy/top1', **changes)
+        cfg.load_from = str(finished / 'epoch_2.pth')
+        cfg.custom_hooks = [dict(type='ExactResumeHook'), dict(type='LooksAtTheTrainLoop', when=when)]
+        return Runner.from_cfg(cfg)
+
+    before = files(finished)
+    runner = runner_of()
+    assert runner.val()['worst/accuracy/top1'] == SCORES[1]
+    assert isinstance(runner._train_loop, BaseLoop)
+    assert 'last_validated' not in runner.message_hub.runtime_info
+    with pytest.raises(CheckpointError, match='linear.weight'):
+        runner_of(model=dict(type='OneLinear', outputs=5)).val()
+    assert files(finished) == before
+
+
+def test_a_runner_that_has_trained_validates_without_saving(tmp_path):
+    runner = Runner.from_cfg(cfg_of(tmp_path, epochs=2, save_best='worst/accuracy/top1'))
+    runner.train()
+    before = files(tmp_path)
+    assert runner.val()['worst/accuracy/top1'] == SCORES[3]
+    assert files(tmp_path) == before
 
 
 def test_deprecated_file_client_is_refused():

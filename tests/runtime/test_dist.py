@@ -1,7 +1,6 @@
 """Several processes on the CPU. Run as a script, this file is one of them."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +10,11 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from processes import finish, start
 from torch import distributed as torch_dist
 from torch import nn
 
-from mmadvmoe.runtime.dist import finish_distributed, prepare_distributed
+from mmadvmoe.runtime.launch import finish_distributed, prepare_distributed
 
 ROOT = Path(__file__).parents[2]
 IMAGES, EPOCHS = 16, 2
@@ -75,24 +75,6 @@ def train(work_dir, launcher, batch_size):
     return runner
 
 
-def start(command, tmp_path, **variables):
-    env = {name: value for name, value in os.environ.items() if not name.startswith('MASTER_')}
-    env.update(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES='-1', OMP_NUM_THREADS='1', **variables)
-    return subprocess.Popen(
-        [sys.executable, *command, str(tmp_path)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(processes):
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-
-
 def test_two_processes_train_as_one(tmp_path):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     finish([start([*torchrun, __file__, 'train'], tmp_path)])
@@ -139,7 +121,7 @@ def second_of_two(monkeypatch):
     """The variables of torchrun in its second process, and a machine with two GPUs."""
     for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, MASTER_ADDR='localhost').items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr('mmadvmoe.runtime.dist.get_device', lambda: 'cuda')
+    monkeypatch.setattr('mmadvmoe.runtime.launch.get_device', lambda: 'cuda')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
 

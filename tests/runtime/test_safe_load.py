@@ -14,8 +14,9 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseModule, Sequential
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner import load_checkpoint
-from mmengine.runner.checkpoint import CheckpointLoader, load_from_http
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmadvmoe.runtime.safe_load import (
@@ -232,15 +233,25 @@ def test_url_is_loaded_safely(checkpoint, tmp_path, monkeypatch):
     torch.save(checkpoint, served / 'good.pth')
     torch.save(dict(state_dict={'x': Call(os.system, f'touch {marker}')}), served / 'evil.pth')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path / 'home'))
     monkeypatch.setenv('no_proxy', '*')
     handler = functools.partial(_QuietHandler, directory=str(served))
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f'http://127.0.0.1:{server.server_port}'
-        loaded = load_from_http(f'{url}/good.pth', map_location='cpu', progress=False)
+        loaded = CheckpointLoader.load_checkpoint(f'{url}/good.pth', map_location='cpu')
         assert torch.equal(loaded['state_dict']['bias'], torch.ones(2))
         with pytest.raises(CheckpointError, match='refused'):
             CheckpointLoader.load_checkpoint(f'{url}/evil.pth')
+        zoo = {'good': f'{url}/good.pth', 'evil': f'{url}/evil.pth', 'file': str(served / 'good.pth')}
+        for lookup in ('get_torchvision_models', 'get_external_models', 'get_mmcls_models'):
+            monkeypatch.setattr(mmengine_checkpoint, lookup, lambda: zoo)
+        for scheme in ('torchvision', 'modelzoo', 'open-mmlab', 'openmmlab', 'mmcls'):
+            loaded = CheckpointLoader.load_checkpoint(f'{scheme}://good', map_location='cpu')
+            assert ('bias' in loaded['state_dict']) == (scheme != 'mmcls'), 'of mmcls, the backbone alone'
+            with pytest.raises(CheckpointError, match='refused'):
+                CheckpointLoader.load_checkpoint(f'{scheme}://evil')
+        assert 'bias' in CheckpointLoader.load_checkpoint('open-mmlab://file')['state_dict']
         server.shutdown()
     assert not marker.exists()
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
-from test_dist import finish, start
+from processes import finish, start
 from tiny_runs import build_runner, model_cfg, run_cfg
 
 from mmadvmoe.moe import BaseRouter
-from mmadvmoe.runtime.dist import finish_distributed, prepare_distributed
+from mmadvmoe.runtime.launch import finish_distributed, prepare_distributed
 
 GROUP_NORM = dict(type='GN', num_groups=1)
 
