@@ -8,9 +8,7 @@ def test_an_allowed_name_comes_back() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(
-        ValueError, match=r"attack\.norm=.* \(did you mean .Linf.\?\); allowed: Linf, L2"
-    ):
+    with pytest.raises(ValueError, match=r'attack\.norm=.* \(did you mean .Linf.\?\); allowed: Linf, L2'):
         choose('Linfty', ('Linf', 'L2'), 'attack.norm')
 
 
