@@ -145,14 +145,14 @@ class RoutePGD(BallAttack):
 
 
 def _of_tokens(routings: tuple) -> bool:
-    return any(routing.logits.dim() > 2 for routing in routings)
+    return any(routing.of_tokens for routing in routings)
 
 
 def _followed(routings: tuple, route: Tensor | None, logits: Tensor) -> Tensor:
     """(B,): whether all routers choose the given route by themselves, so that ``logits`` are the model's own."""
     if route is None:
         return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    return torch.cat([routing.followed.view(len(logits), -1) for routing in routings], dim=1).all(1)
+    return torch.cat([routing.followed for routing in routings], dim=1).all(1)
 
 
 def _margins(routings: tuple, route: Tensor) -> Tensor:
@@ -163,16 +163,14 @@ def _margins(routings: tuple, route: Tensor) -> Tensor:
     """
     total = 0.0
     for routing in routings:
-        # (B, T, N), with a single token where a router decides for the image.
-        logits = routing.logits.float().view(len(route), -1, routing.num_experts)
+        logits = routing.token_logits.float()
         tokens = logits.shape[1]
         target = route[:, None, None].expand(-1, tokens, 1)
-        top_k = routing.decisions.shape[1] // tokens
         spread = (logits.amax(2) - logits.amin(2)).detach()
         wanted = logits.gather(2, target).squeeze(2)
-        rival = logits.scatter(2, target, -torch.inf).topk(top_k, dim=2).values[..., -1]
+        rival = logits.scatter(2, target, -torch.inf).topk(routing.top_k, dim=2).values[..., -1]
         margin = (wanted - rival) / torch.where(spread > 0, spread, torch.ones_like(spread))
-        total = total + margin[~routing.followed.view_as(margin)].sum() / tokens
+        total = total + margin[~routing.followed].sum() / tokens
     return total
 
 

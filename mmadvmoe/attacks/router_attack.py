@@ -112,9 +112,8 @@ def _margins(routings: Sequence, clean: Tensor) -> Tensor:
     margins, start = [], 0
     for routing in routings:
         width = routing.decisions.shape[1]
-        # (B, T, N), with a single token where a router decides for the image; (B, T, K).
-        logits = routing.logits.float().view(len(clean), -1, routing.num_experts)
-        chosen = clean[:, start : start + width].view(*logits.shape[:2], -1)
+        logits = routing.token_logits.float()
+        chosen = clean[:, start : start + width].view(*logits.shape[:2], routing.top_k)
         start += width
         is_clean = torch.zeros_like(logits, dtype=torch.bool).scatter(2, chosen, True)
         stay = logits.masked_fill(~is_clean, torch.inf).amin(2)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from mmadvmoe.moe import Routing, forward_routed, weights_held
+from mmadvmoe.moe import Routing, forward_routed
 
 from .kl import full_precision
 
@@ -171,12 +170,6 @@ class Victim(nn.Module):
     def frozen(self, example: Tensor | None = None) -> Iterator[Victim]:
         """Eval mode without parameter gradients inside; every flag as it was outside.
 
-        Weights must stay as they are inside: expert layers prepare theirs once for all passes.
-
-        Args:
-            example (Tensor, optional): An image or more, (B, C, H, W) in [0, 1], of the size of all that are to come.
-                With it more is prepared, for a long stay: see :func:`mmadvmoe.moe.weights_held`. Defaults to None.
-
         Training flags are set module by module, past the ``train()`` methods of backbones, which
         re-apply frozen stages and would not bring back flags that someone else had set.
         """
@@ -187,9 +180,7 @@ class Victim(nn.Module):
                 module.training = False
             for parameter, _ in parameters:
                 parameter.requires_grad_(False)
-            probe = None if example is None else partial(self, example[:2])
-            with weights_held(self.classifier, probe):
-                yield self
+            yield self
         finally:
             for module, training in modules:
                 module.training = training

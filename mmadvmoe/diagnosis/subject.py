@@ -16,6 +16,7 @@ from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.evaluation.data import as_dataset, unit_chunks
+from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 
@@ -101,9 +102,7 @@ def load_subject(args: argparse.Namespace, kind: str) -> Subject:
     threat = ThreatModel.from_attacks(attacks, args.attack)
     victim = load_robust_model(cfg, args.checkpoint, args.device)
     data, class_names = _test_images(cfg, victim, args)
-    backbone = getattr(victim.classifier, 'backbone', None)
-    is_moe = victim.num_routers > 0
-    names = ['router'] if is_moe and backbone.routing == 'image' else getattr(backbone, 'expert_layer_names', ())
+    placement = placement_of(victim.classifier)
     header = dict(
         kind=kind,
         format=FORMAT,
@@ -113,9 +112,9 @@ def load_subject(args: argparse.Namespace, kind: str) -> Subject:
         seed=args.seed,
         class_names=class_names,
         threat_model=asdict(threat),
-        routing=backbone.routing if is_moe else None,
+        routing=placement.name,
         num_experts=victim.num_experts,
-        routers=list(names),
+        routers=list(placement.router_names),
     )
     return Subject(victim, data, threat, header)
 

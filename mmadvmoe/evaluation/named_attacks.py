@@ -20,6 +20,7 @@ from mmadvmoe.attacks import (
     is_standard_attack,
     standard_attack,
 )
+from mmadvmoe.moe import placement_of
 from mmadvmoe.registry import ATTACKS
 
 from .outcomes import CLEAN, WORST
@@ -181,7 +182,7 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
     attacks = {name: dict(cfg) for name, cfg in attacks.items()}
     if not victim.num_routers:
         return attacks
-    if getattr(victim.classifier.backbone, 'routing', None) == 'image':
+    if placement_of(victim.classifier).one_route_per_image:
         attacks = _with_held_routes(attacks)
     if any(moves_routes(cfg) for cfg in attacks.values()):
         return attacks

@@ -139,13 +139,12 @@ class RouterLoadLoss(RouterOrderLoss):
         Raises:
             ValueError: The router draws no noise.
         """
-        noise_std = getattr(routing, 'noise_std', 0.0)
-        if not noise_std:
+        if not routing.noise_std:
             raise ValueError(
                 "RouterLoadLoss needs a router with noise: set backbone.routing='token' and backbone.router="
                 "dict(type='TokenRouter', noise=1.0), or use RouterImportanceLoss or RouterBalanceLoss"
             )
-        lack = (routing.threshold.unsqueeze(-1) - routing.logits) / noise_std
+        lack = (routing.threshold.unsqueeze(-1) - routing.logits) / routing.noise_std
         chosen = 0.5 * torch.erfc(lack.float() / math.sqrt(2))
         return _squared_variation(_global_mean(chosen.flatten(0, -2).mean(dim=0)))
 

@@ -1,23 +1,32 @@
-from .backbone import MoEBackbone
-from .classify import forward_routed
-from .convert import convert_layers, match_layers
-from .convert_ffn import convert_ffns, match_ffns
+from .backbone import MoEBackbone, forward_routed
+from .convert import convert_ffns, convert_layers, match_ffns, match_layers
 from .expert_ffn import ExpertFFN
-from .expert_layers import ExpertLayer, MoEConv2d, MoELinear, weights_held
-from .routers import GROUPS, BaseRouter, LayerRouter, ResNetRouter, router_modules, split_parameters
-from .routing import Routing
-from .token_router import TokenRouter
+from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
+from .placements import PLACEMENTS, Placement, placement_of
+from .routers import (
+    GROUPS,
+    BaseRouter,
+    LayerRouter,
+    ResNetRouter,
+    TokenRouter,
+    router_modules,
+    split_parameters,
+)
+from .routing import BaseRouting, Routing
 from .token_routing import TokenRouting
 
 __all__ = [
     'GROUPS',
+    'PLACEMENTS',
     'BaseRouter',
+    'BaseRouting',
     'ExpertFFN',
     'ExpertLayer',
     'LayerRouter',
     'MoEBackbone',
     'MoEConv2d',
     'MoELinear',
+    'Placement',
     'ResNetRouter',
     'Routing',
     'TokenRouter',
@@ -27,7 +36,7 @@ __all__ = [
     'forward_routed',
     'match_ffns',
     'match_layers',
+    'placement_of',
     'router_modules',
     'split_parameters',
-    'weights_held',
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, Optional, Union
 
 import torch
@@ -12,16 +11,14 @@ from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from .convert import convert_layers, match_layers
-from .convert_ffn import convert_ffns, match_ffns
+from mmadvmoe.utils import choose
+
+from .context import RouteContext
 from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer
+from .placements import NO_ROUTERS, PLACEMENTS, Placement
 from .routers import BaseRouter
-from .routing import RouteContext, Routing, as_routes
-from .token_routing import check_spent
-
-#: The levels of routing, each with its default router.
-ROUTING_LEVELS = dict(image='ResNetRouter', layer='LayerRouter', token='TokenRouter')
+from .routing import BaseRouting
 
 
 @MODELS.register_module()
@@ -41,7 +38,7 @@ class MoEBackbone(BaseBackbone):
         routing (str): ``'image'``: one router reads the input of the backbone and chooses for all layers.
             ``'layer'``: every expert layer has its own router on its own input. ``'token'``: for transformers, every
             feed-forward network that matches gets experts and a router that chooses for each token; see
-            :func:`match_ffns`. Defaults to ``'image'``.
+            :func:`~mmadvmoe.moe.convert.match_ffns`. Defaults to ``'image'``.
         router (dict, optional): Config of the router(s). Defaults to ``dict(type='ResNetRouter')`` for image-level,
             ``dict(type='LayerRouter')`` for layer-level and ``dict(type='TokenRouter')`` for token-level routing.
         gate (str): ``'softmax'`` (bounded) or ``'logit'`` (the reference code's); see :meth:`Routing.decide`.
@@ -72,53 +69,35 @@ class MoEBackbone(BaseBackbone):
         super().__init__(init_cfg)
         if not isinstance(num_experts, int) or num_experts < 1:
             raise ValueError(f'backbone.num_experts={num_experts!r} must be an integer of at least 1')
-        if routing not in ROUTING_LEVELS:
-            near = get_close_matches(str(routing), ROUTING_LEVELS, n=1)
-            hint = f' (did you mean {near[0]!r}?)' if near else ''
-            raise ValueError(f'backbone.routing={routing!r} is unknown{hint}; allowed: {tuple(ROUTING_LEVELS)}')
-        if routing == 'token' and gate != 'softmax':
-            raise ValueError(f"backbone.gate={gate!r} is not for routing='token'; see router.softmax of TokenRouter")
+        placement = PLACEMENTS[choose(routing, PLACEMENTS, 'backbone.routing')]
+        if placement.reads_tokens and gate != 'softmax':
+            raise ValueError(
+                f'backbone.gate={gate!r} is not for routing={routing!r}; see router.softmax of TokenRouter'
+            )
         self.num_experts = num_experts
         self.routing = routing
         self._dense_cfg = copy.deepcopy(backbone)
         self.network: nn.Module = MODELS.build(backbone)
         self.context = RouteContext(num_experts, gate)
         self.router: Optional[BaseRouter] = None
-        names = (match_ffns if routing == 'token' else match_layers)(self.network, include, exclude)
-        if num_experts == 1:
-            self.expert_layer_names: tuple[str, ...] = ()
-            return
-        self.expert_layer_names = tuple(names)
-        router_cfg = self._checked_router_cfg(router)
-        if routing == 'image':
-            self.router = MODELS.build(router_cfg)
-            convert_layers(self.network, names, num_experts, self.context)
-        elif routing == 'token':
-            convert_ffns(
-                self.network,
-                names,
-                num_experts,
-                self.context,
-                lambda width: MODELS.build({**router_cfg, 'in_channels': width}),
-            )
-        else:
-            convert_layers(
-                self.network,
-                names,
-                num_experts,
-                self.context,
-                lambda dense: MODELS.build({**router_cfg, **_layer_input(dense)}),
+        names = placement.match(self.network, include, exclude)
+        self.placement: Placement = NO_ROUTERS
+        if num_experts > 1:
+            self.placement = placement(names)
+            cfg = self._checked_router_cfg(router)
+            self.router = self.placement.convert(
+                self.network, num_experts, self.context, lambda **inputs: MODELS.build({**cfg, **inputs})
             )
 
     def _checked_router_cfg(self, router: Optional[dict]) -> dict:
         cfg = dict(copy.deepcopy(router)) if router is not None else {}
-        cfg.setdefault('type', ROUTING_LEVELS[self.routing])
+        default = self.placement.default_router
+        cfg.setdefault('type', default)
         kind = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
-        if getattr(kind, 'reads_tokens', False) != (self.routing == 'token'):
+        if getattr(kind, 'reads_tokens', False) != self.placement.reads_tokens:
             raise ValueError(
                 f'backbone.router.type={kind.__name__} {"scores" if kind.reads_tokens else "does not score"} single '
-                f'tokens, which does not fit backbone.routing={self.routing!r}; its default is '
-                f'{ROUTING_LEVELS[self.routing]!r}'
+                f'tokens, which does not fit backbone.routing={self.routing!r}; its default is {default!r}'
             )
         given = cfg.setdefault('num_experts', self.num_experts)
         if given != self.num_experts:
@@ -128,9 +107,12 @@ class MoEBackbone(BaseBackbone):
     @property
     def num_routers(self) -> int:
         """L: 0 without routing, 1 for image-level, one per expert layer for layer- and token-level routing."""
-        if self.num_experts == 1:
-            return 0
-        return 1 if self.routing == 'image' else len(self.expert_layer_names)
+        return self.placement.num_routers
+
+    @property
+    def expert_layer_names(self) -> tuple[str, ...]:
+        """The names of the converted layers."""
+        return self.placement.layer_names
 
     def init_weights(self) -> None:
         """Initialise every expert as the dense network initialises that layer.
@@ -173,7 +155,7 @@ class MoEBackbone(BaseBackbone):
 
     def forward_routed(
         self, x: Tensor, route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
-    ) -> tuple[Any, tuple[Routing, ...]]:
+    ) -> tuple[Any, tuple[BaseRouting, ...]]:
         """Features, and the decisions that led to them.
 
         Args:
@@ -189,59 +171,27 @@ class MoEBackbone(BaseBackbone):
                 wherever the choice does not change. Defaults to True.
 
         Returns:
-            tuple: The features, and one :class:`Routing` per router.
+            tuple: The features, and one :class:`BaseRouting` per router.
         """
-        if self.num_experts == 1:
+        if not self.num_routers:
             return self.network(x), ()
-        given = route if route is None or self.routing == 'token' else as_routes(route, self.num_routers)
-        with self.context.run(given, with_logits, gated) as context:
-            if self.routing == 'image':
-                layout = self._fast_layout(x)
-                routing = context.route(self.router, x.to(memory_format=layout))
-                features = self.network(routing.sort(x).to(memory_format=layout))
-                features = _map_tensors(lambda feature: routing.unsort(feature).contiguous(), features)
-            else:
-                features = self.network(x)
-            if self.routing == 'token':
-                check_spent(route, context.taken)
-            return features, context.taken
+        self.placement.check_route(route)
+        with self.context.run(route, with_logits, gated) as routes:
+            return self.placement.forward(self, _with_contiguous_gradient(x), routes), routes.taken
 
-    def _fast_layout(self, x: Tensor) -> torch.memory_format:
-        """The memory layout in which convolutions compute fastest on images (B, C, H, W).
-
-        On a CPU that is channels last, from which and to which oneDNN needs no copies; one made here serves the whole
-        network. Else images stay as they are. Not where weights learn: with some shapes, training in this layout was
-        seen to end in a heap that is corrupt (PyTorch 2.14 with oneDNN).
-        """
-        if x.dim() != 4 or x.device.type != 'cpu':
-            return torch.preserve_format
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            return torch.preserve_format
-        return torch.channels_last
-
-    def route_logits(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Logits of the routers: one (B, N) tensor per router. Image-level routing runs the router alone."""
-        if self.routing == 'image' and self.router is not None:
-            return (self.router(x.to(memory_format=self._fast_layout(x))),)
-        return tuple(routing.logits for routing in self.forward_routed(x)[1])
-
-    def decide_routes(self, x: Tensor, gated: bool = True) -> tuple[Routing, ...]:
-        """What the routers decide. Image-level routing runs the router alone, and there is no gate.
+    def decide_routes(self, x: Tensor, gated: bool = True) -> tuple[BaseRouting, ...]:
+        """Let the routers decide. Image-level routing runs the router alone, and there is no gate.
 
         Args:
             x (Tensor): (B, C, H, W).
             gated (bool): Whether the decisions of earlier routers carry the gradient of their gates into the logits
                 of later ones. Defaults to True.
         """
-        if self.routing == 'image' and self.router is not None:
-            return (Routing.decide(self.router(x.to(memory_format=self._fast_layout(x))), gate=None),)
-        return self.forward_routed(x, gated=gated)[1]
+        return self.placement.decide(self, x, gated)
 
     def expert_layers(self) -> list[Union[ExpertLayer, ExpertFFN]]:
         """The converted layers, in the order of the network."""
-        if self.routing == 'token':
-            return [module for module in self.network.modules() if isinstance(module, ExpertFFN)]
-        return [self.network.get_submodule(name) for name in self.expert_layer_names]
+        return self.placement.expert_layers(self.network)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter as the wrapped backbone tells it; routers count with the last layers.
@@ -255,14 +205,43 @@ class MoEBackbone(BaseBackbone):
         return depth - 1, depth
 
 
-def _layer_input(dense: nn.Module) -> dict:
-    """What a layer's own router must know of the layer's input."""
-    if isinstance(dense, nn.Linear):
-        return dict(in_channels=dense.in_features, channels_last=True)
-    return dict(in_channels=dense.in_channels)
+def _with_contiguous_gradient(x: Tensor) -> Tensor:
+    """``x`` with a gradient in one memory layout, whichever routes its images take."""
+    if x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(Tensor.contiguous)
+    return x
 
 
-def _map_tensors(function, value: Union[Tensor, Sequence]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    return type(value)(_map_tensors(function, item) for item in value)
+def forward_routed(
+    classifier: nn.Module,
+    inputs: Tensor,
+    route: Optional[Tensor] = None,
+    with_logits: bool = False,
+    gated: bool = True,
+) -> tuple[Any, tuple[BaseRouting, ...]]:
+    """Class logits of an MMPretrain classifier, and the decisions that led to them.
+
+    Args:
+        classifier (nn.Module): Has ``backbone``, ``head`` and perhaps ``neck``, as ``ImageClassifier`` has.
+        inputs (Tensor): Network inputs, (B, C, H, W).
+        route (Tensor, optional): See :meth:`MoEBackbone.forward_routed`.
+        with_logits (bool): See :meth:`MoEBackbone.forward_routed`.
+        gated (bool): See :meth:`MoEBackbone.forward_routed`.
+
+    Returns:
+        tuple: What the head gives, for most heads (B, K) logits, and one :class:`BaseRouting` per router, none for a
+        dense network.
+
+    Raises:
+        ValueError: A route is given to a network without routers.
+    """
+    if getattr(classifier.backbone, 'num_routers', 0):
+        features, routings = classifier.backbone.forward_routed(inputs, route, with_logits, gated)
+    elif route is not None:
+        raise ValueError(f'a route was given, but {type(classifier.backbone).__name__} has no router')
+    else:
+        features, routings = classifier.backbone(inputs), ()
+    if getattr(classifier, 'neck', None) is not None:
+        features = classifier.neck(features)
+    return classifier.head(features), routings

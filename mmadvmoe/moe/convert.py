@@ -1,24 +1,28 @@
-"""Swap layers of a built dense network for expert layers."""
+"""Swap layers and feed-forward networks of a built dense network for those with N experts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Optional
 
+from mmcv.cnn.bricks.transformer import FFN
+from mmpretrain.models.backbones.convnext import ConvNeXtBlock
+from mmpretrain.models.backbones.deit3 import DeiT3FFN
 from torch import nn
 
+from .context import RouteContext
+from .expert_ffn import ExpertFFN
 from .expert_layers import EXPERT_LAYERS, ExpertLayer
-from .routers import BaseRouter
-from .routing import RouteContext
+from .routers import BaseRouter, TokenRouter
 
-
-def _is_convertible(module: nn.Module) -> bool:
-    return type(module) in EXPERT_LAYERS
+#: The modules that hold a feed-forward network. Exact classes: a subclass may compute something else.
+FFN_KINDS = (FFN, DeiT3FFN, ConvNeXtBlock)
 
 
 def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """Names of the layers to convert.
+    """Find the layers to convert.
 
     Args:
         network (nn.Module): The dense network.
@@ -32,33 +36,24 @@ def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[s
         ValueError: A pattern is no regular expression or matches no layer, the layers that are left cannot be
             converted, or one of them is the stem.
     """
-    convertible = [name for name, module in network.named_modules() if _is_convertible(module)]
+    convertible = [name for name, module in network.named_modules() if type(module) in EXPERT_LAYERS]
+    kinds = ', '.join(sorted({kind.__name__ for kind in EXPERT_LAYERS}))
     if not convertible:
-        raise ValueError(f'{type(network).__name__} has no layer of a kind that can hold experts: {_kinds()}')
-    patterns = compile_patterns(include, exclude)
-    excluded = [name for name, _ in network.named_modules() if any(p.search(name) for p in patterns['exclude'])]
-    chosen = set()
-    for pattern in patterns['include']:
-        matched = [
-            name
-            for name, module in network.named_modules()
-            if name not in excluded
-            and pattern.search(name)
-            and not any(True for _ in module.children())
-            and any(True for _ in module.parameters())
-        ]
+        raise ValueError(f'{type(network).__name__} has no layer of a kind that can hold experts: {kinds}')
+    layers = [name for name, module in network.named_modules() if _is_layer(module)]
+    chosen: set[str] = set()
+    for pattern, matched in _matches(layers, include, exclude):
         if not matched:
             raise ValueError(
-                f'backbone.include pattern {pattern.pattern!r} matches no layer of {type(network).__name__}; '
-                f'it has {shortened(convertible)}'
+                f'backbone.include pattern {pattern!r} matches no layer of {type(network).__name__}; it has '
+                f'{_shortened(convertible)}'
             )
-        for name in matched:
-            if not _is_convertible(network.get_submodule(name)):
-                kind = type(network.get_submodule(name)).__name__
-                raise ValueError(
-                    f'backbone.include pattern {pattern.pattern!r} takes in {name!r}, a {kind}, which cannot hold '
-                    f'experts; convertible are {_kinds()}. Narrow the pattern or name the layer in backbone.exclude'
-                )
+        for name in (name for name in matched if name not in convertible):
+            raise ValueError(
+                f'backbone.include pattern {pattern!r} takes in {name!r}, a '
+                f'{type(network.get_submodule(name)).__name__}, which cannot hold experts; convertible are {kinds}. '
+                'Narrow the pattern or name the layer in backbone.exclude'
+            )
         chosen.update(matched)
     if convertible[0] in chosen:
         raise ValueError(
@@ -66,6 +61,48 @@ def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[s
             'name the layer in backbone.exclude'
         )
     return [name for name in convertible if name in chosen]
+
+
+def match_ffns(network: nn.Module, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+    """Find the modules whose feed-forward network is to get experts.
+
+    Args:
+        network (nn.Module): The dense network.
+        include (Sequence[str]): Regular expressions, searched in the names of the modules that hold a feed-forward
+            network: such as ``'layers.3.ffn'`` in a ``VisionTransformer``, ``'stages.0.blocks.1.ffn'`` in a
+            ``SwinTransformer`` and ``'stages.0.1'`` in a ``ConvNeXt``.
+        exclude (Sequence[str]): Regular expressions that take modules out again.
+
+    Returns:
+        list[str]: Names in the order of the network's modules.
+
+    Raises:
+        ValueError: The network has no feed-forward network, a pattern is no regular expression or matches none, or
+            the computation there depends on more than one token.
+    """
+    holders = [name for name, module in network.named_modules() if type(module) in FFN_KINDS]
+    if not holders:
+        kinds = ', '.join(kind.__name__ for kind in FFN_KINDS)
+        raise ValueError(
+            f"backbone.routing='token' routes the tokens of feed-forward networks, and {type(network).__name__} has "
+            f"none (of {kinds}); use routing='image' or 'layer'"
+        )
+    chosen: set[str] = set()
+    for pattern, matched in _matches(holders, include, exclude):
+        if not matched:
+            raise ValueError(
+                f'backbone.include pattern {pattern!r} matches no feed-forward network of {type(network).__name__}; '
+                f'it has {_shortened(holders)}'
+            )
+        chosen.update(matched)
+    for name in chosen:
+        module = network.get_submodule(name)
+        if isinstance(module, ConvNeXtBlock) and (module.grn is not None or not module.linear_pw_conv):
+            raise ValueError(
+                f'{name!r} of {type(network).__name__} cannot hold token experts: they need linear_pw_conv=True, and '
+                'use_grn=False because that norm is over all tokens of an image'
+            )
+    return [name for name in holders if name in chosen]
 
 
 def convert_layers(
@@ -97,12 +134,44 @@ def convert_layers(
     return layers
 
 
-def compile_patterns(include: Sequence[str], exclude: Sequence[str]) -> dict[str, list[re.Pattern]]:
-    """Compile ``backbone.include`` and ``backbone.exclude``, under these keys.
+def convert_ffns(
+    network: nn.Module,
+    names: Sequence[str],
+    num_experts: int,
+    context: RouteContext,
+    build_router: Callable[[int], TokenRouter],
+) -> list[ExpertFFN]:
+    """Give N experts to feed-forward networks of ``network``, in place.
 
-    Raises:
-        ValueError: There is no pattern to include, or one is no regular expression.
+    What surrounds the experts' layers (layer scale, stochastic depth, the residual connection) stays as it is.
+
+    Args:
+        network (nn.Module): The dense network.
+        names (Sequence[str]): As :func:`match_ffns` gives them.
+        num_experts (int): N >= 2.
+        context (RouteContext): Shared by all expert layers and their backbone.
+        build_router (Callable): Makes a router for tokens of so many channels.
+
+    Returns:
+        list[ExpertFFN]: In the order of ``names``.
     """
+    converted = []
+    for name in names:
+        module = network.get_submodule(name)
+        # Names inside are those below `module`, so that the parameters of a dense network are found again.
+        inside = ('pointwise_conv1', 'act', 'pointwise_conv2') if isinstance(module, ConvNeXtBlock) else ('layers',)
+        dense = nn.Sequential(OrderedDict((part, module.get_submodule(part)) for part in inside))
+        width = next(part.in_features for part in dense.modules() if isinstance(part, nn.Linear))
+        layer = ExpertFFN(dense, num_experts, context, build_router(width))
+        setattr(module, inside[0], layer)
+        for part in inside[1:]:
+            setattr(module, part, nn.Identity())
+        converted.append(layer)
+    return converted
+
+
+def _matches(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Give each pattern to include, with the names that it matches and no pattern excludes."""
     if isinstance(include, str) or not include:
         raise ValueError(f'backbone.include={include!r} must be a list of at least one regular expression')
     compiled: dict[str, list[re.Pattern]] = dict(include=[], exclude=[])
@@ -112,14 +181,15 @@ def compile_patterns(include: Sequence[str], exclude: Sequence[str]) -> dict[str
                 compiled[key].append(re.compile(pattern))
             except re.error as error:
                 raise ValueError(f'backbone.{key} pattern {pattern!r} is no regular expression: {error}') from error
-    return compiled
+    allowed = [name for name in names if not any(pattern.search(name) for pattern in compiled['exclude'])]
+    for pattern in compiled['include']:
+        yield pattern.pattern, [name for name in allowed if pattern.search(name)]
 
 
-def _kinds() -> str:
-    return ', '.join(sorted({kind.__name__ for kind in EXPERT_LAYERS}))
+def _is_layer(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def shortened(names: Sequence[str], most: int = 12) -> str:
-    """The names for an error message, at most ``most`` of them."""
+def _shortened(names: Sequence[str], most: int = 12) -> str:
     shown = ', '.join(names[:most])
     return shown if len(names) <= most else f'{shown}, ... ({len(names)} in all)'

@@ -7,10 +7,10 @@ from typing import Optional
 
 from torch import Tensor, nn
 
+from .context import RouteContext
 from .expert_layers import EXPERT_LAYERS, MoELinear
 from .grouped_linear import grouped_linear
-from .routing import RouteContext
-from .token_router import TokenRouter
+from .routers import TokenRouter
 
 
 class ExpertFFN(nn.Module):
@@ -64,7 +64,7 @@ class ExpertFFN(nn.Module):
             Tensor: (B, ..., C); zero for a token that every expert dropped.
         """
         tokens = x.flatten(1, -2)
-        routing = self.context.route_tokens(self.router, tokens, self.training or self.router.training)
+        routing = self.context.running.route_tokens(self.router, tokens, self.training or self.router.training)
         rows = routing.dispatch(tokens.flatten(0, 1))
         for _, part in _leaves(self.experts):
             rows = part(rows, routing.computed) if isinstance(part, _TokenLinear) else part(rows)

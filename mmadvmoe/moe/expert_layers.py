@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +11,9 @@ from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .folded_norms import FOLDED, norms_folded
-from .held_weights import HELD, HeldWeights, image_dots
+from .context import RouteContext
 from .routers import BaseRouter
-from .routing import RouteContext, Routing
+from .routing import Routing
 
 
 class _GatedConcat(torch.autograd.Function):
@@ -39,9 +36,17 @@ class _GatedConcat(torch.autograd.Function):
         grads = grad.split([len(part) for part in parts])
         grad_gate = None
         if ctx.needs_input_grad[0]:
-            dots = [image_dots(g.to(ctx.gate_dtype), part.to(ctx.gate_dtype)) for g, part in zip(grads, parts)]
+            dots = [_image_dots(g.to(ctx.gate_dtype), part.to(ctx.gate_dtype)) for g, part in zip(grads, parts)]
             grad_gate = torch.cat(dots)
         return (grad_gate, *grads)
+
+
+def _image_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product of each image of ``a`` with that of ``b``: twice (B, ...) -> (B,)."""
+    if a.dim() == 4 and not a.is_contiguous():
+        # Of images in channels-last layout this is a view.
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
 class ExpertLayer(nn.Module):
@@ -60,11 +65,7 @@ class ExpertLayer(nn.Module):
     """
 
     def __init__(
-        self,
-        dense: nn.Module,
-        num_experts: int,
-        context: RouteContext,
-        router: Optional[BaseRouter] = None,
+        self, dense: nn.Module, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -108,19 +109,14 @@ class ExpertLayer(nn.Module):
             Tensor: (B, ...) as the dense layer gives it, in the order of ``x``.
         """
         if self.router is None:
-            return self._run(x, self.context.current)
-        routing = self.context.route(self.router, x)
+            return self._run(x, self.context.running.current)
+        routing = self.context.running.route(self.router, x)
         return routing.unsort(self._run(routing.sort(x), routing))
 
     def _run(self, x: Tensor, routing: Routing) -> Tensor:
-        return self._dispatch(x, routing, self.weight, self.bias)
-
-    def _dispatch(self, x: Tensor, routing: Routing, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        """Each expert on its slice of the sorted batch, with these parameters."""
-        weights = weight.chunk(self.num_experts)
-        biases: Sequence[Optional[Tensor]] = (
-            bias.chunk(self.num_experts) if bias is not None else [None] * self.num_experts
-        )
+        """Each expert on its slice of the sorted batch."""
+        weights = self.weight.chunk(self.num_experts)
+        biases = [None] * self.num_experts if self.bias is None else self.bias.chunk(self.num_experts)
         parts = [
             self.compute(part, weights[n], biases[n])
             for n, part in enumerate(x.split(routing.counts))
@@ -138,11 +134,7 @@ class MoEConv2d(ExpertLayer):
     """A convolution with N experts: x (B, C_in, H, W) -> (B, C_out, H', W'), weight (N*C_out, C_in/groups, k, k)."""
 
     def __init__(
-        self,
-        dense: nn.Conv2d,
-        num_experts: int,
-        context: RouteContext,
-        router: Optional[BaseRouter] = None,
+        self, dense: nn.Conv2d, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
     ) -> None:
         super().__init__(dense, num_experts, context, router)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
@@ -157,29 +149,12 @@ class MoEConv2d(ExpertLayer):
             x, padding = F.pad(x, self._edge_padding, mode=self.padding_mode), 0
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _run(self, x: Tensor, routing: Routing) -> Tensor:
-        folded = FOLDED.get(self)
-        if folded is not None and not folded.holds:
-            folded = None
-        held = HELD.get(self)
-        if held is not None and held.serves(self, x):
-            gated = routing.gate is not None and torch.is_grad_enabled()
-            return held.run(self, x, routing.counts, routing.sort(routing.gate) if gated else None, folded)
-        if folded is None:
-            return super()._run(x, routing)
-        # The gate is before the norm, so what the norm adds is no part of what it weighs.
-        return self._dispatch(x, routing, folded.weight, folded.bias) + folded.shift[:, None, None]
-
 
 class MoELinear(ExpertLayer):
     """A linear layer with N experts: x (B, ..., C_in) -> (B, ..., C_out), weight (N*C_out, C_in)."""
 
     def __init__(
-        self,
-        dense: nn.Linear,
-        num_experts: int,
-        context: RouteContext,
-        router: Optional[BaseRouter] = None,
+        self, dense: nn.Linear, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
     ) -> None:
         super().__init__(dense, num_experts, context, router)
         self.in_features, self.out_features = dense.in_features, dense.out_features
@@ -187,29 +162,6 @@ class MoELinear(ExpertLayer):
     def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """x: (b, ..., C_in) -> (b, ..., C_out)."""
         return F.linear(x, weight, bias)
-
-
-@contextmanager
-def weights_held(network: nn.Module, probe: Optional[Callable[[], Any]] = None) -> Iterator[None]:
-    """Promise that no weight of a network changes inside, so that layers may prepare theirs once.
-
-    What was prepared is dropped on exit. Weights that are about to get a gradient are not prepared.
-
-    Args:
-        network (nn.Module): Any network.
-        probe (Callable, optional): Runs the network once on some input, in eval mode, and returns what it gives. With
-            it, batch norms are folded into the convolutions before them, which rounds differently by some 1e-7;
-            see :func:`~mmadvmoe.moe.folded_norms.norms_folded`. Worth it for more than a few passes. Defaults to None.
-    """
-    layers = [module for module in network.modules() if isinstance(module, MoEConv2d) and module not in HELD]
-    try:
-        with nullcontext() if probe is None else norms_folded(network, probe, MoEConv2d):
-            for layer in layers:
-                HELD[layer] = HeldWeights(layer)
-            yield
-    finally:
-        for layer in layers:
-            HELD.pop(layer, None)
 
 
 #: Dense layers that can become expert layers. Exact classes: a subclass may compute something else.

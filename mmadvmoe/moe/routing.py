@@ -1,4 +1,4 @@
-"""What a router decided for a batch, and how to act on it.
+"""The decision of a router for a batch, and how to act on it.
 
 Dimension letters used in this package::
 
@@ -7,22 +7,64 @@ Dimension letters used in this package::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional, Union
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
 
-from .token_routing import TokenRouting
+from mmadvmoe.utils import choose
 
 #: Which function of the router's logits carries the gradient through a hard choice.
 GATES = ('softmax', 'logit')
 
 
+class BaseRouting:
+    """The decision of one router for one batch: all that its consumers read.
+
+    Attributes:
+        expert (Tensor): The chosen experts, int64 in [0, N).
+        logits (Tensor, optional): The router's logits, (B, N) of images or (B, T, N) of tokens, without noise; None
+            when the route was given and no router was asked.
+        of_tokens (bool): Whether the decision is about single tokens rather than whole images.
+        dropped (int): Choices that no expert computes. Defaults to 0.
+        noise_std (float): Standard deviation of the noise that training adds to the logits. Defaults to 0.
+        counts (tuple[int]): Choices that fell on each expert, dropped ones included: N numbers.
+        num_experts (int): N.
+        top_k (int): K, the experts of each image or token.
+        decisions (Tensor): (B, T * K) int64, T = 1 for images: what was decided for each image; given to
+            :meth:`MoEBackbone.forward_routed` beside those of the other routers, it is a route.
+    """
+
+    expert: Tensor
+    logits: Optional[Tensor]
+    of_tokens: ClassVar[bool] = False
+    dropped: int = 0
+    noise_std: float = 0.0
+    counts: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    decisions: Tensor
+
+    @property
+    def token_logits(self) -> Tensor:
+        """The logits of each token, (B, T, N); T = 1 for a decision about images. Needs ``logits``."""
+        return self.logits if self.of_tokens else self.logits.unsqueeze(1)
+
+    @property
+    def followed(self) -> Tensor:
+        """Whether the router itself, without noise, chooses these experts, (B, T) bool. Needs ``logits``."""
+        own = self.token_logits.detach().topk(self.top_k, dim=-1).indices.sort(-1).values
+        return (own == self.decisions.view_as(own)).all(-1)
+
+    def detach(self) -> BaseRouting:
+        """Give the same decision without any gradient, for logs."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class Routing:
-    """The decision of one router for one batch.
+class Routing(BaseRouting):
+    """The decision of one router for the images of a batch.
 
     Sorting by expert happens once, here; expert layers then work on contiguous slices.
 
@@ -65,8 +107,7 @@ class Routing:
         routing = cls.fixed(expert, logits.shape[1])
         factor = None
         if gate is not None:
-            if gate not in GATES:
-                raise ValueError(f'gate={gate!r} is unknown; allowed: {GATES} or None')
+            choose(gate, GATES, 'gate')
             if logits.requires_grad:
                 precise = torch.promote_types(logits.dtype, torch.float32)
                 scores = logits.softmax(dim=1, dtype=precise) if gate == 'softmax' else logits
@@ -93,9 +134,9 @@ class Routing:
         if load[0] or len(load) > num_experts + 1:
             raise ValueError(f'a route must name experts in [0, {num_experts}), got {sorted(set(expert.tolist()))}')
         order = torch.argsort(expert, stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        return cls(expert, order, inverse, tuple(load[1:]), logits)
+        return cls(expert, order, inverse_of(order), tuple(load[1:]), logits)
+
+    top_k = 1
 
     @property
     def num_experts(self) -> int:
@@ -104,13 +145,13 @@ class Routing:
 
     @property
     def decisions(self) -> Tensor:
-        """What was decided for each image, (B, 1): the expert."""
+        """The expert of each image, (B, 1)."""
         return self.expert[:, None]
 
     @property
     def followed(self) -> Tensor:
-        """Whether the router itself chooses this expert, (B,) bool; needs ``logits``."""
-        return self.logits.argmax(dim=1) == self.expert
+        """As :attr:`BaseRouting.followed`, (B, 1)."""
+        return (self.logits.argmax(dim=1) == self.expert)[:, None]
 
     @property
     def single(self) -> bool:
@@ -126,124 +167,12 @@ class Routing:
         return x if self.single else x.index_select(0, self.inverse)
 
     def detach(self) -> Routing:
-        """The same decision without any gradient, for logs."""
+        """Give the same decision without any gradient, for logs."""
         return replace(self, logits=None if self.logits is None else self.logits.detach(), gate=None)
 
 
-def as_routes(route: Tensor, num_routers: int) -> Sequence[Tensor]:
-    """Split a given route into one (B,) route per router.
-
-    Args:
-        route (Tensor): (B,), one expert per image for all routers, or (B, L).
-        num_routers (int): L.
-
-    Raises:
-        ValueError: The shape is neither.
-    """
-    if route.dim() == 1:
-        return [route] * num_routers
-    if route.dim() == 2 and route.shape[1] == num_routers:
-        return list(route.unbind(1))
-    raise ValueError(f'route must have shape (B,) or (B, {num_routers}), got {tuple(route.shape)}')
-
-
-class RouteContext:
-    """What the forward pass under way routes by.
-
-    A backbone and its expert layers share one; it is filled for the length of one forward pass only. There is no
-    other channel from a backbone to layers that sit inside a network it does not know.
-
-    Args:
-        num_experts (int): N.
-        gate (str): See :meth:`Routing.decide`.
-    """
-
-    def __init__(self, num_experts: int, gate: str) -> None:
-        if gate not in GATES:
-            raise ValueError(f'gate={gate!r} is unknown; allowed: {GATES}')
-        self.num_experts = num_experts
-        self.gate = gate
-        self._running = False
-        self._given: Union[None, Tensor, Sequence[Tensor]] = None
-        self._with_logits = False
-        self._gated = True
-        self._taken: list[Routing] = []
-
-    def run(
-        self,
-        given: Union[None, Tensor, Sequence[Tensor]] = None,
-        with_logits: bool = False,
-        gated: bool = True,
-    ) -> RouteContext:
-        """Open the context: ``with context.run(...) as routed: ...``; see :meth:`MoEBackbone.forward_routed`."""
-        self._given, self._with_logits, self._gated = given, with_logits, gated
-        return self
-
-    def __enter__(self) -> RouteContext:
-        if self._running:
-            raise RuntimeError('a MoEBackbone was entered again from inside its own forward pass')
-        self._running, self._taken = True, []
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._running, self._given, self._taken = False, None, []
-
-    @property
-    def taken(self) -> tuple[Routing, ...]:
-        """The routings decided so far in this forward pass, in the order of their routers."""
-        return tuple(self._taken)
-
-    @property
-    def current(self) -> Routing:
-        """The image-level routing of this forward pass.
-
-        Raises:
-            RuntimeError: An expert layer was called outside the forward pass of its backbone.
-        """
-        if not self._taken:
-            raise RuntimeError('an expert layer can only run inside the forward pass of its MoEBackbone')
-        return self._taken[-1]
-
-    def route(self, router: torch.nn.Module, x: Tensor) -> Routing:
-        """Let ``router`` decide for ``x``, unless a route was given, and note the decision.
-
-        Args:
-            router (BaseRouter): Maps ``x`` to (B, N) logits.
-            x (Tensor): The input of the router, (B, ...).
-
-        Raises:
-            ValueError: The router gives a number of logits other than N.
-        """
-        logits = router(x) if self._given is None or self._with_logits else None
-        if logits is not None and logits.shape[-1] != self.num_experts:
-            raise ValueError(
-                f'backbone.num_experts={self.num_experts}, but {type(router).__name__} (backbone.router) gives '
-                f'{logits.shape[-1]} logits; it must give one for each expert'
-            )
-        if self._given is None:
-            routing = Routing.decide(logits, self.gate if self._gated else None)
-        else:
-            routing = Routing.fixed(self._given[len(self._taken)], self.num_experts, logits)
-        self._taken.append(routing)
-        return routing
-
-    def route_tokens(self, router: torch.nn.Module, x: Tensor, training: bool) -> TokenRouting:
-        """Let ``router`` decide for the tokens ``x``, unless a route was given, and note the decision.
-
-        Args:
-            router (TokenRouter): See :meth:`TokenRouter.route`.
-            x (Tensor): (B, T, C).
-            training (bool): As for :meth:`TokenRouter.route`.
-
-        Raises:
-            RuntimeError: The layer was called outside the forward pass of its backbone.
-        """
-        if not self._running:
-            raise RuntimeError('an expert layer can only run inside the forward pass of its MoEBackbone')
-        given = self._given
-        if given is not None and given.dim() > 1:
-            start = sum(routing.decisions.shape[1] for routing in self._taken)
-            given = given[:, start : start + x.shape[1] * router.top_k]
-        routing = router.route(x, given, training, self._gated)
-        self._taken.append(routing)
-        return routing
+def inverse_of(order: Tensor, length: Optional[int] = None) -> Tensor:
+    """Where each item of ``order`` (S,) is in it: (length,) int64, 0 for items that it lacks; S long by default."""
+    inverse = order.new_zeros(len(order) if length is None else length)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse

@@ -1,4 +1,4 @@
-"""What a router decided for the tokens of a batch, and how to act on it.
+"""The decision of a router for the tokens of a batch, and how to act on it.
 
 Dimension letters as in :mod:`mmadvmoe.moe.routing`, and K choices of a token; S slots, a slot being one choice of one
 token that an expert computes. Choices are laid out choice by choice: all first choices, then all second ones.
@@ -7,21 +7,21 @@ token that an expert computes. Choices are laid out choice by choice: all first 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
 
 from .grouped_linear import take_rows
+from .routing import BaseRouting, inverse_of
 
 #: Whether gates are probabilities among all experts, or among the chosen ones.
 SOFTMAX = ('before', 'after')
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRouting:
+class TokenRouting(BaseRouting):
     """The decision of one token router for one batch.
 
     Attributes:
@@ -47,6 +47,7 @@ class TokenRouting:
     kept: Optional[Tensor]
     threshold: Tensor
     noise_std: float = 0.0
+    of_tokens: ClassVar[bool] = True
 
     @classmethod
     def decide(
@@ -121,7 +122,7 @@ class TokenRouting:
         by_choice = expert.permute(2, 0, 1).flatten()
         order = by_choice.argsort(stable=True)
         load = torch.bincount(by_choice, minlength=logits.shape[-1])
-        return cls(expert, gate, logits, load, load, order, _inverse(order), None, threshold, noise_std)
+        return cls(expert, gate, logits, load, load, order, inverse_of(order), None, threshold, noise_std)
 
     def _limited(self, capacity_factor: Optional[float], per_image: bool) -> TokenRouting:
         if capacity_factor is None:
@@ -144,7 +145,7 @@ class TokenRouting:
             gate=self.gate * kept.view(top_k, batch, tokens).permute(1, 2, 0),
             computed=sizes.clamp(max=capacity).view(self.num_experts, groups).sum(1),
             order=order[within],
-            inverse=_inverse(order[within], len(order)),
+            inverse=inverse_of(order[within], len(order)),
             kept=kept,
         )
 
@@ -152,6 +153,11 @@ class TokenRouting:
     def num_experts(self) -> int:
         """N."""
         return self.logits.shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.expert.shape[-1]
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -168,12 +174,6 @@ class TokenRouting:
         """The chosen experts of each image, (B, T * K), those of one token in ascending order."""
         return self.expert.sort(-1).values.flatten(1)
 
-    @property
-    def followed(self) -> Tensor:
-        """Whether the router itself, without noise, chooses these experts for a token, (B, T) bool."""
-        own = self.logits.detach().topk(self.expert.shape[-1], dim=-1).indices
-        return (own.sort(-1).values == self.expert.sort(-1).values).all(-1)
-
     def dispatch(self, x: Tensor) -> Tensor:
         """Bring tokens to their experts: (B * T, C) -> (S, C), sorted by expert."""
         return take_rows(x, self.order % len(x), self.inverse, self.kept)
@@ -185,22 +185,8 @@ class TokenRouting:
         return (rows.unflatten(0, gate.shape[:2]) * gate).sum(0)
 
     def detach(self) -> TokenRouting:
-        """The same decision without any gradient, for logs."""
+        """Give the same decision without any gradient, for logs."""
         return replace(self, gate=self.gate.detach(), logits=self.logits.detach(), threshold=self.threshold.detach())
-
-
-def check_spent(route: Optional[Tensor], taken: Sequence[TokenRouting]) -> None:
-    """Check that a route which was given to a network has no more columns than its routers took.
-
-    Raises:
-        ValueError: It has more.
-    """
-    columns = sum(routing.decisions.shape[1] for routing in taken)
-    if route is not None and route.dim() > 1 and route.shape[1] != columns:
-        raise ValueError(
-            f'route has {route.shape[1]} columns, but the choices of all tokens in all layers are {columns}; '
-            'a route that was taken at another image size does not fit'
-        )
 
 
 def _gate(scores: Tensor, expert: Tensor, softmax: str, straight_through: bool) -> Tensor:
@@ -210,9 +196,3 @@ def _gate(scores: Tensor, expert: Tensor, softmax: str, straight_through: bool) 
     if softmax == 'before':
         return probability
     return 1 + (probability - probability.detach()) if straight_through else torch.ones_like(probability)
-
-
-def _inverse(order: Tensor, length: Optional[int] = None) -> Tensor:
-    inverse = order.new_zeros(len(order) if length is None else length)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse

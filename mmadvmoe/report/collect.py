@@ -17,6 +17,7 @@ from mmadvmoe.cost import count_cost
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.evaluation.data import as_dataset
 from mmadvmoe.evaluation.robust_evaluation import spread_images
+from mmadvmoe.moe import placement_of
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
@@ -57,8 +58,7 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> Non
     if before.is_file():
         _check_same(json.loads(before.read_text(encoding='utf-8')), identity, folder)
     victim = load_robust_model(cfg, checkpoint)
-    backbone = getattr(victim.classifier, 'backbone', None)
-    routing = backbone.routing if victim.num_routers else None
+    placement = placement_of(victim.classifier)
     description = dict(
         **identity,
         config=config,
@@ -66,8 +66,8 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> Non
         work_dir=str(Path(checkpoint).parent),
         class_names=_class_names(cfg, victim),
         num_experts=victim.num_experts,
-        routing=routing,
-        routers=['router'] if routing == 'image' else list(getattr(backbone, 'expert_layer_names', ())),
+        routing=placement.name,
+        routers=list(placement.router_names),
         cost=asdict(count_cost(cfg)),
     )
     _write_json(before, description)

@@ -8,6 +8,7 @@ from typing import Optional
 import numpy as np
 import torch
 
+from mmadvmoe.moe import PLACEMENTS
 from mmadvmoe.visualization import draw_image_grid, draw_loads, draw_parts, draw_patch_routes
 
 from .content import Picture, Section, Table, percent, share, slug
@@ -114,8 +115,7 @@ def loads(models: Sequence[ModelResults]) -> Optional[Section]:
         load = (model.dissection or {}).get('load')
         if not load:
             continue
-        tokens = model.dissection['routing'] == 'token'
-        counted = 'tokens' if tokens else 'images'
+        counted = 'tokens' if PLACEMENTS[model.dissection['routing']].reads_tokens else 'images'
         views = {label: load[key] for key, label in dict(clean='clean', end_to_end='under attack').items()}
         rows = [('class', 'per_class', model.dissection['class_names'])]
         if len(model.dissection['routers']) > 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.evaluation import Examples
+from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
 
 _PLAIN = tuple(field.name for field in fields(Examples))
@@ -71,7 +72,7 @@ def load_examples(path: Path) -> SavedExamples:
 @torch.no_grad()
 def patch_choices(victim: Victim, images: Tensor) -> tuple[np.ndarray, ...]:
     """The first choice of each token, (B, T) for each layer; empty where no router reads tokens."""
-    if not victim.num_routers or victim.classifier.backbone.routing != 'token':
+    if not placement_of(victim.classifier).reads_tokens:
         return ()
     with victim.frozen():
         _, routings = victim.forward_routed(images)

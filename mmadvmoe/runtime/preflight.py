@@ -20,7 +20,7 @@ from mmadvmoe.cost import size_must_fit
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
-from mmadvmoe.moe import GROUPS
+from mmadvmoe.moe import GROUPS, placement_of
 from mmadvmoe.utils import bare_model
 
 from .seeding import preserve_rng_state
@@ -122,7 +122,7 @@ class PreflightHook(Hook):
             # What a data set draws for a check must not change what it draws in training.
             with preserve_rng_state():
                 shapes[key] = _check_dataset(getattr(runner, key).dataset, key, model)
-        if getattr(model.backbone, 'routing', None) == 'token':
+        if placement_of(model).reads_tokens:
             _check_lengths(shapes)
 
 

@@ -195,7 +195,7 @@ class _Tally:
                 self.counts[view] += torch.tensor([routing.counts for routing in routings])
                 largest = [_largest_logit(routing) for routing in routings]
                 self.max_logit = torch.maximum(self.max_logit, torch.stack(largest))
-                self.dropped += torch.tensor([getattr(routing, 'dropped', 0) for routing in routings])
+                self.dropped += torch.tensor([routing.dropped for routing in routings])
         self.entropy = self.entropy + torch.stack([_entropy(r) for r in clean or adversarial])
         self.softmaxes += torch.tensor([r.logits.numel() // r.num_experts for r in clean or adversarial])
         if clean and adversarial:

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmadvmoe.attacks import STANDARD_ATTACKS, Victim, build_attack, is_standard_attack, standard_attack
 from mmadvmoe.evaluation.named_attacks import check_radii, choose_attacks, with_route_attack
+from mmadvmoe.moe import PLACEMENTS
 
 KNOWN = dict(
     pgd50=dict(type='PGD', eps=0.2, alpha=0.02, steps=50),
@@ -95,7 +96,7 @@ class _Mixture(nn.Module):
 
     def __init__(self, routing: str = 'token') -> None:
         super().__init__()
-        self.classifier = SimpleNamespace(backbone=SimpleNamespace(routing=routing))
+        self.classifier = SimpleNamespace(backbone=SimpleNamespace(placement=PLACEMENTS[routing]()))
 
 
 def test_each_norm_gets_its_attack_on_the_routes() -> None:

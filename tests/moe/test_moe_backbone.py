@@ -1,11 +1,21 @@
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from masked_oracle import MaskedMoE
 from mmpretrain.registry import MODELS
 
-from mmadvmoe.moe import MoEConv2d, MoELinear, router_modules, split_parameters
+from mmadvmoe.moe import (
+    PLACEMENTS,
+    BaseRouting,
+    MoEConv2d,
+    MoELinear,
+    placement_of,
+    router_modules,
+    split_parameters,
+)
 
 RESNET = dict(
     backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4), include=[r'layer\d\.\d\.conv\d']
@@ -245,3 +255,102 @@ def test_a_bad_route_is_named():
 def test_an_expert_layer_outside_its_backbone_says_so():
     with pytest.raises(RuntimeError, match='inside the forward pass'):
         build().network.layer1[0].conv1(torch.rand(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize('routing', ['image', 'layer'])
+@pytest.mark.parametrize('routed', [[0, 0, 0, 0], [2, 0, 1, 0]], ids=['one expert', 'several'])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+def test_the_layout_of_the_gradient_does_not_depend_on_the_routes(routing, routed, layout):
+    model = build(routing=routing).requires_grad_(False)
+    x = images(4).to(memory_format=layout).requires_grad_()
+    for route in (None, torch.tensor(routed)):
+        (gradient,) = torch.autograd.grad(projection(model.forward_routed(x, route)[0]), x)
+        assert gradient.is_contiguous()
+
+
+def test_a_backbone_inside_itself_is_refused_and_usable_afterwards():
+    model = build()
+    model.network.layer1[0].register_forward_hook(lambda *_: model(images()))
+    with pytest.raises(RuntimeError, match='entered again from inside its own forward pass'):
+        model(images())
+    with pytest.raises(RuntimeError, match='inside the forward pass'):
+        model.network.layer1[0].conv1(torch.rand(1, 4, 8, 8))
+
+
+def test_a_copy_and_a_pickle_made_inside_a_forward_pass_have_none_under_way():
+    model = build()
+    made = []
+    hook = model.network.layer1[0].register_forward_hook(
+        lambda *_: made.extend([copy.deepcopy(model.context), pickle.loads(pickle.dumps(model.context))])
+    )
+    model(images())
+    hook.remove()
+    for context in made:
+        assert (context.num_experts, context.gate) == (3, 'softmax')
+        with pytest.raises(RuntimeError, match='inside the forward pass'):
+            context.running
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(images())[0], model(images())[0])
+
+
+@pytest.mark.parametrize('routing', PLACEMENTS)
+def test_threads_do_not_see_each_others_routes(routing):
+    model = token_mixture() if routing == 'token' else build(routing=routing)
+    inputs = [images(6, size=32 if routing != 'token' else 8) * scale for scale in (1.0, 0.9, 0.8, 0.7)]
+    routes = [None, *(torch.full((6,), expert) for expert in range(model.num_experts - 1)), torch.arange(6) % 3]
+    calls = [(x, route) for x in inputs for route in routes] * 4
+    with torch.no_grad():
+        expected = [measured(model, *call) for call in calls[: len(inputs) * len(routes)]] * 4
+
+        def run(call):
+            with torch.no_grad():  # a setting of the thread
+                return measured(model, *call)
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, calls))
+    for ours, theirs in zip(found, expected):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def measured(model, x, route):
+    """The last features, and what the routers decided."""
+    if route is None:
+        return (model(x)[-1],)
+    features, routings = model.forward_routed(x, route)
+    return features[-1], *(routing.decisions for routing in routings)
+
+
+def token_mixture():
+    torch.manual_seed(0)
+    arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=24)
+    vit = dict(type='VisionTransformer', arch=arch, img_size=8, patch_size=4)
+    model = MODELS.build(dict(type='MoEBackbone', num_experts=3, routing='token', include=['ffn'], backbone=vit))
+    for router in router_modules(model):
+        torch.nn.init.normal_(router.weight)
+    model.eval()
+    return model
+
+
+def test_a_placement_says_what_others_ask_of_it():
+    image, layer, token = build(), build(routing='layer'), token_mixture()
+    assert image.placement.router_names == ('router',) and image.placement.one_route_per_image
+    assert layer.placement.router_names == layer.expert_layer_names and not layer.placement.one_route_per_image
+    assert token.placement.router_names == ('layers.0.ffn', 'layers.1.ffn') and token.placement.reads_tokens
+    assert [model.placement.name for model in (image, layer, token)] == list(PLACEMENTS)
+    for dense in (torch.nn.Identity(), torch.nn.Sequential()):
+        assert placement_of(dense).name is None and placement_of(dense).router_names == ()
+
+
+@pytest.mark.parametrize('routing', PLACEMENTS)
+def test_every_routing_says_what_consumers_read(routing):
+    model = token_mixture() if routing == 'token' else build(routing=routing)
+    x = images(4, size=8 if routing == 'token' else 32)
+    tokens = 5 if routing == 'token' else 1
+    for routing in model.forward_routed(x)[1]:
+        assert isinstance(routing, BaseRouting)
+        assert routing.token_logits.shape == (4, tokens, 3)
+        assert routing.decisions.shape == (4, tokens * routing.top_k)
+        assert routing.followed.shape == (4, tokens) and routing.followed.all()
+        assert routing.num_experts == len(routing.counts) == 3 and sum(routing.counts) == routing.decisions.numel()
+        assert (routing.dropped, routing.noise_std) == (0, 0.0)
+        assert not routing.detach().logits.requires_grad

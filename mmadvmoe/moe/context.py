@@ -1,0 +1,142 @@
+"""Carry the routes of a forward pass from a backbone to its expert layers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+from torch import Tensor
+
+from mmadvmoe.utils import choose
+
+from .routers import BaseRouter, TokenRouter
+from .routing import GATES, BaseRouting, Routing
+from .token_routing import TokenRouting
+
+
+class RoutedPass:
+    """The routes of one forward pass: those that are given, and those that were taken so far.
+
+    Args:
+        num_experts (int): N.
+        gate (str): See :meth:`Routing.decide`.
+        route (Tensor, optional): As for :meth:`MoEBackbone.forward_routed`.
+        with_logits (bool): As for :meth:`MoEBackbone.forward_routed`.
+        gated (bool): As for :meth:`MoEBackbone.forward_routed`.
+    """
+
+    def __init__(self, num_experts: int, gate: str, route: Optional[Tensor], with_logits: bool, gated: bool) -> None:
+        self.num_experts = num_experts
+        self.gate = gate
+        self._route, self._with_logits, self._gated = route, with_logits, gated
+        self._columns = 0
+        self._taken: list[BaseRouting] = []
+
+    @property
+    def taken(self) -> tuple[BaseRouting, ...]:
+        """The routings decided so far, in the order of their routers."""
+        return tuple(self._taken)
+
+    @property
+    def current(self) -> Routing:
+        """The latest routing; with image-level routing that of the whole pass."""
+        return self._taken[-1]
+
+    def route(self, router: BaseRouter, x: Tensor) -> Routing:
+        """Let ``router`` decide for the images ``x`` (B, ...), unless a route was given, and note the decision.
+
+        Raises:
+            ValueError: The router gives a number of logits other than N.
+        """
+        given = self._next(1)
+        logits = router(x) if given is None or self._with_logits else None
+        if logits is not None and logits.shape[-1] != self.num_experts:
+            raise ValueError(
+                f'backbone.num_experts={self.num_experts}, but {type(router).__name__} (backbone.router) gives '
+                f'{logits.shape[-1]} logits; it must give one for each expert'
+            )
+        if given is None:
+            routing = Routing.decide(logits, self.gate if self._gated else None)
+        else:
+            routing = Routing.fixed(given.flatten(), self.num_experts, logits)
+        self._taken.append(routing)
+        return routing
+
+    def route_tokens(self, router: TokenRouter, x: Tensor, training: bool) -> TokenRouting:
+        """Let ``router`` decide for the tokens ``x`` (B, T, C), unless a route was given, and note the decision."""
+        routing = router.route(x, self._next(x.shape[1] * router.top_k), training, self._gated)
+        self._taken.append(routing)
+        return routing
+
+    def check_spent(self) -> None:
+        """Check that the route that was given has no more columns than the routers took.
+
+        Raises:
+            ValueError: It has more.
+        """
+        if self._route is not None and self._route.dim() > 1 and self._route.shape[1] != self._columns:
+            raise ValueError(
+                f'route has {self._route.shape[1]} columns, but the choices of all tokens in all layers are '
+                f'{self._columns}; a route that was taken at another image size does not fit'
+            )
+
+    def _next(self, columns: int) -> Optional[Tensor]:
+        """The given route of the next router, (B,) or (B, columns), or None."""
+        start, self._columns = self._columns, self._columns + columns
+        if self._route is None or self._route.dim() == 1:
+            return self._route
+        return self._route[:, start : start + columns]
+
+
+class RouteContext:
+    """The forward pass that is under way in this thread.
+
+    A backbone and its expert layers share one: there is no other channel from a backbone to layers inside a network
+    that it does not know. Threads do not see each other's passes; a copy has none.
+
+    Args:
+        num_experts (int): N.
+        gate (str): See :meth:`Routing.decide`.
+    """
+
+    def __init__(self, num_experts: int, gate: str) -> None:
+        self.num_experts = num_experts
+        self.gate = choose(gate, GATES, 'backbone.gate')
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict:
+        return dict(num_experts=self.num_experts, gate=self.gate)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    @contextmanager
+    def run(
+        self, route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
+    ) -> Iterator[RoutedPass]:
+        """Begin a forward pass of this thread; see :meth:`MoEBackbone.forward_routed`.
+
+        Raises:
+            RuntimeError: One is under way in this thread.
+        """
+        if getattr(self._local, 'running', None) is not None:
+            raise RuntimeError('a MoEBackbone was entered again from inside its own forward pass')
+        self._local.running = RoutedPass(self.num_experts, self.gate, route, with_logits, gated)
+        try:
+            yield self._local.running
+        finally:
+            self._local.running = None
+
+    @property
+    def running(self) -> RoutedPass:
+        """The forward pass that is under way in this thread.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        running = getattr(self._local, 'running', None)
+        if running is None:
+            raise RuntimeError('an expert layer can only run inside the forward pass of its MoEBackbone')
+        return running
