@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+#: Two parts of the training set, all of it, and the test set.
+SPLITS = ('train', 'val', 'trainval', 'test')
+
 
 def stratified_split(
     labels: Sequence[int] | np.ndarray, num_held_out: int, seed: int = 0
@@ -47,16 +50,6 @@ def stratified_split(
         members = np.flatnonzero(labels == name)
         held_out[generator.permutation(members)[:count]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def check_split(split: str, allowed: Sequence[str]) -> None:
-    """Refuse a split that a data set does not have.
-
-    Raises:
-        ValueError: If ``split`` is not one of ``allowed``.
-    """
-    if split not in allowed:
-        raise ValueError(f'split must be one of {list(allowed)}, but got {split!r}.')
 
 
 def part_of(data_list: list[dict], split: str, num_val: int) -> list[dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, Optional
 
 import torch
@@ -21,7 +20,7 @@ from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
 from mmadvmoe.moe import GROUPS
-from mmadvmoe.utils import bare_model
+from mmadvmoe.utils import bare_model, did_you_mean
 
 from .seeding import preserve_rng_state
 
@@ -75,14 +74,11 @@ def check_groups(key: str, cfg: dict) -> None:
     """Raise unless ``cfg`` has the two groups as its keys, no less and no more."""
     for name in cfg:
         if name not in GROUPS:
-            nearest = get_close_matches(str(name), GROUPS, n=1)
-            hint = (
-                f'did you mean {nearest[0]!r}?'
-                if nearest
-                else f'settings go inside {key}.experts and {key}.router (and a {key} inherited '
-                'from a _base_ config is replaced with _delete_=True)'
+            raise ValueError(
+                f'{key}.{name} is no parameter group{did_you_mean(name, GROUPS)}; allowed: {", ".join(GROUPS)}. '
+                f'Settings go inside {key}.experts and {key}.router, and a {key} inherited from a _base_ config is '
+                'replaced with _delete_=True'
             )
-            raise ValueError(f'{key}.{name} is no parameter group; {hint} Allowed: {GROUPS}')
     for name in GROUPS:
         if name not in cfg:
             raise ValueError(f'{key}.{name} is missing; each of {GROUPS} needs its own')
