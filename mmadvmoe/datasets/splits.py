@@ -53,13 +53,7 @@ def stratified_split(
 
 
 def part_of(data_list: list[dict], split: str, num_val: int) -> list[dict]:
-    """Give the images of a split out of those of the official set that it is taken from.
-
-    Args:
-        data_list: All images of the official set in order, with their ``gt_label``.
-        split: ``'train'`` or ``'val'``, which divide the official training set; any other is the whole set.
-        num_val: Images held out of the training set.
-    """
+    """Images of ``'train'`` or ``'val'``, which divide the official training set; any other split is its whole set."""
     if split not in ('train', 'val'):
         return data_list
     train, val = stratified_split([info['gt_label'] for info in data_list], num_val)

@@ -56,11 +56,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(path: str) -> Config:
-    """Read a config file.
-
-    Raises:
-        FileNotFoundError: There is no such file; the message names the nearest one beside it.
-    """
+    """Read a config file; the FileNotFoundError of one that is not there names the nearest one beside it."""
     file = Path(path)
     if not file.is_file():
         beside = [each.name for each in file.parent.glob('*.py')] if file.parent.is_dir() else []
@@ -69,15 +65,7 @@ def load_config(path: str) -> Config:
 
 
 def check_checkpoint(path: str, argument: str) -> None:
-    """Check that a checkpoint can be there, before anything is built.
-
-    Args:
-        path (str): A file, or an address as MMEngine takes it (``https://...``), which is not checked.
-        argument (str): The command line argument it comes from, for the message.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-    """
+    """Raise FileNotFoundError, naming the command line ``argument``, for a path (no URL) that is no file."""
     if '://' not in path and not Path(path).is_file():
         raise FileNotFoundError(f'{argument}: checkpoint {path!r} does not exist')
 
@@ -108,12 +96,7 @@ def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Seque
 
 
 def complete_loaders(cfg: Config, loaders: Sequence[str]) -> None:
-    """Fill in what MMPretrain's tools take as default for data loaders.
-
-    Args:
-        cfg (Config): Changed in place.
-        loaders (Sequence[str]): Data loaders to complete, such as ``'train_dataloader'``.
-    """
+    """Fill in, in place, what MMPretrain's tools take as default for data loaders (``'train_dataloader'``, ...)."""
     for loader in _present(cfg, loaders):
         loader.setdefault('collate_fn', dict(type='default_collate'))
         # PyTorch warns when there is no GPU to pin for.

@@ -41,8 +41,11 @@ def check_config(cfg: Mapping[str, Any]) -> None:
             go to a classifier that takes only one of them, or a width is no whole number.
     """
     constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
-    if _names(constructor, _TURNS_CONSTRUCTOR) and cfg.get('param_scheduler') is not None:
-        check_param_scheduler(cfg['param_scheduler'])
+    scheduler = cfg.get('param_scheduler')
+    # One per group, which MMEngine's Runner looks up before any hook runs, to stop with a bare KeyError. A list or a
+    # single scheduler applies to both groups.
+    if _names(constructor, _TURNS_CONSTRUCTOR) and isinstance(scheduler, dict) and 'type' not in scheduler:
+        check_groups('param_scheduler', scheduler)
     model = cfg.get('model') or {}
     check_widths(model)
     preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
@@ -52,22 +55,6 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     default = 'AdvDataPreprocessor' if kind is RobustClassifier else None
     if kind is not None and _names(preprocessor.get('type', default), 'AdvDataPreprocessor'):
         _check_mode(kind, preprocessor.get('mode', 'pair'))
-
-
-def check_param_scheduler(param_scheduler: Any) -> None:
-    """Check that a ``param_scheduler`` given per group names exactly the two groups.
-
-    MMEngine's Runner looks the groups up before any hook runs, and would stop with a bare KeyError.
-
-    Args:
-        param_scheduler: The value of that key in a config that trains in turns. A list or a single scheduler applies to
-            both groups and is always right.
-
-    Raises:
-        ValueError: A group is missing or unknown.
-    """
-    if isinstance(param_scheduler, dict) and 'type' not in param_scheduler:
-        check_groups('param_scheduler', param_scheduler)
 
 
 def check_groups(key: str, cfg: dict) -> None:
@@ -195,10 +182,8 @@ def check_data(
     """Check a data set against the classes of a model.
 
     Args:
-        dataset: The data set.
         key: Config key of its loader, for errors.
         num_classes: K, or None where the model does not tell.
-        samples: Some samples of the data set.
         of_preprocessor: Classes that the data preprocessor counts, if it does.
 
     Raises:

@@ -63,14 +63,9 @@ def enable_safe_loading() -> None:
 
 
 def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
-    """Load a checkpoint file with ``weights_only=True``.
+    """Load a checkpoint, MMEngine's or a bare state dict as torchvision publishes it, with ``weights_only=True``.
 
-    Args:
-        filename (str): Path of the file. ``~`` is expanded.
-        map_location: As in :func:`torch.load`.
-
-    Returns:
-        dict: The checkpoint: MMEngine's, or a bare state dict as torchvision publishes it.
+    ``~`` in the filename is expanded.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -147,9 +142,8 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
     embedding of another size, say) fits.
 
     Args:
-        model (nn.Module): The model, or its wrapper for distributed training.
-        checkpoint (Mapping): A loaded checkpoint with a ``state_dict``.
-        filename (str): Its file, for the message.
+        model: The model, or its wrapper for distributed training.
+        filename: The file of the checkpoint, for the message.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or of another shape; names the first few of each.
