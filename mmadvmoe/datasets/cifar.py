@@ -14,7 +14,7 @@ from .splits import SPLITS, part_of
 
 
 class _HeldOutCIFAR:
-    """What :class:`CIFAR10Split` and :class:`CIFAR100Split` add to MMPretrain's data sets."""
+    """The part of :class:`CIFAR10Split` and :class:`CIFAR100Split` that MMPretrain's data sets do not have."""
 
     page = 'https://www.cs.toronto.edu/~kriz/cifar.html'
 

@@ -26,7 +26,7 @@ from .seeding import preserve_rng_state
 
 # Images read ahead of training, spread over the data set.
 _PROBES = 16
-# Not imported: training stands above this package.
+# Not imported: training is a layer above this one.
 _TURNS_CONSTRUCTOR = 'AlternatingOptimWrapperConstructor'
 
 

@@ -235,19 +235,19 @@ def _some(names: Any) -> str:
 
 
 def _safe_globals() -> list:
-    """What a checkpoint of MMEngine is made of beyond tensors and plain Python values."""
+    """The parts of a checkpoint of MMEngine that are neither tensors nor plain Python values."""
     dtypes = [np.dtype(code) for code in np.typecodes['All']]
     numbers = {type(dtype) for dtype in dtypes if dtype.kind in _NUMBER_KINDS}
-    # NumPy 2 moved its core, so that a file names it by the old or the new place.
-    places = ('numpy.core.multiarray', 'numpy._core.multiarray')
+    # NumPy 2 moved its core, so that a file names it by the old or the new module.
+    modules = ('numpy.core.multiarray', 'numpy._core.multiarray')
     return [
         HistoryBuffer,
         np.ndarray,
         *numbers,
         (_history_buffer_method, 'builtins.getattr'),
         (_number_dtype, 'numpy.dtype'),
-        *((_empty_array, f'{place}._reconstruct') for place in places),
-        *((numpy_core.scalar, f'{place}.scalar') for place in places),
+        *((_empty_array, f'{module}._reconstruct') for module in modules),
+        *((numpy_core.scalar, f'{module}.scalar') for module in modules),
     ]
 
 
