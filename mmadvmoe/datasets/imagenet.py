@@ -110,8 +110,7 @@ class TinyImageNet(BaseDataset):
         **kwargs: Other arguments of :class:`mmpretrain.datasets.BaseDataset`, such as ``pipeline``.
 
     Raises:
-        ValueError: If the split is none of these, or ``num_val`` leaves a part empty.
-        FileNotFoundError: If a file is missing; the message says what to download and where to put it.
+        ValueError, FileNotFoundError: As :class:`ImageNetSplit`.
     """
 
     base_folder = 'tiny-imagenet-200'

@@ -81,11 +81,11 @@ def find_channel_groups(model: nn.Module, input_shape: Sequence[int]) -> list[Ch
     network are not on offer.
 
     Args:
-        model (nn.Module): Gives a tensor for a batch of images. It is left as it was.
-        input_shape (Sequence[int]): (C, H, W).
+        model: Gives a tensor for a batch of images. It is left as it was.
+        input_shape: (C, H, W).
 
     Returns:
-        list[ChannelGroup]: In the order of their first producers in the forward pass.
+        The groups, in the order of their first producers in the forward pass.
     """
     calls, output = _trace(copy.deepcopy(model), input_shape)
     made_by = {call.made: call for call in calls}

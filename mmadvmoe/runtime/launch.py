@@ -80,7 +80,7 @@ def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Seque
     Args:
         cfg (Config): Changed in place.
         args (argparse.Namespace): The parsed arguments, with ``config``.
-        loaders (Sequence[str]): Data loaders to complete, such as ``'train_dataloader'``.
+        loaders (Sequence[str]): As for :func:`complete_loaders`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.work_dir is not None:

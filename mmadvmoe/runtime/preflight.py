@@ -24,17 +24,14 @@ from mmadvmoe.utils import bare_model, did_you_mean
 
 from .seeding import preserve_rng_state
 
-# Images read ahead of training, spread over the data set.
+# Images of each data set that are read ahead of training.
 _PROBES = 16
 # Not imported: training is a layer above this one.
 _TURNS_CONSTRUCTOR = 'AlternatingOptimWrapperConstructor'
 
 
 def check_config(cfg: Mapping[str, Any]) -> None:
-    """Check what a config alone can tell, before anything is built.
-
-    Args:
-        cfg (Mapping): A whole training config.
+    """Check what a whole training config alone can tell, before anything is built.
 
     Raises:
         ValueError: A group of a training in turns has no schedule or an unknown name, or clean and adversarial images
@@ -166,12 +163,6 @@ def _check_batches(dataloader: DataLoader) -> None:
         )
 
 
-def _read_some(dataset: Dataset) -> list[dict]:
-    """A few samples, spread over the data set."""
-    count = min(_PROBES, len(dataset))
-    return [dataset[index * len(dataset) // count] for index in range(count)]
-
-
 def check_data(
     dataset: Dataset,
     key: str,
@@ -198,7 +189,9 @@ def check_data(
 
 def _check_dataset(dataset: Dataset, key: str, model: nn.Module) -> Optional[tuple[int, ...]]:
     """Check a data set; the shape of its images, where they were looked at."""
-    samples = _read_some(dataset) if isinstance(model.data_preprocessor, AdvDataPreprocessor) else []
+    # Spread over the data set.
+    count = min(_PROBES, len(dataset)) if isinstance(model.data_preprocessor, AdvDataPreprocessor) else 0
+    samples = [dataset[index * len(dataset) // count] for index in range(count)]
     if samples:
         check_images([sample['inputs'] for sample in samples], key)
         _check_size(samples[0]['inputs'], key, model)
