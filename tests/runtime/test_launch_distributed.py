@@ -1,7 +1,6 @@
 """Several processes on the CPU. Run as a script, this file is one of them."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from processes import finish, start
 from torch import distributed as torch_dist
 from torch import nn
 
@@ -73,24 +73,6 @@ def train(work_dir, launcher, batch_size):
     )
     runner.train()
     return runner
-
-
-def start(command, tmp_path, **variables):
-    env = {name: value for name, value in os.environ.items() if not name.startswith('MASTER_')}
-    env.update(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES='-1', OMP_NUM_THREADS='1', **variables)
-    return subprocess.Popen(
-        [sys.executable, *command, str(tmp_path)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(processes):
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
 
 
 def test_two_processes_train_as_one(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
-from test_dist import finish, start
+from processes import finish, start
 from tiny_runs import build_runner, model_cfg, run_cfg
 
 from mmadvmoe.moe import BaseRouter
