@@ -60,8 +60,8 @@ def check_groups(key: str, cfg: dict) -> None:
         if name not in GROUPS:
             raise ValueError(
                 f'{key}.{name} is no parameter group{did_you_mean(name, GROUPS)}; allowed: {", ".join(GROUPS)}. '
-                f'Settings go inside {key}.experts and {key}.router, and a {key} inherited from a _base_ config is '
-                'replaced with _delete_=True'
+                f'Settings go inside {key}.experts and {key}.router; replace what a _base_ config says of {key} '
+                'with _delete_=True'
             )
     for name in GROUPS:
         if name not in cfg:
