@@ -87,7 +87,7 @@ def convert(checkpoint: Mapping, model: nn.Module) -> dict[str, Tensor]:
             continue
         if target not in wanted:
             hint = '; set activate_transitions=True in the WideResNet of the config' if transition else ''
-            raise MisfitError(f'{source} has no counterpart in the network of the config, which has no {target}{hint}')
+            raise MisfitError(f'{source} has no place in the network of the config, which has no {target}{hint}')
         if value.shape != wanted[target].shape:
             raise MisfitError(
                 f'{source} has shape {tuple(value.shape)}, but {target} in the network of the config has '
