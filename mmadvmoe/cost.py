@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and multiply-adds of the pathway that an image really takes."""
+"""Cost of a network: parameters, and multiply-adds of the pathway that an image really takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs at inference.
+    """Cost of one image at inference.
 
     One multiply-add counts as one FLOP, as MMEngine's ``FlopAnalyzer`` counts.
 

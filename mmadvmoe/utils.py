@@ -28,6 +28,10 @@ def choose(name: Any, allowed: Collection[str], key: str) -> Any:
     """
     if name in allowed:
         return name
+    raise ValueError(f'{key}={name!r} is unknown{did_you_mean(name, allowed)}; allowed: {", ".join(map(str, allowed))}')
+
+
+def did_you_mean(name: Any, allowed: Collection[str]) -> str:
+    """The hint at the nearest allowed name, for the middle of a message; empty if none is near."""
     near = get_close_matches(str(name), [str(each) for each in allowed], n=1, cutoff=0.5)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
-    raise ValueError(f'{key}={name!r} is unknown{hint}; allowed: {", ".join(map(str, allowed))}')
+    return f' (did you mean {near[0]!r}?)' if near else ''

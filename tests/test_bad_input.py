@@ -223,11 +223,11 @@ CASES = {
     ),
     'unknown group': (
         set_to(optim_wrapper__routers=dict(optimizer=dict(type='SGD', lr=0.1))),
-        ['optim_wrapper.routers', "mean 'router'?", "('experts', 'router')"],
+        ['optim_wrapper.routers', "mean 'router'?", 'allowed: experts, router'],
     ),
     'unknown group of schedules': (
         set_to(param_scheduler__expert=dict(type='ConstantLR')),
-        ['param_scheduler.expert', "mean 'experts'?", "('experts', 'router')"],
+        ['param_scheduler.expert', "mean 'experts'?", 'allowed: experts, router'],
     ),
     'no schedule for a group': (
         without('param_scheduler', 'router'),

@@ -15,7 +15,7 @@ from mmpretrain.registry import MODELS
 import mmadvmoe  # noqa: F401
 from mmadvmoe.cost import count_cost, input_shape_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
 ROUTER = dict(type='ResNetRouter', base_channels=2, num_blocks=1, num_stages=2)
 

@@ -103,11 +103,11 @@ def main() -> None:
     started = time.monotonic()
     cfg = Config.fromfile(CONFIG)
     set_aside_other_training(cfg)
-    place = WORK_DIR.relative_to(ROOT)
+    folder = WORK_DIR.relative_to(ROOT)
     epochs = cfg.train_cfg.max_epochs
     last = WORK_DIR / f'epoch_{epochs}.pth'
     if last.is_file():
-        say(f'{place} holds a trained model: attacking it again. Remove {place} to train afresh')
+        say(f'{folder} holds a trained model: attacking it again. Remove {folder} to train afresh')
     else:
         say(
             f'training in turns, experts and router, {epochs} epochs of adversarial batches (some minutes on 2 '
@@ -117,7 +117,7 @@ def main() -> None:
         call('train.py', '--work-dir', WORK_DIR, '--resume')
     best = max(WORK_DIR.glob('best_worst_accuracy_top1_*.pth'), key=os.path.getmtime)
     say(
-        f'testing {best.name} on 360 test images with PGD-50, RoutePGD and, on those still standing, AutoAttack:\n'
+        f'testing {best.name} on 360 test images with PGD-50, RoutePGD and, on the survivors, AutoAttack:\n'
         '    thousands of forward passes, a few minutes, one line for every 180 images'
     )
     every_chunk = ('--cfg-options', 'default_hooks.logger.interval=1')
@@ -126,7 +126,7 @@ def main() -> None:
     draw(cfg, load_robust_model(cfg, best))
     say(f'done in {(time.monotonic() - started) / 60:.1f} minutes')
     print(table(json.loads(METRICS.read_text())))
-    print(f'\nIn {place}: {PICTURE.name}, {METRICS.name}, checkpoints, logs and the whole config {CONFIG.name}')
+    print(f'\nIn {folder}: {PICTURE.name}, {METRICS.name}, checkpoints, logs and the whole config {CONFIG.name}')
 
 
 if __name__ == '__main__':

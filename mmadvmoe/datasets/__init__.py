@@ -2,10 +2,9 @@
 
 from .cifar import CIFAR10Split, CIFAR100Split
 from .digits import Digits
-from .imagenet import ImageNetSplit
+from .imagenet import ImageNetSplit, TinyImageNet
 from .samplers import ChunkSampler
 from .splits import stratified_split
-from .tiny_imagenet import TinyImageNet
 
 __all__ = [
     'CIFAR10Split',

@@ -8,18 +8,18 @@ from mmpretrain.datasets import CIFAR10, CIFAR100
 from mmpretrain.datasets.utils import check_md5
 from mmpretrain.registry import DATASETS
 
-from .splits import check_split, part_of
+from mmadvmoe.utils import choose
+
+from .splits import SPLITS, part_of
 
 
 class _HeldOutCIFAR:
-    """What :class:`CIFAR10Split` and :class:`CIFAR100Split` add to MMPretrain's data sets."""
+    """The part of :class:`CIFAR10Split` and :class:`CIFAR100Split` that MMPretrain's data sets do not have."""
 
-    SPLITS = ('train', 'val', 'trainval', 'test')
     page = 'https://www.cs.toronto.edu/~kriz/cifar.html'
 
     def __init__(self, data_root: str = '', split: str = 'train', num_val: int = 5000, **kwargs) -> None:
-        check_split(split, self.SPLITS)
-        self.part = split
+        self.part = choose(split, SPLITS, 'dataset.split')
         self.num_val = num_val
         kwargs.setdefault('download', False)
         official = 'test' if split == 'test' else 'train'

@@ -6,7 +6,9 @@ import numpy as np
 from mmpretrain.datasets import BaseDataset
 from mmpretrain.registry import DATASETS
 
-from .splits import check_split, stratified_split
+from mmadvmoe.utils import choose
+
+from .splits import SPLITS, stratified_split
 
 _NUM_TEST = 360
 _NUM_VAL = 180
@@ -31,11 +33,9 @@ class Digits(BaseDataset):
     """
 
     METAINFO = {'classes': tuple('0123456789')}
-    SPLITS = ('train', 'val', 'trainval', 'test')
 
     def __init__(self, split: str = 'train', **kwargs) -> None:
-        check_split(split, self.SPLITS)
-        self.split = split
+        self.split = choose(split, SPLITS, 'dataset.split')
         super().__init__(ann_file='', **kwargs)
 
     def load_data_list(self) -> list[dict]:

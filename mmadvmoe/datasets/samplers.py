@@ -38,7 +38,7 @@ class ChunkSampler(Sampler):
         return range(self.rank, num_chunks, self.world_size)
 
     def chunk(self, index: int) -> range:
-        """Give the places in the data set of the images of one chunk."""
+        """Give the indices of the images of one chunk."""
         start = index * self.chunk_size
         return range(start, min(start + self.chunk_size, len(self.dataset)))
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+#: Two parts of the training set, all of it, and the test set.
+SPLITS = ('train', 'val', 'trainval', 'test')
+
 
 def stratified_split(
     labels: Sequence[int] | np.ndarray, num_held_out: int, seed: int = 0
@@ -49,24 +52,8 @@ def stratified_split(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def check_split(split: str, allowed: Sequence[str]) -> None:
-    """Refuse a split that a data set does not have.
-
-    Raises:
-        ValueError: If ``split`` is not one of ``allowed``.
-    """
-    if split not in allowed:
-        raise ValueError(f'split must be one of {list(allowed)}, but got {split!r}.')
-
-
 def part_of(data_list: list[dict], split: str, num_val: int) -> list[dict]:
-    """Give the images of a split out of those of the official set that it is taken from.
-
-    Args:
-        data_list: All images of the official set in order, with their ``gt_label``.
-        split: ``'train'`` or ``'val'``, which divide the official training set; any other is the whole set.
-        num_val: Images held out of the training set.
-    """
+    """Images of ``'train'`` or ``'val'``, which divide the official training set; any other split is its whole set."""
     if split not in ('train', 'val'):
         return data_list
     train, val = stratified_split([info['gt_label'] for info in data_list], num_val)

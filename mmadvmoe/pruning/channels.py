@@ -81,11 +81,11 @@ def find_channel_groups(model: nn.Module, input_shape: Sequence[int]) -> list[Ch
     network are not on offer.
 
     Args:
-        model (nn.Module): Gives a tensor for a batch of images. It is left as it was.
-        input_shape (Sequence[int]): (C, H, W).
+        model: Gives a tensor for a batch of images. It is left as it was.
+        input_shape: (C, H, W).
 
     Returns:
-        list[ChannelGroup]: In the order of their first producers in the forward pass.
+        The groups, in the order of their first producers in the forward pass.
     """
     calls, output = _trace(copy.deepcopy(model), input_shape)
     made_by = {call.made: call for call in calls}
@@ -153,7 +153,7 @@ def _trace(model: nn.Module, input_shape: Sequence[int]) -> tuple[list[_Call], o
     parameter = next(model.parameters())
     with torch.enable_grad():
         output = model(torch.zeros((1, *input_shape), dtype=parameter.dtype, device=parameter.device))
-    # A layer that is called twice belongs to two places at once, and a linear layer on more than a vector leaves a node
+    # A layer that is called twice is at two points of the graph, and a linear layer on more than a vector leaves a node
     # of another kind: both stay unknown nodes, whose channels are fixed.
     known = [call for call in calls if times[call.module] == 1 and type(call.made).__name__ != 'ViewBackward0']
     return known, output.grad_fn

@@ -1,4 +1,4 @@
-"""What MMEngine lacks: safe loading, whole checkpoints, exact resuming, launching, and checks before long work."""
+"""Additions to MMEngine: safe loading, whole checkpoints, exact resuming, launching, and checks before long work."""
 
 from .checkpoint_hook import SafeCheckpointHook
 from .preflight import PreflightHook, check_config

@@ -14,13 +14,7 @@ PARTIAL = '.mmadvmoe-partial'
 
 
 def write_atomically(path: Union[str, Path], content: bytes) -> None:
-    """Write a file that is either the old one or the new one at any moment, never a part.
-
-    It is written under another name, forced to disk, and then renamed over the old one.
-
-    Args:
-        path: Its path; missing folders are made.
-        content: Its content.
+    """Write a file under another name, force it to disk, and rename it over the old one; missing folders are made.
 
     Raises:
         OSError: If it cannot be written, because the disk is full say. What was there before is unharmed, and nothing
@@ -54,22 +48,10 @@ def _sync_folder(folder: str) -> None:
 
 
 class AtomicLocalBackend(LocalBackend):
-    """MMEngine's local files, each of which is either the old one or the new one, never a part.
-
-    A file is written under another name, forced to disk, and then renamed over the old one.
-    """
+    """MMEngine's local files, written by :func:`write_atomically`."""
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        """Write a file atomically.
-
-        Args:
-            obj (bytes): Its content.
-            filepath (str or Path): Its path; missing folders are made.
-
-        Raises:
-            OSError: If it cannot be written, because the disk is full say. A file of that name that was there before is
-                unharmed.
-        """
+        """Write a file; the OSError of one that cannot be written says what to do."""
         filepath = os.fspath(filepath)
         try:
             write_atomically(filepath, obj)
@@ -82,7 +64,7 @@ class AtomicLocalBackend(LocalBackend):
             ) from error
 
     def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
-        """Write a text file atomically; arguments and errors as in :meth:`put`."""
+        """Write a text file, as :meth:`put` does."""
         self.put(obj.encode(encoding), filepath)
 
 

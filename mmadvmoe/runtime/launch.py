@@ -7,7 +7,6 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Optional
 
@@ -18,17 +17,14 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed as torch_dist
 
-from mmadvmoe.utils import choose
+from mmadvmoe.utils import choose, did_you_mean
 
-# For each launcher, the variables that it sets and the names that PyTorch reads them under.
+# The variables that PyTorch reads, and those that each launcher sets in their place.
+_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
 _LAUNCHER_VARIABLES = {
-    'pytorch': {'RANK': 'RANK', 'LOCAL_RANK': 'LOCAL_RANK', 'WORLD_SIZE': 'WORLD_SIZE'},
-    'slurm': {'RANK': 'SLURM_PROCID', 'LOCAL_RANK': 'SLURM_LOCALID', 'WORLD_SIZE': 'SLURM_NTASKS'},
-    'mpi': {
-        'RANK': 'OMPI_COMM_WORLD_RANK',
-        'LOCAL_RANK': 'OMPI_COMM_WORLD_LOCAL_RANK',
-        'WORLD_SIZE': 'OMPI_COMM_WORLD_SIZE',
-    },
+    'pytorch': _VARIABLES,
+    'slurm': ('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_NTASKS'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE'),
 }
 LAUNCHERS = ('none', *_LAUNCHER_VARIABLES)
 
@@ -60,30 +56,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(path: str) -> Config:
-    """Read a config file.
-
-    Raises:
-        FileNotFoundError: There is no such file; the message names the nearest one beside it.
-    """
+    """Read a config file; the FileNotFoundError of one that is not there names the nearest one beside it."""
     file = Path(path)
     if not file.is_file():
         beside = [each.name for each in file.parent.glob('*.py')] if file.parent.is_dir() else []
-        nearest = get_close_matches(file.name, beside, n=1)
-        hint = f'; did you mean {file.parent / nearest[0]}?' if nearest else ''
-        raise FileNotFoundError(f'config {path!r} does not exist{hint}')
+        raise FileNotFoundError(f'config {path!r} does not exist{did_you_mean(file.name, beside)}')
     return Config.fromfile(path)
 
 
 def check_checkpoint(path: str, argument: str) -> None:
-    """Check that a checkpoint can be there, before anything is built.
-
-    Args:
-        path (str): A file, or an address as MMEngine takes it (``https://...``), which is not checked.
-        argument (str): The command line argument it comes from, for the message.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-    """
+    """Raise FileNotFoundError, naming the command line ``argument``, for a path (no URL) that is no file."""
     if '://' not in path and not Path(path).is_file():
         raise FileNotFoundError(f'{argument}: checkpoint {path!r} does not exist')
 
@@ -98,7 +80,7 @@ def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Seque
     Args:
         cfg (Config): Changed in place.
         args (argparse.Namespace): The parsed arguments, with ``config``.
-        loaders (Sequence[str]): Data loaders to complete, such as ``'train_dataloader'``.
+        loaders (Sequence[str]): As for :func:`complete_loaders`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.work_dir is not None:
@@ -114,12 +96,7 @@ def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Seque
 
 
 def complete_loaders(cfg: Config, loaders: Sequence[str]) -> None:
-    """Fill in what MMPretrain's tools take as default for data loaders.
-
-    Args:
-        cfg (Config): Changed in place.
-        loaders (Sequence[str]): Data loaders to complete, such as ``'train_dataloader'``.
-    """
+    """Fill in, in place, what MMPretrain's tools take as default for data loaders (``'train_dataloader'``, ...)."""
     for loader in _present(cfg, loaders):
         loader.setdefault('collate_fn', dict(type='default_collate'))
         # PyTorch warns when there is no GPU to pin for.
@@ -210,9 +187,12 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
     _export_variables(launcher, dist_cfg.get('port'))
     on_cpu = get_device() == 'cpu'
     _set_wrapper(cfg, on_cpu)
-    _add_sync_buffers_hook(cfg)
+    hooks = list(cfg.get('custom_hooks') or [])
+    if not any(hook['type'] == 'SyncBuffersHook' for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='SyncBuffersHook')]
     if on_cpu:
-        _init_gloo(dist_cfg.get('timeout'))
+        timeout = dist_cfg.get('timeout')
+        torch_dist.init_process_group('gloo', timeout=None if timeout is None else timedelta(seconds=timeout))
     else:
         _check_gpus()
 
@@ -228,13 +208,13 @@ def finish_distributed() -> None:
 
 
 def _export_variables(launcher: str, port: int | None) -> None:
-    missing = [name for name in _LAUNCHER_VARIABLES[launcher].values() if name not in os.environ]
+    missing = [name for name in _LAUNCHER_VARIABLES[launcher] if name not in os.environ]
     if missing:
         raise ValueError(
             f'launcher={launcher!r}, but {", ".join(missing)} is not set in the environment: start the processes with '
             f'{_STARTERS[launcher]}, or use --launcher none'
         )
-    for name, source in _LAUNCHER_VARIABLES[launcher].items():
+    for name, source in zip(_VARIABLES, _LAUNCHER_VARIABLES[launcher]):
         os.environ[name] = os.environ[source]
     if launcher == 'slurm':
         if 'MASTER_ADDR' not in os.environ:
@@ -275,17 +255,6 @@ def _set_wrapper(cfg: Config, on_cpu: bool) -> None:
         # Said outright, as the Runner would fill in the number of a GPU.
         wrapper['device_ids'] = None
     cfg.model_wrapper_cfg = wrapper
-
-
-def _add_sync_buffers_hook(cfg: Config) -> None:
-    hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook['type'] == 'SyncBuffersHook' for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='SyncBuffersHook')]
-
-
-def _init_gloo(timeout: float | None) -> None:
-    limit = {} if timeout is None else {'timeout': timedelta(seconds=timeout)}
-    torch_dist.init_process_group(backend='gloo', **limit)
 
 
 def _check_gpus() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, Optional
 
 import torch
@@ -21,29 +20,29 @@ from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
 from mmadvmoe.moe import GROUPS, placement_of
-from mmadvmoe.utils import bare_model
+from mmadvmoe.utils import bare_model, did_you_mean
 
 from .seeding import preserve_rng_state
 
-# Images read ahead of training, spread over the data set.
+# Images of each data set that are read ahead of training.
 _PROBES = 16
-# Not imported: training stands above this package.
+# Not imported: training is a layer above this one.
 _TURNS_CONSTRUCTOR = 'AlternatingOptimWrapperConstructor'
 
 
 def check_config(cfg: Mapping[str, Any]) -> None:
-    """Check what a config alone can tell, before anything is built.
-
-    Args:
-        cfg (Mapping): A whole training config.
+    """Check what a whole training config alone can tell, before anything is built.
 
     Raises:
         ValueError: A group of a training in turns has no schedule or an unknown name, or clean and adversarial images
             go to a classifier that takes only one of them, or a width is no whole number.
     """
     constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
-    if _names(constructor, _TURNS_CONSTRUCTOR) and cfg.get('param_scheduler') is not None:
-        check_param_scheduler(cfg['param_scheduler'])
+    scheduler = cfg.get('param_scheduler')
+    # One per group, which MMEngine's Runner looks up before any hook runs, to stop with a bare KeyError. A list or a
+    # single scheduler applies to both groups.
+    if _names(constructor, _TURNS_CONSTRUCTOR) and isinstance(scheduler, dict) and 'type' not in scheduler:
+        check_groups('param_scheduler', scheduler)
     model = cfg.get('model') or {}
     check_widths(model)
     preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
@@ -55,34 +54,15 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         _check_mode(kind, preprocessor.get('mode', 'pair'))
 
 
-def check_param_scheduler(param_scheduler: Any) -> None:
-    """Check that a ``param_scheduler`` given per group names exactly the two groups.
-
-    MMEngine's Runner looks the groups up before any hook runs, and would stop with a bare KeyError.
-
-    Args:
-        param_scheduler: The value of that key in a config that trains in turns. A list or a single scheduler applies to
-            both groups and is always right.
-
-    Raises:
-        ValueError: A group is missing or unknown.
-    """
-    if isinstance(param_scheduler, dict) and 'type' not in param_scheduler:
-        check_groups('param_scheduler', param_scheduler)
-
-
 def check_groups(key: str, cfg: dict) -> None:
     """Raise unless ``cfg`` has the two groups as its keys, no less and no more."""
     for name in cfg:
         if name not in GROUPS:
-            nearest = get_close_matches(str(name), GROUPS, n=1)
-            hint = (
-                f'did you mean {nearest[0]!r}?'
-                if nearest
-                else f'settings go inside {key}.experts and {key}.router (and a {key} inherited '
-                'from a _base_ config is replaced with _delete_=True)'
+            raise ValueError(
+                f'{key}.{name} is no parameter group{did_you_mean(name, GROUPS)}; allowed: {", ".join(GROUPS)}. '
+                f'Settings go inside {key}.experts and {key}.router; replace what a _base_ config says of {key} '
+                'with _delete_=True'
             )
-            raise ValueError(f'{key}.{name} is no parameter group; {hint} Allowed: {GROUPS}')
     for name in GROUPS:
         if name not in cfg:
             raise ValueError(f'{key}.{name} is missing; each of {GROUPS} needs its own')
@@ -183,12 +163,6 @@ def _check_batches(dataloader: DataLoader) -> None:
         )
 
 
-def _read_some(dataset: Dataset) -> list[dict]:
-    """A few samples, spread over the data set."""
-    count = min(_PROBES, len(dataset))
-    return [dataset[index * len(dataset) // count] for index in range(count)]
-
-
 def check_data(
     dataset: Dataset,
     key: str,
@@ -199,10 +173,8 @@ def check_data(
     """Check a data set against the classes of a model.
 
     Args:
-        dataset: The data set.
         key: Config key of its loader, for errors.
         num_classes: K, or None where the model does not tell.
-        samples: Some samples of the data set.
         of_preprocessor: Classes that the data preprocessor counts, if it does.
 
     Raises:
@@ -217,7 +189,9 @@ def check_data(
 
 def _check_dataset(dataset: Dataset, key: str, model: nn.Module) -> Optional[tuple[int, ...]]:
     """Check a data set; the shape of its images, where they were looked at."""
-    samples = _read_some(dataset) if isinstance(model.data_preprocessor, AdvDataPreprocessor) else []
+    # Spread over the data set.
+    count = min(_PROBES, len(dataset)) if isinstance(model.data_preprocessor, AdvDataPreprocessor) else 0
+    samples = [dataset[index * len(dataset) // count] for index in range(count)]
     if samples:
         check_images([sample['inputs'] for sample in samples], key)
         _check_size(samples[0]['inputs'], key, model)

@@ -21,7 +21,7 @@ _KEY = 'exact_resume'
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Save and restore what MMEngine's checkpoints lack for an exact resume.
+    """Save and restore all that an exact resume needs and MMEngine's checkpoints do not hold.
 
     MMEngine keeps weights, optimisers, schedulers and the log. This hook adds, for every process, the random states of
     Python, NumPy and PyTorch, gradients that are still being accumulated, buffers such as norm statistics, and the seed
@@ -167,7 +167,7 @@ class _SkippingIterator:
 
 
 def _own_state(runner: Runner) -> dict:
-    """What this process alone knows."""
+    """The state that this process alone knows."""
     model = bare_model(runner.model)
     buffers = model.named_buffers() if get_rank() > 0 else ()
     return dict(

@@ -63,14 +63,9 @@ def enable_safe_loading() -> None:
 
 
 def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
-    """Load a checkpoint file with ``weights_only=True``.
+    """Load a checkpoint, MMEngine's or a bare state dict as torchvision publishes it, with ``weights_only=True``.
 
-    Args:
-        filename (str): Path of the file. ``~`` is expanded.
-        map_location: As in :func:`torch.load`.
-
-    Returns:
-        dict: The checkpoint: MMEngine's, or a bare state dict as torchvision publishes it.
+    ``~`` in the filename is expanded.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -147,9 +142,8 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
     embedding of another size, say) fits.
 
     Args:
-        model (nn.Module): The model, or its wrapper for distributed training.
-        checkpoint (Mapping): A loaded checkpoint with a ``state_dict``.
-        filename (str): Its file, for the message.
+        model: The model, or its wrapper for distributed training.
+        filename: The file of the checkpoint, for the message.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or of another shape; names the first few of each.
@@ -241,19 +235,19 @@ def _some(names: Any) -> str:
 
 
 def _safe_globals() -> list:
-    """What a checkpoint of MMEngine is made of beyond tensors and plain Python values."""
+    """The parts of a checkpoint of MMEngine that are neither tensors nor plain Python values."""
     dtypes = [np.dtype(code) for code in np.typecodes['All']]
     numbers = {type(dtype) for dtype in dtypes if dtype.kind in _NUMBER_KINDS}
-    # NumPy 2 moved its core, so that a file names it by the old or the new place.
-    places = ('numpy.core.multiarray', 'numpy._core.multiarray')
+    # NumPy 2 moved its core, so that a file names it by the old or the new module.
+    modules = ('numpy.core.multiarray', 'numpy._core.multiarray')
     return [
         HistoryBuffer,
         np.ndarray,
         *numbers,
         (_history_buffer_method, 'builtins.getattr'),
         (_number_dtype, 'numpy.dtype'),
-        *((_empty_array, f'{place}._reconstruct') for place in places),
-        *((numpy_core.scalar, f'{place}.scalar') for place in places),
+        *((_empty_array, f'{module}._reconstruct') for module in modules),
+        *((numpy_core.scalar, f'{module}.scalar') for module in modules),
     ]
 
 

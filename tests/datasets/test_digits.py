@@ -65,7 +65,7 @@ def test_runs_through_the_pipelines_of_mmpretrain() -> None:
 
 
 def test_unknown_split_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'train', 'val', 'trainval', 'test'.*'valid'"):
+    with pytest.raises(ValueError, match=r"split='valid' is unknown.*; allowed: train, val, trainval, test$"):
         Digits(split='valid')
 
 

@@ -8,6 +8,7 @@ import pytest
 from scipy.io import savemat
 
 from mmadvmoe.datasets import ImageNetSplit
+from mmadvmoe.datasets.splits import SPLITS
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'imagenet_annotations.py'
 
@@ -22,7 +23,7 @@ def root(small_data: Path, tmp_path: Path) -> Path:
 
 
 def test_listed_images_are_split(root: Path) -> None:
-    parts = {part: ImageNetSplit(data_root=str(root), split=part, num_val=10, **PLAIN) for part in ImageNetSplit.SPLITS}
+    parts = {part: ImageNetSplit(data_root=str(root), split=part, num_val=10, **PLAIN) for part in SPLITS}
     assert {part: len(data) for part, data in parts.items()} == dict(train=30, val=10, trainval=40, test=10)
     train, val, trainval, test = ({info['img_path'] for info in data} for data in parts.values())
     assert not train & val and train | val == trainval and not trainval & test

@@ -7,6 +7,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS
 
 from mmadvmoe.datasets import TinyImageNet
+from mmadvmoe.datasets.splits import SPLITS
 
 # Packing the data list collects garbage, which takes seconds in a process that holds all of MMPretrain.
 PLAIN = dict(serialize_data=False)
@@ -21,7 +22,7 @@ def broken(small_data: Path, tmp_path: Path) -> Path:
 
 def test_parts_are_disjoint_and_labelled_by_wordnet_id(small_data: Path) -> None:
     root = str(small_data / 'tiny-imagenet')
-    parts = {part: TinyImageNet(data_root=root, split=part, num_val=100, **PLAIN) for part in TinyImageNet.SPLITS}
+    parts = {part: TinyImageNet(data_root=root, split=part, num_val=100, **PLAIN) for part in SPLITS}
     assert {part: len(data) for part, data in parts.items()} == dict(train=300, val=100, trainval=400, test=20)
     train, val, trainval, test = ({info['img_path'] for info in data} for data in parts.values())
     assert not train & val and train | val == trainval and not trainval & test

@@ -1,4 +1,4 @@
-"""Start processes of a test, and wait for them."""
+"""Scripts started as processes of their own, on the CPU."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 def start(command, tmp_path, **variables):
     env = {name: value for name, value in os.environ.items() if not name.startswith('MASTER_')}
-    path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
-    env.update(PYTHONPATH=path, CUDA_VISIBLE_DEVICES='-1', OMP_NUM_THREADS='1', **variables)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests' / 'helpers')])
+    env.update(PYTHONPATH=paths, CUDA_VISIBLE_DEVICES='-1', OMP_NUM_THREADS='1', **variables)
     return subprocess.Popen(
         [sys.executable, *command, str(tmp_path)],
         env=env,

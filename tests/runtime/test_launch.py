@@ -82,7 +82,7 @@ def test_amp_refuses_what_it_would_lose():
 def test_missing_files_are_named(tmp_path):
     (tmp_path / 'advmoe_digits.py').write_text('seed = 3')
     assert load_config(str(tmp_path / 'advmoe_digits.py')).seed == 3
-    with pytest.raises(FileNotFoundError, match=r'advmo_digits.py.*mean .*advmoe_digits.py\?'):
+    with pytest.raises(FileNotFoundError, match=r'advmo_digits.py.*mean .advmoe_digits.py.\?'):
         load_config(str(tmp_path / 'advmo_digits.py'))
     with pytest.raises(FileNotFoundError, match='nowhere/a.py'):
         load_config('nowhere/a.py')

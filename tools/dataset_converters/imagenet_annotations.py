@@ -44,9 +44,9 @@ def main() -> None:
     wnids = class_order(args.devkit)
     labels = {wnid: label for label, wnid in enumerate(sorted(wnids.values()))}
     folders = {path.name: path for path in (args.data_root / 'train').iterdir() if path.is_dir()}
-    lacking = sorted(set(labels) - set(folders))
-    if lacking:
-        sys.exit(f'{args.data_root / "train"} has no folder {lacking[0]}, one of {len(lacking)} classes without one')
+    missing = sorted(set(labels) - set(folders))
+    if missing:
+        sys.exit(f'{args.data_root / "train"} has no folder {missing[0]}, one of {len(missing)} classes without one')
     train = [f'{wnid}/{path.name} {label}' for wnid, label in labels.items() for path in images_in(folders[wnid])]
     truth = [int(line) for line in truth_file.read_text().split()]
     images = images_in(args.data_root / 'val')

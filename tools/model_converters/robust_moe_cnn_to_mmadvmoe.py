@@ -144,8 +144,8 @@ def _named(kind: str, network: Mapping[str, Tensor], prefix: str) -> Iterator[tu
         blocks = {name.split('.')[1] for name in network if name.startswith('features.denseblock')}
         rules.append((r'^features\.norm_final', f'transitions.{len(blocks) - 1}.0'))
     if kind == 'VGG':
-        places = _vgg_places(network)
-        rules.append((r'^features\.(\d+)', lambda m: places.get(int(m[1]), m[0])))
+        names = _vgg_names(network)
+        rules.append((r'^features\.(\d+)', lambda m: names.get(int(m[1]), m[0])))
     for source, value in network.items():
         if source.startswith('normalize.'):
             continue
@@ -157,21 +157,21 @@ def _named(kind: str, network: Mapping[str, Tensor], prefix: str) -> Iterator[tu
         yield source, name[1:] if name.startswith('/') else prefix + name, value
 
 
-def _vgg_places(network: Mapping[str, Tensor]) -> dict[int, str]:
+def _vgg_names(network: Mapping[str, Tensor]) -> dict[int, str]:
     """Where each layer of the flat list of the reference is in ours, which has one module per convolution."""
     layers = sorted({int(name.split('.')[1]) for name in network if re.match(r'^features\.\d+\.weight$', name)})
-    places: dict[int, str] = {}
+    names: dict[int, str] = {}
     ours = -1
     last = 0
     for layer in layers:
         if network[f'features.{layer}.weight'].dim() == 4:
             # Between a layer with parameters and the next convolution: a ReLU, and perhaps a pooling.
             ours += 1 if ours < 0 else layer - last - 1
-            places[layer] = f'features.{ours}.conv'
+            names[layer] = f'features.{ours}.conv'
         else:
-            places[layer] = f'features.{ours}.bn'
+            names[layer] = f'features.{ours}.bn'
         last = layer
-    return places
+    return names
 
 
 def _named_router(router: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
