@@ -83,6 +83,7 @@ class Routing(BaseRouting):
     counts: tuple[int, ...]
     logits: Optional[Tensor] = None
     gate: Optional[Tensor] = None
+    top_k: ClassVar[int] = 1
 
     @classmethod
     def decide(cls, logits: Tensor, gate: Optional[str] = 'softmax') -> Routing:
@@ -132,8 +133,6 @@ class Routing(BaseRouting):
             raise ValueError(f'a route must name experts in [0, {num_experts}), got {sorted(set(expert.tolist()))}')
         order = torch.argsort(expert, stable=True)
         return cls(expert, order, inverse_of(order), tuple(load[1:]), logits)
-
-    top_k = 1
 
     @property
     def num_experts(self) -> int:
