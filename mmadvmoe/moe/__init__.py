@@ -3,15 +3,7 @@ from .convert import convert_ffns, convert_layers, match_ffns, match_layers
 from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .placements import PLACEMENTS, Placement, placement_of
-from .routers import (
-    GROUPS,
-    BaseRouter,
-    LayerRouter,
-    ResNetRouter,
-    TokenRouter,
-    router_modules,
-    split_parameters,
-)
+from .routers import GROUPS, BaseRouter, LayerRouter, ResNetRouter, TokenRouter, router_modules, split_parameters
 from .routing import BaseRouting, Routing
 from .token_routing import TokenRouting
 

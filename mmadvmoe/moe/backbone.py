@@ -214,11 +214,7 @@ def _with_contiguous_gradient(x: Tensor) -> Tensor:
 
 
 def forward_routed(
-    classifier: nn.Module,
-    inputs: Tensor,
-    route: Optional[Tensor] = None,
-    with_logits: bool = False,
-    gated: bool = True,
+    classifier: nn.Module, inputs: Tensor, route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
 ) -> tuple[Any, tuple[BaseRouting, ...]]:
     """Class logits of an MMPretrain classifier, and the decisions that led to them.
 

@@ -17,19 +17,10 @@ from .token_routing import TokenRouting
 
 
 class RoutedPass:
-    """The routes of one forward pass: those that are given, and those that were taken so far.
-
-    Args:
-        num_experts (int): N.
-        gate (str): See :meth:`Routing.decide`.
-        route (Tensor, optional): As for :meth:`MoEBackbone.forward_routed`.
-        with_logits (bool): As for :meth:`MoEBackbone.forward_routed`.
-        gated (bool): As for :meth:`MoEBackbone.forward_routed`.
-    """
+    """The routes of one forward pass, given and taken so far; arguments as in :meth:`MoEBackbone.forward_routed`."""
 
     def __init__(self, num_experts: int, gate: str, route: Optional[Tensor], with_logits: bool, gated: bool) -> None:
-        self.num_experts = num_experts
-        self.gate = gate
+        self.num_experts, self.gate = num_experts, gate
         self._route, self._with_logits, self._gated = route, with_logits, gated
         self._columns = 0
         self._taken: list[BaseRouting] = []

@@ -19,6 +19,7 @@ from .routers import BaseRouter, TokenRouter
 
 #: The modules that hold a feed-forward network. Exact classes: a subclass may compute something else.
 FFN_KINDS = (FFN, DeiT3FFN, ConvNeXtBlock)
+_SHOWN = 12  # names that an error lists
 
 
 def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
@@ -42,12 +43,7 @@ def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[s
         raise ValueError(f'{type(network).__name__} has no layer of a kind that can hold experts: {kinds}')
     layers = [name for name, module in network.named_modules() if _is_layer(module)]
     chosen: set[str] = set()
-    for pattern, matched in _matches(layers, include, exclude):
-        if not matched:
-            raise ValueError(
-                f'backbone.include pattern {pattern!r} matches no layer of {type(network).__name__}; it has '
-                f'{_shortened(convertible)}'
-            )
+    for pattern, matched in _matches(layers, include, exclude, f'layer of {type(network).__name__}', convertible):
         for name in (name for name in matched if name not in convertible):
             raise ValueError(
                 f'backbone.include pattern {pattern!r} takes in {name!r}, a '
@@ -88,12 +84,8 @@ def match_ffns(network: nn.Module, include: Sequence[str], exclude: Sequence[str
             f"none (of {kinds}); use routing='image' or 'layer'"
         )
     chosen: set[str] = set()
-    for pattern, matched in _matches(holders, include, exclude):
-        if not matched:
-            raise ValueError(
-                f'backbone.include pattern {pattern!r} matches no feed-forward network of {type(network).__name__}; '
-                f'it has {_shortened(holders)}'
-            )
+    kind = f'feed-forward network of {type(network).__name__}'
+    for _, matched in _matches(holders, include, exclude, kind, holders):
         chosen.update(matched)
     for name in chosen:
         module = network.get_submodule(name)
@@ -112,17 +104,17 @@ def convert_layers(
     context: RouteContext,
     build_router: Optional[Callable[[nn.Module], BaseRouter]] = None,
 ) -> list[ExpertLayer]:
-    """Replace layers of ``network``, in place, by layers with N experts.
+    """Replace layers of ``network``, in place, by layers with N >= 2 experts.
 
     Args:
         network (nn.Module): The dense network.
-        names (Sequence[str]): Layers to replace, as :func:`match_layers` gives them.
-        num_experts (int): N >= 2.
+        names (Sequence[str]): As :func:`match_layers` gives them.
+        num_experts (int): N.
         context (RouteContext): Shared by all expert layers and their backbone.
-        build_router (Callable, optional): Makes the own router of a dense layer, for layer-level routing.
+        build_router (Callable, optional): Makes the own router of a dense layer.
 
     Returns:
-        list[ExpertLayer]: The new layers, in the order of ``names``.
+        list[ExpertLayer]: In the order of ``names``.
     """
     layers = []
     for name in names:
@@ -170,8 +162,13 @@ def convert_ffns(
     return converted
 
 
-def _matches(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Give each pattern to include, with the names that it matches and no pattern excludes."""
+def _matches(
+    names: Sequence[str], include: Sequence[str], exclude: Sequence[str], kind: str, offered: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Give each pattern to include, with the names that it matches and no pattern excludes.
+
+    Names of ``offered`` are shown where a pattern matches nothing of this ``kind``.
+    """
     if isinstance(include, str) or not include:
         raise ValueError(f'backbone.include={include!r} must be a list of at least one regular expression')
     compiled: dict[str, list[re.Pattern]] = dict(include=[], exclude=[])
@@ -183,13 +180,12 @@ def _matches(names: Sequence[str], include: Sequence[str], exclude: Sequence[str
                 raise ValueError(f'backbone.{key} pattern {pattern!r} is no regular expression: {error}') from error
     allowed = [name for name in names if not any(pattern.search(name) for pattern in compiled['exclude'])]
     for pattern in compiled['include']:
-        yield pattern.pattern, [name for name in allowed if pattern.search(name)]
+        matched = [name for name in allowed if pattern.search(name)]
+        if not matched:
+            shown = ', '.join(offered[:_SHOWN]) + (f', ... ({len(offered)} in all)' if len(offered) > _SHOWN else '')
+            raise ValueError(f'backbone.include pattern {pattern.pattern!r} matches no {kind}; it has {shown}')
+        yield pattern.pattern, matched
 
 
 def _is_layer(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters())
-
-
-def _shortened(names: Sequence[str], most: int = 12) -> str:
-    shown = ', '.join(names[:most])
-    return shown if len(names) <= most else f'{shown}, ... ({len(names)} in all)'

@@ -71,29 +71,20 @@ class ExpertLayer(nn.Module):
         self.num_experts = num_experts
         self.context = context
         self.router = router
-        draws = [self._parameters_of(dense)]
+        own = dict(dense.named_parameters(recurse=False))
+        draws = [{name: p.detach().clone() for name, p in own.items()}]
         for _ in range(num_experts - 1):
-            draws.append(self._redraw(dense))
-        for name, parameter in dense.named_parameters(recurse=False):
+            dense.reset_parameters()
+            draws.append({name: p.detach().clone() for name, p in own.items()})
+        for name, p in own.items():
             stacked = torch.cat([draw[name] for draw in draws])
-            self.register_parameter(name, nn.Parameter(stacked, requires_grad=parameter.requires_grad))
-        if 'bias' not in dict(dense.named_parameters(recurse=False)):
+            self.register_parameter(name, nn.Parameter(stacked, requires_grad=p.requires_grad))
+        if 'bias' not in own:
             self.register_parameter('bias', None)
-
-    @staticmethod
-    def _parameters_of(dense: nn.Module) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in dense.named_parameters(recurse=False)}
-
-    @classmethod
-    def _redraw(cls, dense: nn.Module) -> dict[str, Tensor]:
-        dense.reset_parameters()
-        return cls._parameters_of(dense)
 
     def expert_parameters(self, expert: int) -> dict[str, Tensor]:
         """Views of one expert's parameters, under the dense layer's names and in its shapes."""
-        return {
-            name: p.chunk(self.num_experts)[expert] for name, p in self.named_parameters(recurse=False) if p is not None
-        }
+        return {name: p.chunk(self.num_experts)[expert] for name, p in self.named_parameters(recurse=False)}
 
     def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """One expert's output for its own slice of the batch; x: (b, ...)."""

@@ -133,11 +133,7 @@ class LayerRouter(BaseRouter):
     """
 
     def __init__(
-        self,
-        num_experts: int,
-        in_channels: int,
-        channels_last: bool = False,
-        init_cfg: Optional[dict] = None,
+        self, num_experts: int, in_channels: int, channels_last: bool = False, init_cfg: Optional[dict] = None
     ) -> None:
         super().__init__(num_experts, init_cfg or dict(type='Normal', layer='Linear', std=0.01))
         self.channels_last = channels_last

@@ -69,12 +69,10 @@ class Routing(BaseRouting):
     Sorting by expert happens once, here; expert layers then work on contiguous slices.
 
     Attributes:
-        expert (Tensor): The chosen expert of each image, (B,) int64 in [0, N).
+        expert (Tensor): (B,), one for each image.
         order (Tensor): (B,) permutation that sorts the batch by expert, keeping the order of the images inside one
             expert.
         inverse (Tensor): (B,) permutation that undoes ``order``.
-        counts (tuple[int]): Images of each expert; N numbers that sum to B.
-        logits (Tensor, optional): The router's logits, (B, N); None when the route was given and no router was asked.
         gate (Tensor, optional): Straight-through factor of each image, (B,): exactly 1 in the forward pass, the
             gradient of the gate in the backward pass. None where no gradient is wanted.
     """
@@ -85,6 +83,7 @@ class Routing(BaseRouting):
     counts: tuple[int, ...]
     logits: Optional[Tensor] = None
     gate: Optional[Tensor] = None
+    top_k: ClassVar[int] = 1
 
     @classmethod
     def decide(cls, logits: Tensor, gate: Optional[str] = 'softmax') -> Routing:
@@ -103,17 +102,16 @@ class Routing(BaseRouting):
         """
         if logits.dim() != 2:
             raise ValueError(f'router logits must have shape (B, N), got {tuple(logits.shape)}')
-        expert = logits.detach().argmax(dim=1)
-        routing = cls.fixed(expert, logits.shape[1])
-        factor = None
         if gate is not None:
             choose(gate, GATES, 'gate')
-            if logits.requires_grad:
-                precise = torch.promote_types(logits.dtype, torch.float32)
-                scores = logits.softmax(dim=1, dtype=precise) if gate == 'softmax' else logits
-                chosen = scores.gather(1, expert[:, None]).squeeze(1)
-                factor = 1 + (chosen - chosen.detach())
-        return replace(routing, logits=logits, gate=factor)
+        expert = logits.detach().argmax(dim=1)
+        routing = cls.fixed(expert, logits.shape[1])
+        if gate is None or not logits.requires_grad:
+            return replace(routing, logits=logits)
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        scores = logits.softmax(dim=1, dtype=precise) if gate == 'softmax' else logits
+        chosen = scores.gather(1, expert[:, None]).squeeze(1)
+        return replace(routing, logits=logits, gate=1 + (chosen - chosen.detach()))
 
     @classmethod
     def fixed(cls, expert: Tensor, num_experts: int, logits: Optional[Tensor] = None) -> Routing:
@@ -135,8 +133,6 @@ class Routing(BaseRouting):
             raise ValueError(f'a route must name experts in [0, {num_experts}), got {sorted(set(expert.tolist()))}')
         order = torch.argsort(expert, stable=True)
         return cls(expert, order, inverse_of(order), tuple(load[1:]), logits)
-
-    top_k = 1
 
     @property
     def num_experts(self) -> int:

@@ -25,16 +25,14 @@ class TokenRouting(BaseRouting):
     """The decision of one token router for one batch.
 
     Attributes:
-        expert (Tensor): The chosen experts of each token, best first, (B, T, K) int64 in [0, N).
+        expert (Tensor): (B, T, K), the choices of each token, best first.
         gate (Tensor): Weight of each choice in the output, (B, T, K); 0 for choices that were dropped.
-        logits (Tensor): The router's logits without noise, (B, T, N).
         load (Tensor): Choices that fell on each expert, dropped ones included, (N,) int64; they sum to B * T * K.
         computed (Tensor): Choices that each expert computes, (N,) int64; they sum to S.
         order (Tensor): (S,) choices sorted by expert, indices into the (K * B * T,) layout.
         inverse (Tensor): (K * B * T,) the slot of each choice; of a dropped one any slot.
         kept (Tensor, optional): (K * B * T,) bool, choices that were not dropped; None where none was.
         threshold (Tensor): The smallest score, with noise, that was chosen, (B, T).
-        noise_std (float): Standard deviation of the noise that training adds to the logits.
     """
 
     expert: Tensor
@@ -74,7 +72,7 @@ class TokenRouting(BaseRouting):
             top_k (int): K in [1, N].
             softmax (str): ``'before'`` or ``'after'``.
             noise (Tensor, optional): (B, T, N), added to the logits.
-            noise_std (float): See the attribute.
+            noise_std (float): See :class:`BaseRouting`.
             capacity_factor (float, optional): An expert computes at most this many times its equal share of the
                 choices, rounded up; further ones are dropped, second choices first, then late tokens. None drops
                 nothing.
@@ -97,23 +95,16 @@ class TokenRouting(BaseRouting):
             expert (Tensor): (B, T, K) int64, K different experts for each token.
             logits (Tensor): (B, T, N) of the router that is overruled.
             softmax (str): See :meth:`decide`.
-            noise_std (float): See the attribute.
+            noise_std (float): See :class:`BaseRouting`.
 
         Raises:
-            ValueError: ``expert`` does not fit the logits, or names an expert that does not exist or one twice.
+            ValueError: ``expert`` names an expert that does not exist, or one twice for a token.
         """
         num_experts = logits.shape[-1]
-        if expert.dim() != 3 or expert.shape[:2] != logits.shape[:2]:
-            raise ValueError(
-                f'a route for tokens must have shape (B, T, K) with (B, T) = {tuple(logits.shape[:2])}, '
-                f'got {tuple(expert.shape)}'
-            )
         ranked = expert.sort(-1).values
         if ranked.amin() < 0 or ranked.amax() >= num_experts or (ranked[..., 1:] == ranked[..., :-1]).any():
-            raise ValueError(
-                f'a route must name different experts in [0, {num_experts}) for each token, '
-                f'got {expert.unique().tolist()}'
-            )
+            named = expert.unique().tolist()
+            raise ValueError(f'a route must name different experts in [0, {num_experts}) for each token, got {named}')
         threshold = logits.gather(-1, expert).amin(-1)
         return cls._of(expert, _gate(logits, expert, softmax, straight_through=False), logits, threshold, noise_std)
 
@@ -161,7 +152,7 @@ class TokenRouting(BaseRouting):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Choices that fell on each expert, dropped ones included; N numbers that sum to B * T * K."""
+        """See :class:`BaseRouting`; they sum to B * T * K."""
         return tuple(self.load.tolist())
 
     @property

@@ -288,7 +288,7 @@ def test_a_copy_and_a_pickle_made_inside_a_forward_pass_have_none_under_way():
     for context in made:
         assert (context.num_experts, context.gate) == (3, 'softmax')
         with pytest.raises(RuntimeError, match='inside the forward pass'):
-            context.running
+            _ = context.running
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(images())[0], model(images())[0])
 
