@@ -19,7 +19,7 @@ from mmadvmoe.utils import choose
 
 from .data_preprocessor import AdvDataPreprocessor, targets_of
 from .finite import check_finite
-from .objectives import Objective, Outputs, RobustBatch
+from .losses import Objective, Outputs, RobustBatch
 
 
 @dataclass(frozen=True)

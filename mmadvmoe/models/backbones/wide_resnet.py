@@ -11,7 +11,7 @@ from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from .widths import check_width
+from .sizes import check_width
 
 _NUM_STAGES = 3
 

@@ -1,4 +1,4 @@
-"""Widths: where the model scale r of a pathway shows, and where it can go wrong.
+"""Widths of layers and sizes of images that a backbone can have.
 
 A pathway of scale r has r times the channels of the dense network. In a config that is one whole number: the
 ``base_channels`` of a ResNet, a WideResNet or a VGG, the ``growth_rate`` of a DenseNet.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor, nn
 
 #: Config keys that hold a number of channels, and the layers that get it.
 WIDTHS = dict(
@@ -58,3 +60,24 @@ def check_widths(cfg: Mapping[str, Any], key: str = 'model') -> None:
             check_width(f'{key}.{name}', value, WIDTHS[name])
         elif isinstance(value, Mapping):
             check_widths(value, f'{key}.{name}')
+
+
+def check_image_size(backbone: nn.Module, images: Tensor, least: int, layers: str, setting: str) -> None:
+    """Refuse images of which a backbone would leave nothing.
+
+    Args:
+        backbone (nn.Module): For the message.
+        images (Tensor): (B, C, H, W).
+        least (int): What height and width must be at least.
+        layers (str): The layers that make them smaller, for the message.
+        setting (str): What in the config makes fewer of these, for the message.
+
+    Raises:
+        ValueError: Height or width is below ``least``.
+    """
+    height, width = images.shape[-2:]
+    if min(height, width) < least:
+        raise ValueError(
+            f'images of {height}x{width} are too small for the {type(backbone).__name__}, whose {layers} need at least '
+            f'{least}x{least}: enlarge them (a Resize in the pipeline of the data set) or {setting}'
+        )

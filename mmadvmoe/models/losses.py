@@ -1,4 +1,4 @@
-"""What a training step minimises: TRADES, adversarial cross entropy, and the reference code's router objective."""
+"""Losses of the network on clean and adversarial images: TRADES, adversarial cross entropy, MART."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
-import torch.nn.functional as F
+import torch
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from mmadvmoe.attacks import kl_divergence
 from mmadvmoe.moe import Routing
+
+# Keeps logarithms finite where a probability is exactly 0 or 1.
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class RobustBatch:
     classification_loss: Callable[[Tensor], Tensor]
 
 
-def weight_of(name: str, value: float) -> float:
+def check_weight(name: str, value: float) -> float:
     """Give ``value`` back if it is a number of at least 0; else ValueError naming it ``name``."""
     # Written so that NaN fails too.
     if not (isinstance(value, (int, float)) and value >= 0):
@@ -87,15 +90,13 @@ class TRADESLoss(Objective):
 
     def __init__(self, beta: float = 6.0) -> None:
         super().__init__()
-        self.beta = weight_of('TRADESLoss.beta', beta)
+        self.beta = check_weight('TRADESLoss.beta', beta)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_natural`` and ``loss_robust``."""
         divergence = kl_divergence(batch.clean.logits, batch.adversarial.logits).mean()
-        return dict(
-            loss_natural=batch.classification_loss(batch.clean.logits),
-            loss_robust=self.beta * divergence,
-        )
+        natural = batch.classification_loss(batch.clean.logits)
+        return dict(loss_natural=natural, loss_robust=self.beta * divergence)
 
 
 @MODELS.register_module()
@@ -111,70 +112,44 @@ class AdversarialCrossEntropyLoss(Objective):
 
 
 @MODELS.register_module()
-class RouterLabelLoss(Objective):
-    r"""The router objective of the AdvMoE reference code, which differs from the paper's.
+class MARTLoss(Objective):
+    r"""Misclassification-aware adversarial training.
 
-    .. math:: L = \alpha \cdot CE(r(x), y \bmod N) + \beta \cdot KL(r(x) \,\|\, r(x'))
+    .. math:: L = CE(f(x'), y) - \log(1 - \max_{k \ne y} p_k(x')) + \lambda \cdot KL(f(x) \,\|\, f(x')) (1 - p_y(x))
 
-    with r(x) the router's logits, averaged over the routers and, where it reads them, over tokens. The first term asks
-    for a fixed expert per class, so every expert is used; the second keeps the route under attack.
+    The second term is the margin of the boosted cross entropy; the KL counts most for images that are misclassified
+    without any attack. Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
+    ICLR 2020, equations 10 and 11. Its training attack is PGD on the cross entropy:
+    ``attack=dict(type='PGD', ...)``.
 
     Args:
-        alpha (float): Weight of the cross entropy, at least 0. Defaults to 6.
-        beta (float): Weight of the KL, at least 0. Defaults to 6.
+        weight (float): Lambda, at least 0. Defaults to 5.
     """
 
-    needs_classes = False
-    needs_routers = True
     needs_hard_labels = True
 
-    def __init__(self, alpha: float = 6.0, beta: float = 6.0) -> None:
+    def __init__(self, weight: float = 5.0) -> None:
         super().__init__()
-        self.alpha = weight_of('RouterLabelLoss.alpha', alpha)
-        self.beta = weight_of('RouterLabelLoss.beta', beta)
+        self.weight = check_weight('MARTLoss.weight', weight)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
-        """Give ``loss_route_label`` and ``loss_route_robust``.
+        """Give ``loss_adversarial``, ``loss_margin`` and ``loss_robust``.
 
         Raises:
-            ValueError: The targets are class probabilities, which name no expert.
+            ValueError: The targets are class probabilities, which name no true class.
         """
         if batch.target.dim() != 1:
             raise ValueError(
-                'RouterLabelLoss needs class indices as labels, got class probabilities (gt_score) of shape '
-                f'{tuple(batch.target.shape)}; use TRADESLoss as router_loss'
+                'MARTLoss needs hard labels: it cannot serve batch augmentations that mix them (train_cfg.augments) or '
+                'gt_score; use TRADESLoss as robust_loss'
             )
-        pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
-        label = sum(_label_loss(clean, batch.target) for clean, _ in pairs) / len(pairs)
-        robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs) / len(pairs)
-        return dict(loss_route_label=self.alpha * label, loss_route_robust=self.beta * robust)
-
-
-@MODELS.register_module()
-class RouterKLLoss(Objective):
-    r"""Keep the routers' decisions under attack: ``weight * KL(r(x) || r(x'))``, summed over the routers.
-
-    Averaged over tokens where a router reads them. To be added to any other objective.
-
-    Args:
-        weight (float): At least 0. Defaults to 1.
-    """
-
-    needs_classes = False
-    needs_routers = True
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        self.weight = weight_of('RouterKLLoss.weight', weight)
-
-    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
-        """Give ``loss_route_robust``."""
-        pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
-        robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs)
-        return dict(loss_route_robust=self.weight * robust)
-
-
-def _label_loss(routing: Routing, target: Tensor) -> Tensor:
-    logits = routing.logits.float().view(len(target), -1, routing.num_experts)
-    expert = (target % routing.num_experts)[:, None].expand(-1, logits.shape[1])
-    return F.cross_entropy(logits.flatten(0, 1), expert.flatten())
+        clean, adversarial = batch.clean.logits, batch.adversarial.logits
+        true_class = batch.target[:, None]
+        others = adversarial.float().softmax(dim=1).scatter(1, true_class, 0.0)
+        margin = -torch.log((1 - others.amax(dim=1)).clamp(min=_TINY))
+        unlike_true = 1 - clean.float().softmax(dim=1).gather(1, true_class).squeeze(1)
+        return dict(
+            loss_adversarial=batch.classification_loss(adversarial),
+            loss_margin=margin.mean(),
+            loss_robust=self.weight * (kl_divergence(clean, adversarial) * unlike_true).mean(),
+        )
