@@ -3,12 +3,12 @@
 arXiv:2308.10110, algorithm 1, as the parts of this package run it::
 
     for each iteration:
-        turn = schedule.turn_at(iteration)           # 'experts' or 'router'              TurnSchedule
-        batch = next batch, with batch['turn'] = turn                                     AlternatingOptimHook
-        with the other group fixed:                                                       fixed_but
-            attack the batch                         # the attack of this turn            AdvDataPreprocessor
-            loss of the turn on clean and adversarial images                              RobustClassifier
-            step the optimizer of the turn                                                AlternatingOptimWrapper
+        turn = schedule.turn_at(iteration)                      # TurnSchedule: 'experts' or 'router'
+        batch = next batch; batch['turn'] = turn                # AlternatingOptimHook.before_train_iter
+        with train_only(model, turn):                           # the other group is fixed
+            attack the batch                                    # AdvDataPreprocessor: the attack of this turn
+            loss of the turn on clean and adversarial images    # RobustClassifier.loss
+            step the optimizer of the turn                      # AlternatingOptimWrapper
 """
 
 from __future__ import annotations
@@ -112,18 +112,18 @@ class TurnSchedule:
 
 
 @contextmanager
-def fixed_but(model: nn.Module, turn: str) -> Iterator[None]:
-    """Fix the group whose turn it is not; on exit every flag is as it was.
+def train_only(model: nn.Module, group: str) -> Iterator[None]:
+    """Fix the group that is not to be trained; on exit every flag is as it was.
 
     Its parameters require no gradient and its modules are in eval mode, so neither weights nor norm statistics move.
 
     Args:
         model (nn.Module): The bare model.
-        turn (str): The group that learns, ``'experts'`` or ``'router'``.
+        group (str): The group that is trained, ``'experts'`` or ``'router'``.
     """
     below_routers = {id(module) for router in router_modules(model) for module in router.modules()}
-    modules = [m for m in model.modules() if m.training and (id(m) in below_routers) != (turn == 'router')]
-    (other,) = (group for group in GROUPS if group != turn)
+    modules = [m for m in model.modules() if m.training and (id(m) in below_routers) != (group == 'router')]
+    (other,) = (name for name in GROUPS if name != group)
     parameters = [parameter for _, parameter in split_parameters(model)[other] if parameter.requires_grad]
     try:
         for parameter in parameters:
@@ -145,7 +145,7 @@ class AlternatingOptimHook(Hook):
 
     The turn is part of the batch: ``data_batch['turn']`` is ``'experts'`` or ``'router'``, and what depends on it reads
     it there. It follows from the iteration number alone, so resuming needs no state. The group whose turn it is not is
-    fixed for the length of the step (see :func:`fixed_but`); between steps, other hooks find the model as it is.
+    fixed for the length of the step (see :func:`train_only`); between steps, other hooks find the model as it is.
 
     Values in the log get the name of their turn: ``experts/loss``, ``router/loss``.
 
@@ -211,7 +211,11 @@ class AlternatingOptimHook(Hook):
                 f'k_experts={self.schedule.k_experts} leave no turn for the router in the {runner.max_iters} '
                 'iterations of the training'
             )
-        optim_wrapper.schedule = self.schedule
+        optim_wrapper.count_before = self.schedule.count_before
+
+    def before_train(self, runner: Runner) -> None:
+        """Release what a step of an earlier training left fixed when it failed."""
+        self._step.close()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         """Begin the step of the group that this iteration belongs to."""
@@ -221,7 +225,7 @@ class AlternatingOptimHook(Hook):
         turn = self.schedule.turn_at(runner.iter)
         data_batch['turn'] = turn
         runner.optim_wrapper.activate(turn)
-        self._step.enter_context(fixed_but(bare_model(runner.model), turn))
+        self._step.enter_context(train_only(bare_model(runner.model), turn))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
@@ -232,7 +236,7 @@ class AlternatingOptimHook(Hook):
         if self.schedule.repeats_batch(runner.iter):
             batch, self._batch = dict(self._batch, turn='router'), None
             runner.optim_wrapper.activate('router')
-            with fixed_but(bare_model(runner.model), 'router'):
+            with train_only(bare_model(runner.model), 'router'):
                 router_outputs = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
             log_vars.update(_named_by_turn(router_outputs, 'router'))
         # In place, as the hooks that follow share this dict.

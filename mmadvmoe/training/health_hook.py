@@ -1,4 +1,4 @@
-"""Watches the routers of a network in training."""
+"""Watch over the routers of a network in training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
 from torch import Tensor
 
-from mmadvmoe.models.finite import NonFiniteError
+from mmadvmoe.models import NonFiniteError
 from mmadvmoe.moe import Routing, router_modules
 from mmadvmoe.runtime.dist import bare_model
 
@@ -23,33 +23,29 @@ VIEWS = ('clean', 'adversarial')
 
 @HOOKS.register_module()
 class RouterHealthHook(Hook):
-    """Logs what the routers do, warns of starving experts, and stops on gradients not finite.
+    """Log what the routers do, warn of starving experts, and stop on gradients that are not finite.
 
-    Takes ``routing_records`` from the model, what :class:`RobustClassifier` notes of each training step: the routings
+    Takes ``routing_records`` from the model, which :class:`RobustClassifier` writes in each training step: the routings
     of the clean and of the adversarial images, one per router; with ``reuse_batch`` those of both turns. Each report
     has
 
-    - ``router/share_clean_0``, ``router/share_adversarial_0``...: share of the images that each
-      expert got;
+    - ``router/share_clean_0``, ``router/share_adversarial_0``...: share of the images that each expert got;
     - ``router/entropy``: mean entropy of the router's softmax for one image, in nats, in [0, ln N];
-    - ``router/load_entropy``: entropy of the shares, in nats, in [0, ln N]; 0 when one expert gets
-      all;
+    - ``router/load_entropy``: entropy of the shares, in nats, in [0, ln N]; 0 when one expert gets all;
     - ``router/max_logit``: the largest absolute value of a router logit;
     - ``router/route_changed``: share of the images that the attack sent to another expert;
     - ``router/dropped``: share of the choices that no expert computed for want of capacity, for routers of tokens
       that drop any.
 
-    For routers of tokens, read "tokens" for "images" (with top K > 1, "choices of tokens").
-    Entropies are those of the clean images, or of the adversarial ones where training sees no
-    others. With several routers there is one such set for each, ``router/<index>/...``, and
-    ``router/...`` is their mean (for ``max_logit`` their maximum). Models without a router are left
-    alone.
+    For routers of tokens, read "tokens" for "images" (with top K > 1, "choices of tokens"). Entropies are those of the
+    clean images, or of the adversarial ones where training sees no others. With several routers there is one such set
+    for each, ``router/<index>/...``, and ``router/...`` is their mean (for ``max_logit`` their maximum). Models without
+    a router are left alone.
 
     Args:
-        interval (int, optional): Report every so many iterations. Defaults to None: at the end of
-            each epoch.
-        starve_below (float): Warn when an expert gets less than this part of an equal share 1/N of
-            all images since the last report, in [0, 1]. Defaults to 0.1.
+        interval (int, optional): Report every so many iterations. Defaults to None: at the end of each epoch.
+        starve_below (float): Warn when an expert gets less than this part of an equal share 1/N of all images since
+            the last report, in [0, 1]. Defaults to 0.1.
 
     Raises:
         ValueError: An argument is out of range.
@@ -79,25 +75,20 @@ class RouterHealthHook(Hook):
         self._watches = bool(router_modules(model))
         if self._watches and not hasattr(model, 'routing_records'):
             raise TypeError(
-                f'RouterHealthHook: a {type(model).__name__} does not tell where its routers send '
-                "images; set model.type='RobustClassifier' or remove the hook"
+                f'RouterHealthHook: a {type(model).__name__} does not tell where its routers send images; set '
+                "model.type='RobustClassifier' or remove the hook"
             )
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         wrapper = runner.optim_wrapper
         for member in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper,):
             # A loss scaler produces such gradients on purpose, and skips the step itself.
             if not isinstance(member, (AmpOptimWrapper, ApexOptimWrapper)):
-                check = _GradientCheck(names)
-                self._handles.append(member.optimizer.register_step_pre_hook(check))
+                self._handles.append(member.optimizer.register_step_pre_hook(_GradientCheck(names)))
 
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Optional[dict] = None,
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[dict] = None
     ) -> None:
-        """Add the batch to the tally."""
+        """Add the routes of the iteration to the tally."""
         if self._watches:
             records = bare_model(runner.model).routing_records
             for record in records.values():
@@ -157,7 +148,7 @@ class RouterHealthHook(Hook):
 
 
 class _GradientCheck:
-    """Refuses a step of an optimizer on gradients that are not finite."""
+    """Refuse a step of an optimizer on gradients that are not finite."""
 
     def __init__(self, names: dict[int, str]) -> None:
         self.names = names
@@ -193,8 +184,8 @@ class _Tally:
         for view, routings in enumerate((clean, adversarial)):
             if routings:
                 self.counts[view] += torch.tensor([routing.counts for routing in routings])
-                largest = [_largest_logit(routing) for routing in routings]
-                self.max_logit = torch.maximum(self.max_logit, torch.stack(largest))
+                largest = torch.stack([routing.logits.abs().amax().double() for routing in routings])
+                self.max_logit = torch.maximum(self.max_logit, largest)
                 self.dropped += torch.tensor([getattr(routing, 'dropped', 0) for routing in routings])
         self.entropy = self.entropy + torch.stack([_entropy(r) for r in clean or adversarial])
         self.softmaxes += torch.tensor([r.logits.numel() // r.num_experts for r in clean or adversarial])
@@ -244,10 +235,6 @@ class _Tally:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _largest_logit(routing: Routing) -> Tensor:
-    return routing.logits.abs().amax().double()
 
 
 def _entropy(routing: Routing) -> Tensor:
