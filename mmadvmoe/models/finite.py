@@ -1,4 +1,4 @@
-"""Stops training on numbers that are not finite, before they reach the weights."""
+"""Stop training on numbers that are not finite, before they reach the weights."""
 
 from __future__ import annotations
 
@@ -13,48 +13,35 @@ from mmadvmoe.moe import Routing
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a router logit or a gradient is NaN or infinite.
-
-    Args:
-        what (str): The names of the values that are not finite.
-    """
+    """A loss, a router logit or a gradient is NaN or infinite; ``what`` names the values."""
 
     def __init__(self, what: str) -> None:
         iteration = MessageHub.get_current_instance().get_info('iter')
         where = '' if iteration is None else f' at iteration {iteration + 1}'
         super().__init__(
-            f'not finite{where}: {what}. Training was stopped before the weights were touched. Try '
-            'a smaller learning rate of the group concerned (optim_wrapper.router.optimizer.lr), '
-            'gradient clipping (optim_wrapper.router.clip_grad=dict(max_norm=...)), or '
-            'gate="softmax" in MoEBackbone'
+            f'not finite{where}: {what}. Training was stopped before the weights were touched. Try a smaller learning '
+            'rate of the group concerned (optim_wrapper.router.optimizer.lr), gradient clipping '
+            '(optim_wrapper.router.clip_grad=dict(max_norm=...)), or gate="softmax" in MoEBackbone'
         )
 
 
 def check_finite(
-    losses: Mapping[str, Union[Tensor, Sequence[Tensor]]],
-    routings: Sequence[Routing] = (),
-    turn: Optional[str] = None,
+    losses: Mapping[str, Union[Tensor, Sequence[Tensor]]], routings: Sequence[Routing] = (), turn: Optional[str] = None
 ) -> None:
-    """Raise if a loss term or a router logit is NaN or infinite.
-
-    Costs one transfer from the device, whatever the number of terms and routers.
+    """Raise if a loss term or a router logit is NaN or infinite, at the cost of one transfer from the device.
 
     Args:
-        losses (Mapping[str, Tensor | Sequence[Tensor]]): Named loss terms, as a ``loss()`` returns
-            them.
+        losses (Mapping[str, Tensor | Sequence[Tensor]]): Named loss terms, as a ``loss()`` returns them.
         routings (Sequence[Routing]): What the routers decided; those without logits are skipped.
         turn (str, optional): Whose turn it is, for the message.
 
     Raises:
         NonFiniteError: Naming the iteration and all values concerned.
     """
-    values = [
-        (name, value) for name, term in losses.items() for value in ([term] if isinstance(term, Tensor) else term)
-    ]
-    values += [('router logits', r.logits) for r in routings if r.logits is not None]
-    if not values:
-        return
-    finite = torch.stack([value.detach().isfinite().all() for _, value in values]).tolist()
+    terms = ((name, [term] if isinstance(term, Tensor) else term) for name, term in losses.items())
+    values = [(name, value) for name, term in terms for value in term]
+    values += [('router logits', routing.logits) for routing in routings if routing.logits is not None]
+    finite = torch.stack([value.detach().isfinite().all() for _, value in values]).tolist() if values else []
     wrong = [name for (name, _), is_finite in zip(values, finite) if not is_finite]
     if wrong:
         where = '' if turn is None else f' in a turn of the {turn}'

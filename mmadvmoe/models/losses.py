@@ -19,7 +19,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the network gave for one version of a batch.
+    """Outputs of the network for one version of a batch.
 
     Attributes:
         logits (Tensor, optional): Class logits, (B, K); None when only the routers were run.
@@ -48,7 +48,7 @@ class RobustBatch:
 
 
 def check_weight(name: str, value: float) -> float:
-    """Give ``value`` back if it is a number of at least 0; else ValueError naming it ``name``."""
+    """Give ``value`` back if it is a number of at least 0; else raise ValueError, naming it ``name``."""
     # Written so that NaN fails too.
     if not (isinstance(value, (int, float)) and value >= 0):
         raise ValueError(f'{name}={value!r} must be a number of at least 0')
@@ -56,14 +56,12 @@ def check_weight(name: str, value: float) -> float:
 
 
 class Objective(nn.Module):
-    """Base of the objectives.
+    """Base of the losses of a :class:`RobustClassifier`.
 
     Attributes:
-        needs_classes (bool): Whether class logits are used. An objective of router logits alone saves running
-            the experts.
+        needs_classes (bool): Whether class logits are used. Without, the experts are not run.
         needs_routers (bool): Whether router logits are used, so that a dense network cannot serve.
-        needs_hard_labels (bool): Whether labels must be class indices, not the class probabilities that batch
-            augmentations give.
+        needs_hard_labels (bool): Whether labels must be class indices, not the probabilities of batch augmentations.
     """
 
     needs_classes = True

@@ -16,8 +16,15 @@ from mmadvmoe.moe import Routing
 from .losses import Objective, RobustBatch, check_weight
 
 
+class RouterObjective(Objective):
+    """Base of the losses of router logits alone."""
+
+    needs_classes = False
+    needs_routers = True
+
+
 @MODELS.register_module()
-class RouterLabelLoss(Objective):
+class RouterLabelLoss(RouterObjective):
     r"""The router objective of the AdvMoE reference code, which differs from the paper's.
 
     .. math:: L = \alpha \cdot CE(r(x), y \bmod N) + \beta \cdot KL(r(x) \,\|\, r(x'))
@@ -30,8 +37,6 @@ class RouterLabelLoss(Objective):
         beta (float): Weight of the KL, at least 0. Defaults to 6.
     """
 
-    needs_classes = False
-    needs_routers = True
     needs_hard_labels = True
 
     def __init__(self, alpha: float = 6.0, beta: float = 6.0) -> None:
@@ -50,14 +55,14 @@ class RouterLabelLoss(Objective):
                 'RouterLabelLoss needs class indices as labels, got class probabilities (gt_score) of shape '
                 f'{tuple(batch.target.shape)}; use TRADESLoss as router_loss'
             )
-        pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
-        label = sum(_label_loss(clean, batch.target) for clean, _ in pairs) / len(pairs)
-        robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs) / len(pairs)
+        num_routers = len(batch.clean.routings)
+        label = sum(_label_loss(routing, batch.target) for routing in batch.clean.routings) / num_routers
+        robust = _route_divergence(batch) / num_routers
         return dict(loss_route_label=self.alpha * label, loss_route_robust=self.beta * robust)
 
 
 @MODELS.register_module()
-class RouterKLLoss(Objective):
+class RouterKLLoss(RouterObjective):
     r"""Keep the routers' decisions under attack: ``weight * KL(r(x) || r(x'))``, summed over the routers.
 
     Averaged over tokens where a router reads them. To be added to any other objective.
@@ -66,35 +71,25 @@ class RouterKLLoss(Objective):
         weight (float): At least 0. Defaults to 1.
     """
 
-    needs_classes = False
-    needs_routers = True
-
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = check_weight('RouterKLLoss.weight', weight)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_route_robust``."""
-        pairs = list(zip(batch.clean.routings, batch.adversarial.routings))
-        robust = sum(kl_divergence(clean.logits, adv.logits).mean() for clean, adv in pairs)
-        return dict(loss_route_robust=self.weight * robust)
+        return dict(loss_route_robust=self.weight * _route_divergence(batch))
 
 
-class AuxiliaryRouterLoss(Objective):
+class AuxiliaryRouterLoss(RouterObjective):
     """Base of the losses of one router at a time, averaged over clean and adversarial images and over the routers.
 
-    To leave them out of the experts' turn, add them to ``router_loss`` and not to ``robust_loss``. Networks with
-    several routers also log the value of each, without its weight, as ``<term>_<index>``.
+    To leave them out of the experts' turn, add them to ``router_loss`` and not to ``robust_loss``. Logged as
+    ``loss_<term>``; several routers also log the value of each, without its weight, as ``<term>_<index>``.
 
     Args:
         weight (float): At least 0. Defaults to 1.
-
-    Attributes:
-        term (str): Name of the loss in the log, without ``loss_``.
     """
 
-    needs_classes = False
-    needs_routers = True
     term: str
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -133,7 +128,7 @@ class RouterBalanceLoss(AuxiliaryRouterLoss):
         probability = _probabilities(routing).mean(dim=0)
         share = probability.new_tensor(routing.counts)
         share = share / share.sum()
-        # The loss is linear in P, so with the global share its mean over processes is that of the global batch.
+        # Linear in P, so with the global share its mean over processes is the loss of the global batch.
         all_reduce(share, 'mean')
         return routing.num_experts * (share * probability).sum()
 
@@ -142,10 +137,10 @@ class RouterBalanceLoss(AuxiliaryRouterLoss):
 class RouterLocalEntropyLoss(AuxiliaryRouterLoss):
     r"""Ask for decided routes: :math:`L = w \cdot E_x H(r(x))`, the entropy of the softmax of one image, in nats.
 
-    A loss that asks for balance alone is content with a router that gives all experts the same probability for every
-    image; such routes differ by next to nothing, and any attack changes them. By itself this one sends everything to
-    one expert: use it beside :class:`RouterGlobalEntropyLoss` or :class:`RouterBalanceLoss`. Mustafa et al.,
-    "Multimodal Contrastive Learning with LIMoE", arXiv:2206.02770, equation 4.
+    Balance alone is content with the same probability of all experts for every image; such routes differ by next to
+    nothing, and any attack changes them. By itself this loss sends everything to one expert: use it beside
+    :class:`RouterGlobalEntropyLoss` or :class:`RouterBalanceLoss`. Mustafa et al., "Multimodal Contrastive Learning
+    with LIMoE", arXiv:2206.02770, equation 4.
     """
 
     term = 'local_entropy'
@@ -228,6 +223,12 @@ class RouterZLoss(AuxiliaryRouterLoss):
     def measure(self, routing: Routing) -> Tensor:
         """At least 0."""
         return routing.logits.float().logsumexp(dim=-1).square().mean()
+
+
+def _route_divergence(batch: RobustBatch) -> Tensor:
+    """KL between the router logits of clean and adversarial images, summed over the routers."""
+    pairs = zip(batch.clean.routings, batch.adversarial.routings)
+    return sum(kl_divergence(clean.logits, adversarial.logits).mean() for clean, adversarial in pairs)
 
 
 def _label_loss(routing: Routing, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ arXiv:2308.10110, algorithm 1, as the parts of this package run it::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
@@ -38,14 +38,11 @@ class TurnSchedule:
 
     After ``warmup_iters`` iterations of experts only, a cycle of ``k_experts`` updates of the experts and ``k_router``
     updates of the router repeats. An update takes as many iterations as its group accumulates gradients over, so a turn
-    never ends with half an update.
+    never ends with half an update. With ``reuse_batch``, each iteration holds a step of the experts and, after the
+    warm-up, a step of the router.
 
     Args:
-        k_experts (int): Updates of the experts in one cycle. Defaults to 1.
-        k_router (int): Updates of the router in one cycle. Defaults to 1.
-        warmup_iters (int): Iterations at the start that belong to the experts alone. Defaults to 0.
-        reuse_batch (bool): Each iteration holds a step of the experts and, after the warm-up, a step of the router on
-            the same batch, as in the public code of AdvMoE. Defaults to False: a new batch each turn, as in the paper.
+        k_experts, k_router, warmup_iters, reuse_batch: See :class:`AlternatingOptimHook`.
         accumulative_counts (Mapping[str, int]): Iterations per update of each group. Defaults to 1 and 1.
 
     Raises:
@@ -84,16 +81,14 @@ class TurnSchedule:
     @property
     def lengths(self) -> tuple[int, int]:
         """Iterations of a turn of the experts and of a turn of the router."""
-        counts = self.accumulative_counts
-        return self.k_experts * counts['experts'], self.k_router * counts['router']
+        return self.k_experts * self.accumulative_counts['experts'], self.k_router * self.accumulative_counts['router']
 
     def turn_at(self, iteration: int) -> str:
         """The group that steps in an iteration (counted from 0), the first one with ``reuse_batch``."""
         if self.reuse_batch or iteration < self.warmup_iters:
             return 'experts'
         experts, router = self.lengths
-        in_cycle = (iteration - self.warmup_iters) % (experts + router)
-        return 'experts' if in_cycle < experts else 'router'
+        return 'experts' if (iteration - self.warmup_iters) % (experts + router) < experts else 'router'
 
     def repeats_batch(self, iteration: int) -> bool:
         """Whether a step of the router follows on the batch of this iteration."""
@@ -168,12 +163,7 @@ class AlternatingOptimHook(Hook):
 
         >>> custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True)]
 
-        Either needs an optimizer for each group:
-
-        >>> optim_wrapper = dict(
-        ...     constructor='AlternatingOptimWrapperConstructor',
-        ...     experts=dict(optimizer=dict(type='SGD', lr=0.1)),
-        ...     router=dict(optimizer=dict(type='SGD', lr=0.01)))
+        Either needs an optimizer for each group, see :class:`AlternatingOptimWrapperConstructor`.
     """
 
     # Before RuntimeInfoHook, which puts the outputs of an iteration into the log.
@@ -250,12 +240,8 @@ def _named_by_turn(outputs: Mapping[str, Any], turn: str) -> dict[str, Any]:
 
 def _copy_batch(batch: Any) -> Any:
     """Copy a batch, deep enough that no change of the original reaches the copy."""
-    if isinstance(batch, (Tensor, BaseDataElement)):
-        return batch.clone()
     if isinstance(batch, Mapping):
         return {key: _copy_batch(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, '_fields'):
-        return type(batch)(*(_copy_batch(value) for value in batch))
-    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        return type(batch)(_copy_batch(value) for value in batch)
-    return batch
+    if isinstance(batch, (list, tuple)):
+        return [_copy_batch(value) for value in batch]
+    return batch.clone() if isinstance(batch, (Tensor, BaseDataElement)) else batch

@@ -115,14 +115,11 @@ class RouterHealthHook(Hook):
             return
         tally.reduce()
         per_router = tally.measure()
-        mean = {
-            key: (max if key == 'max_logit' else _mean)([scalars[key] for scalars in per_router])
-            for key in per_router[0]
-        }
+        mean = {key: sum(scalars[key] for scalars in per_router) / len(per_router) for key in per_router[0]}
+        mean['max_logit'] = max(scalars['max_logit'] for scalars in per_router)
         scalars = {f'router/{key}': value for key, value in mean.items()}
         if len(per_router) > 1:
-            for index, measured in enumerate(per_router):
-                scalars.update({f'router/{index}/{k}': v for k, v in measured.items()})
+            scalars |= {f'router/{i}/{key}': value for i, own in enumerate(per_router) for key, value in own.items()}
         for key, value in scalars.items():
             runner.message_hub.update_scalar(key, value)
         runner.visualizer.add_scalars(scalars, step=step)
@@ -155,12 +152,11 @@ class _GradientCheck:
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         parameters = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
-        if not parameters:
-            return
         # The largest magnitude is finite exactly when all are; a sum of squares could overflow.
         largest = [torch.linalg.vector_norm(p.grad, math.inf) for p in parameters]
-        for parameter, finite in zip(parameters, torch.stack(largest).isfinite().tolist()):
-            if not finite:
+        finite = torch.stack(largest).isfinite().tolist() if largest else []
+        for parameter, is_finite in zip(parameters, finite):
+            if not is_finite:
                 raise NonFiniteError(f'gradient of {self.names[id(parameter)]}')
 
 
@@ -216,14 +212,12 @@ class _Tally:
         measured = []
         for router, max_logit in enumerate(self.max_logit.tolist()):
             counts = {VIEWS[view]: self.counts[view, router] for view in seen}
+            shares = {view: count / count.sum() for view, count in counts.items()}
             scalars = {
-                f'share_{view}_{expert}': share
-                for view, count in counts.items()
-                for expert, share in enumerate((count / count.sum()).tolist())
+                f'share_{view}_{n}': each for view, share in shares.items() for n, each in enumerate(share.tolist())
             }
-            load = counts[VIEWS[seen[0]]]
             scalars['entropy'] = float(self.entropy[router] / self.softmaxes[router])
-            scalars['load_entropy'] = float(torch.special.entr(load / load.sum()).sum())
+            scalars['load_entropy'] = float(torch.special.entr(shares[VIEWS[seen[0]]]).sum())
             scalars['max_logit'] = max_logit
             if self.pairs[router]:
                 scalars['route_changed'] = float(self.changed[router] / self.pairs[router])
@@ -231,10 +225,6 @@ class _Tally:
                 scalars['dropped'] = float(self.dropped[router] / self.counts[:, router].sum())
             measured.append(scalars)
         return measured
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _entropy(routing: Routing) -> Tensor:
@@ -251,9 +241,7 @@ def _summary(scalars: dict[str, float], num_experts: int, num_routers: int) -> s
             parts.append(f'share {view}: ' + '/'.join(f'{share:.3f}' for share in shares))
     if 'route_changed' in scalars:
         parts.append(f'route changed: {scalars["route_changed"]:.2%}')
-    parts.append(
-        f'entropy: {scalars["entropy"]:.3f} (of the load {scalars["load_entropy"]:.3f}, at most '
-        f'{math.log(num_experts):.3f})'
+    of_the_load = f'(of the load {scalars["load_entropy"]:.3f}, at most {math.log(num_experts):.3f})'
+    return '  '.join(
+        [*parts, f'entropy: {scalars["entropy"]:.3f} {of_the_load}', f'max |logit|: {scalars["max_logit"]:.3g}']
     )
-    parts.append(f'max |logit|: {scalars["max_logit"]:.3g}')
-    return '  '.join(parts)

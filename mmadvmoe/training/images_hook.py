@@ -1,4 +1,4 @@
-"""Shows in the course of training what an attack makes of images, and what the model makes of them."""
+"""Pictures of adversarial images in the course of training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = 'adversarial_images'
 
 @HOOKS.register_module()
 class AdversarialImagesHook(Hook):
-    """Draws a grid of adversarial images every few epochs.
+    """Draw a grid of adversarial images every few epochs.
 
     The grid shows clean images, attacked images and what changed, each with the predicted class and the route. The
     images are always the same, spread evenly over the validation data, and are attacked with the same seed, so that

@@ -22,15 +22,15 @@ class AlternatingOptimWrapper(OptimWrapperDict):
 
     All that a ``train_step`` of MMEngine calls (``optim_context``, ``update_params`` and what they use) acts on the
     active one, so models and model wrappers train in turns without knowing it. Learning rates and gradient norms are
-    logged under the name of their group: ``experts.lr``, ``router.grad_norm``.
-
-    Built by :class:`AlternatingOptimWrapperConstructor`; ``AlternatingOptimHook`` decides whose turn it is.
+    logged under the name of their group: ``experts.lr``, ``router.grad_norm``. Built by
+    :class:`AlternatingOptimWrapperConstructor`.
 
     Args:
         experts (OptimWrapper): Holds θ, every parameter that is not below a router.
         router (OptimWrapper): Holds ψ.
 
     Attributes:
+        active_name (str): The group whose turn it is, ``'experts'`` or ``'router'``.
         count_before (Callable, optional): Gives the backward passes of a group (str) before an iteration (int). Set
             by ``AlternatingOptimHook`` before training.
     """
@@ -38,21 +38,16 @@ class AlternatingOptimWrapper(OptimWrapperDict):
     def __init__(self, *, experts: OptimWrapper, router: OptimWrapper) -> None:
         super().__init__(experts=experts, router=router)
         self.count_before: Optional[Callable[[str, int], int]] = None
-        self._active_name = 'experts'
+        self.active_name = 'experts'
         for name, optim_wrapper in self.items():
             if optim_wrapper.clip_grad_kwargs:
                 # MMEngine logs the norm as `train/{grad_name}`, where one group would overwrite the other.
                 optim_wrapper.grad_name = f'{name}.{optim_wrapper.grad_name}'
 
     @property
-    def active_name(self) -> str:
-        """``'experts'`` or ``'router'``."""
-        return self._active_name
-
-    @property
     def active(self) -> OptimWrapper:
         """The optimizer wrapper whose turn it is."""
-        return self.optim_wrappers[self._active_name]
+        return self.optim_wrappers[self.active_name]
 
     @property
     def accumulative_counts(self) -> dict[str, int]:
@@ -68,7 +63,7 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         Raises:
             ValueError: ``name`` is no group.
         """
-        self._active_name = choose(name, GROUPS, 'parameter group')
+        self.active_name = choose(name, GROUPS, 'parameter group')
         for optim_wrapper in self.values():
             if optim_wrapper.inner_count % optim_wrapper._accumulative_counts == 0:
                 optim_wrapper.zero_grad()
@@ -160,14 +155,8 @@ class AlternatingOptimWrapperConstructor:
     Examples:
         >>> optim_wrapper = dict(
         ...     constructor='AlternatingOptimWrapperConstructor',
-        ...     experts=dict(
-        ...         type='OptimWrapper',
-        ...         optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=5e-4),
-        ...         paramwise_cfg=dict(norm_decay_mult=0.)),
-        ...     router=dict(
-        ...         type='OptimWrapper',
-        ...         optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4),
-        ...         clip_grad=dict(max_norm=1.)))
+        ...     experts=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9), paramwise_cfg=dict(norm_decay_mult=0.)),
+        ...     router=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9), clip_grad=dict(max_norm=1.)))
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: Optional[dict] = None) -> None:
@@ -180,9 +169,7 @@ class AlternatingOptimWrapperConstructor:
         for name in GROUPS:
             group = optim_wrapper_cfg[name]
             if not isinstance(group, dict):
-                raise TypeError(
-                    f'optim_wrapper.{name} must be the config (dict) of an optimizer wrapper, got {group!r}'
-                )
+                raise TypeError(f'optim_wrapper.{name} must be the config (dict) of an OptimWrapper, got {group!r}')
             if 'optimizer' not in group:
                 raise ValueError(
                     f"optim_wrapper.{name} has no 'optimizer'; give it one, such as optimizer=dict(type='SGD', lr=0.1)"
@@ -207,10 +194,7 @@ class AlternatingOptimWrapperConstructor:
         wrappers = {}
         for name in GROUPS:
             if not any(parameter.requires_grad for _, parameter in groups[name]):
-                raise ValueError(
-                    f'optim_wrapper.{name}: all parameters of the {name} are frozen, so there is nothing to train in '
-                    'its turns'
-                )
+                raise ValueError(f'optim_wrapper.{name}: all parameters of the {name} are frozen: nothing to train')
             with _only(model, groups[name]):
                 wrappers[name] = build_optim_wrapper(model, self.optim_wrapper_cfg[name])
         _check_cover(model, wrappers)

@@ -1,4 +1,4 @@
-"""Widths of layers and sizes of images that a backbone can have.
+"""Checks of the widths of a backbone's layers and of the sizes of its images.
 
 A pathway of scale r has r times the channels of the dense network. In a config that is one whole number: the
 ``base_channels`` of a ResNet, a WideResNet or a VGG, the ``growth_rate`` of a DenseNet.
@@ -13,26 +13,15 @@ from torch import Tensor, nn
 
 #: Config keys that hold a number of channels, and the layers that get it.
 WIDTHS = dict(
-    stem_channels='the stem',
-    init_channels='the stem',
-    base_channels='the first stage',
-    growth_rate='each dense layer',
+    stem_channels='the stem', init_channels='the stem', base_channels='the first stage', growth_rate='each dense layer'
 )
 
 
 def check_width(key: str, value: Any, layer: str) -> int:
-    """Refuse a number of channels that no layer can have.
-
-    Args:
-        key (str): Config key, for the message.
-        value: What the config says.
-        layer (str): The layer or layers that get this width.
-
-    Returns:
-        int: ``value``.
+    """Give ``value``, the width of ``layer`` in the config key ``key``, back if it is a number of channels.
 
     Raises:
-        ValueError: ``value`` is not a whole number of at least 1; the message names the nearest one.
+        ValueError: It is not a whole number of at least 1; the message names the nearest one.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
@@ -46,11 +35,7 @@ def check_width(key: str, value: Any, layer: str) -> int:
 
 
 def check_widths(cfg: Mapping[str, Any], key: str = 'model') -> None:
-    """Check every width in the config of a model, before anything is built.
-
-    Args:
-        cfg (Mapping): Config of a model or of a part of it.
-        key (str): Where this config stands. Defaults to ``'model'``.
+    """Check every width in the config of a model or of a part of it, before anything is built.
 
     Raises:
         ValueError: A width is not a whole number of at least 1.
@@ -68,9 +53,9 @@ def check_image_size(backbone: nn.Module, images: Tensor, least: int, layers: st
     Args:
         backbone (nn.Module): For the message.
         images (Tensor): (B, C, H, W).
-        least (int): What height and width must be at least.
-        layers (str): The layers that make them smaller, for the message.
-        setting (str): What in the config makes fewer of these, for the message.
+        least (int): Smallest height and width.
+        layers (str): The layers that make images smaller, for the message.
+        setting (str): The setting that makes fewer of these, for the message.
 
     Raises:
         ValueError: Height or width is below ``least``.

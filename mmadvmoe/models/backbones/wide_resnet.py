@@ -79,10 +79,7 @@ class WideResNet(BaseBackbone):
     ) -> None:
         super().__init__(
             init_cfg
-            or [
-                dict(type='Kaiming', layer=['Conv2d']),
-                dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm']),
-            ]
+            or [dict(type='Kaiming', layer=['Conv2d']), dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm'])]
         )
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f'backbone.depth={depth} must be 6n + 4 with n >= 1, such as 16, 22, 28, 34 or 40')
