@@ -3,8 +3,16 @@
 from .backbones import AdaptiveAveragePooling, DenseNet_CIFAR, ScaledVGG, WideResNet, WideResNet_CIFAR
 from .classifier import RobustClassifier, RoutingRecord
 from .data_preprocessor import AdvDataPreprocessor
-from .finite import NonFiniteError, check_finite
-from .losses import AdversarialCrossEntropyLoss, MARTLoss, Objective, Outputs, RobustBatch, TRADESLoss
+from .losses import (
+    AdversarialCrossEntropyLoss,
+    MARTLoss,
+    NonFiniteError,
+    Objective,
+    Outputs,
+    RobustBatch,
+    TRADESLoss,
+    check_finite,
+)
 from .router_losses import (
     RouterBalanceLoss,
     RouterGlobalEntropyLoss,

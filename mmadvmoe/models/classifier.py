@@ -18,8 +18,7 @@ from mmadvmoe.moe import Routing, forward_routed
 from mmadvmoe.utils import choose
 
 from .data_preprocessor import AdvDataPreprocessor, targets_of
-from .finite import check_finite
-from .losses import Objective, Outputs, RobustBatch
+from .losses import Objective, Outputs, RobustBatch, check_finite
 
 
 @dataclass(frozen=True)

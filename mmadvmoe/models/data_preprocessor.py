@@ -14,7 +14,7 @@ from mmadvmoe.attacks import BoundAttack, NonFiniteImagesError, Victim, build_at
 from mmadvmoe.moe import GROUPS
 from mmadvmoe.utils import choose
 
-from .finite import NonFiniteError
+from .losses import NonFiniteError
 
 MODES = ('pair', 'replace')
 _MAX_PIXEL = 255.0

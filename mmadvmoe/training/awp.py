@@ -21,9 +21,9 @@ class AWPOptimWrapper(OptimWrapper):
     .. math:: v = \gamma \, \lVert w \rVert \, g / \lVert g \rVert, \quad g = \nabla_w L(w), \quad
               w \leftarrow w - \eta \nabla_w L(w + v)
 
-    for each weight tensor w of this wrapper's optimizer that has more than one dimension; norm layers and biases are
-    left alone. Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", arXiv:2004.05884,
-    equations 7 to 11, with one step of ascent.
+    for each weight tensor w of this optimizer that has more than one dimension, not for norm layers and biases. Wu et
+    al., "Adversarial Weight Perturbation Helps Robust Generalization", arXiv:2004.05884, equations 7 to 11, with one
+    step of ascent.
 
     An iteration costs one more forward and backward pass, on the adversarial images that were crafted at w. Losses in
     the log are those at w, and so are the statistics that norm layers keep. Works alone or as either group of an

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -83,7 +84,7 @@ class RouterHealthHook(Hook):
         for member in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper,):
             # A loss scaler produces such gradients on purpose, and skips the step itself.
             if not isinstance(member, (AmpOptimWrapper, ApexOptimWrapper)):
-                self._handles.append(member.optimizer.register_step_pre_hook(_GradientCheck(names)))
+                self._handles.append(member.optimizer.register_step_pre_hook(partial(_check_gradients, names)))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[dict] = None
@@ -144,20 +145,15 @@ class RouterHealthHook(Hook):
             )
 
 
-class _GradientCheck:
-    """Refuse a step of an optimizer on gradients that are not finite."""
-
-    def __init__(self, names: dict[int, str]) -> None:
-        self.names = names
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        parameters = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
-        # The largest magnitude is finite exactly when all are; a sum of squares could overflow.
-        largest = [torch.linalg.vector_norm(p.grad, math.inf) for p in parameters]
-        finite = torch.stack(largest).isfinite().tolist() if largest else []
-        for parameter, is_finite in zip(parameters, finite):
-            if not is_finite:
-                raise NonFiniteError(f'gradient of {self.names[id(parameter)]}')
+def _check_gradients(names: dict[int, str], optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Refuse a step of an optimizer on gradients that are not finite; ``names`` are those of the parameters by id."""
+    parameters = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
+    # The largest magnitude is finite exactly when all are; a sum of squares could overflow.
+    largest = [torch.linalg.vector_norm(p.grad, math.inf) for p in parameters]
+    finite = torch.stack(largest).isfinite().tolist() if largest else []
+    for parameter, is_finite in zip(parameters, finite):
+        if not is_finite:
+            raise NonFiniteError(f'gradient of {names[id(parameter)]}')
 
 
 class _Tally:
