@@ -160,10 +160,7 @@ def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]
     if len(mean) != len(std):
         raise ValueError(f'data_preprocessor.mean={mean} and data_preprocessor.std={std} differ in length')
     if min(std) <= 0 or max(std) > _MAX_PIXEL or min(mean) < 0 or max(mean) > _MAX_PIXEL:
-        raise ValueError(
-            f'data_preprocessor.mean={mean}, std={std} must lie in the scale of the images: mean in [0, 255], std in '
-            '(0, 255]'
-        )
+        raise ValueError(f'data_preprocessor.mean={mean}, std={std}: allowed are mean in [0, 255], std in (0, 255]')
     # A mean of 0 and, beside a mean in 0..255, a std of 1 leave pixels as they are and tell nothing of the scale.
     if 0 < max(mean) <= 1 or min(std) < 1 or (max(std) <= 1 and max(mean) <= 1):
         raise ValueError(

@@ -56,6 +56,15 @@ def check_weight(name: str, value: float) -> float:
     return value
 
 
+def check_hard_labels(name: str, target: Tensor) -> None:
+    """Raise ValueError if the labels of a batch are class probabilities, which name no true class."""
+    if target.dim() != 1:
+        raise ValueError(
+            f'{name} needs hard labels, class indices, got class probabilities of shape {tuple(target.shape)} '
+            '(gt_score, or batch augmentations that mix labels, train_cfg.augments); use TRADESLoss'
+        )
+
+
 class Objective(nn.Module):
     """Base of the losses of a :class:`RobustClassifier`.
 
@@ -132,16 +141,8 @@ class MARTLoss(Objective):
         self.weight = check_weight('MARTLoss.weight', weight)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
-        """Give ``loss_adversarial``, ``loss_margin`` and ``loss_robust``.
-
-        Raises:
-            ValueError: The targets are class probabilities, which name no true class.
-        """
-        if batch.target.dim() != 1:
-            raise ValueError(
-                'MARTLoss needs hard labels: it cannot serve batch augmentations that mix them (train_cfg.augments) or '
-                'gt_score; use TRADESLoss as robust_loss'
-            )
+        """Give ``loss_adversarial``, ``loss_margin`` and ``loss_robust``; ValueError for soft labels."""
+        check_hard_labels('MARTLoss', batch.target)
         clean, adversarial = batch.clean.logits, batch.adversarial.logits
         true_class = batch.target[:, None]
         others = adversarial.float().softmax(dim=1).scatter(1, true_class, 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmadvmoe.attacks import kl_divergence
 from mmadvmoe.moe import Routing
 
-from .losses import Objective, RobustBatch, check_weight
+from .losses import Objective, RobustBatch, check_hard_labels, check_weight
 
 
 class RouterObjective(Objective):
@@ -45,16 +45,8 @@ class RouterLabelLoss(RouterObjective):
         self.beta = check_weight('RouterLabelLoss.beta', beta)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
-        """Give ``loss_route_label`` and ``loss_route_robust``.
-
-        Raises:
-            ValueError: The targets are class probabilities, which name no expert.
-        """
-        if batch.target.dim() != 1:
-            raise ValueError(
-                'RouterLabelLoss needs class indices as labels, got class probabilities (gt_score) of shape '
-                f'{tuple(batch.target.shape)}; use TRADESLoss as router_loss'
-            )
+        """Give ``loss_route_label`` and ``loss_route_robust``; ValueError for soft labels."""
+        check_hard_labels('RouterLabelLoss', batch.target)
         num_routers = len(batch.clean.routings)
         label = sum(_label_loss(routing, batch.target) for routing in batch.clean.routings) / num_routers
         robust = _route_divergence(batch) / num_routers

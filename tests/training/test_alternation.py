@@ -209,6 +209,21 @@ def test_an_error_inside_a_step_leaves_no_group_fixed():
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
 
 
+@MODELS.register_module()
+class FailsInsideAStep(RobustClassifier):
+    def train_step(self, data, optim_wrapper):
+        raise FloatingPointError('inside a step')
+
+
+def test_a_training_after_one_that_failed_starts_from_a_whole_model(tmp_path):
+    runner = build_runner(run_cfg(tmp_path, model=model_cfg(type='FailsInsideAStep')))
+    with pytest.raises(FloatingPointError):
+        runner.train()
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, AlternatingOptimHook))
+    hook.before_train(runner)
+    assert all(p.requires_grad for p in runner.model.parameters()) and all(m.training for m in runner.model.modules())
+
+
 def test_what_was_frozen_before_stays_frozen(tmp_path):
     runner = build_runner(run_cfg(tmp_path, epochs=1))
     runner.model.head.requires_grad_(False)

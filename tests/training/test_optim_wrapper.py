@@ -258,7 +258,7 @@ def test_state_of_both_groups_round_trips_and_any_other_is_refused():
 
 def test_unknown_group_is_refused():
     wrapper = build_optim_wrapper(Routed(), turns_cfg())
-    with pytest.raises(ValueError, match=r"'rooter' is unknown \(did you mean 'router'"):
+    with pytest.raises(ValueError, match="'rooter' .*did you mean 'router'"):
         wrapper.activate('rooter')
 
 
