@@ -176,8 +176,8 @@ class _Tally:
         for view, routings in enumerate((clean, adversarial)):
             if routings:
                 self.counts[view] += torch.tensor([routing.counts for routing in routings])
-                largest = torch.stack([routing.logits.abs().amax().double() for routing in routings])
-                self.max_logit = torch.maximum(self.max_logit, largest)
+                largest = [_largest_logit(routing) for routing in routings]
+                self.max_logit = torch.maximum(self.max_logit, torch.stack(largest))
                 self.dropped += torch.tensor([getattr(routing, 'dropped', 0) for routing in routings])
         self.entropy = self.entropy + torch.stack([_entropy(r) for r in clean or adversarial])
         self.softmaxes += torch.tensor([r.logits.numel() // r.num_experts for r in clean or adversarial])
@@ -221,6 +221,10 @@ class _Tally:
                 scalars['dropped'] = float(self.dropped[router] / self.counts[:, router].sum())
             measured.append(scalars)
         return measured
+
+
+def _largest_logit(routing: Routing) -> Tensor:
+    return routing.logits.abs().amax().double()
 
 
 def _entropy(routing: Routing) -> Tensor:
