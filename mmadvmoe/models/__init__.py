@@ -1,25 +1,27 @@
-from .backbones import DenseNet_CIFAR, ScaledVGG, WideResNet, WideResNet_CIFAR
-from .balance_objectives import (
-    RouterBalanceLoss,
-    RouterGlobalEntropyLoss,
-    RouterImportanceLoss,
-    RouterLoadLoss,
-    RouterLocalEntropyLoss,
-    RouterZLoss,
-)
+"""The classifier that learns from adversarial images, its data preprocessor, its losses, and backbones."""
+
+from .backbones import AdaptiveAveragePooling, DenseNet_CIFAR, ScaledVGG, WideResNet, WideResNet_CIFAR
 from .classifier import RobustClassifier, RoutingRecord
 from .data_preprocessor import AdvDataPreprocessor
-from .finite import NonFiniteError, check_finite
-from .more_objectives import MARTLoss
-from .necks import AdaptiveAveragePooling
-from .objectives import (
+from .losses import (
     AdversarialCrossEntropyLoss,
+    MARTLoss,
+    NonFiniteError,
     Objective,
     Outputs,
     RobustBatch,
+    TRADESLoss,
+    check_finite,
+)
+from .router_losses import (
+    RouterBalanceLoss,
+    RouterGlobalEntropyLoss,
+    RouterImportanceLoss,
     RouterKLLoss,
     RouterLabelLoss,
-    TRADESLoss,
+    RouterLoadLoss,
+    RouterLocalEntropyLoss,
+    RouterZLoss,
 )
 
 __all__ = [

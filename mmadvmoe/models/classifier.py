@@ -18,17 +18,12 @@ from mmadvmoe.moe import Routing, forward_routed
 from mmadvmoe.utils import choose
 
 from .data_preprocessor import AdvDataPreprocessor, targets_of
-from .finite import check_finite
-from .objectives import Objective, Outputs, RobustBatch
+from .losses import Objective, Outputs, RobustBatch, check_finite
 
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """The routes of the last training forward pass, without gradients, for logs.
-
-    Attributes:
-        clean, adversarial (tuple[Routing]): One per router; empty where that side was not run.
-    """
+    """The routes of a training step, without gradients: one per router, none where that side was not run."""
 
     clean: tuple[Routing, ...] = ()
     adversarial: tuple[Routing, ...] = ()
@@ -42,8 +37,8 @@ class RobustClassifier(ImageClassifier):
     The head's own loss (label smoothing, soft labels) is the classification loss inside the objectives.
 
     Args:
-        robust_loss (dict or list[dict], optional): The objective, or several that are summed up (terms of the same
-            name show as one sum in the log); minimised in joint training and in the experts' turn. Defaults to
+        robust_loss (dict or list[dict], optional): The objective, or several that are summed up (in the log, too, where
+            terms share a name); minimised in joint training and in the experts' turn. Defaults to
             ``dict(type='TRADESLoss', beta=6.)``.
         router_loss (dict or list[dict], optional): The objective of the router's turn. Defaults to None: that of
             ``robust_loss``, as in the AdvMoE paper.
@@ -55,8 +50,7 @@ class RobustClassifier(ImageClassifier):
             training), until somebody takes them.
 
     Raises:
-        TypeError: The head has no single loss over one softmax of class logits, so it cannot serve; or a loss is not
-            the config of an objective.
+        TypeError: The head has no single loss over one softmax of class logits, or a loss is no config of an objective.
         ValueError: An objective is unknown, is about routers that a dense network does not have, cannot serve the
             batch augmentations, or nothing in ``robust_loss`` trains the experts.
     """
@@ -75,17 +69,14 @@ class RobustClassifier(ImageClassifier):
         super().__init__(*args, data_preprocessor=data_preprocessor, **kwargs)
         _check_head(self.head)
         self.routing_records: dict[Optional[str], RoutingRecord] = {}
-        if robust_loss is None:
-            robust_loss = dict(type='TRADESLoss')
+        robust_loss = dict(type='TRADESLoss') if robust_loss is None else robust_loss
         self.robust_loss = self._build_objectives('robust_loss', robust_loss)
         if not any(objective.needs_classes for objective in self.robust_loss):
             raise ValueError(
                 f'robust_loss={robust_loss!r} is about router logits alone, from which the experts learn nothing; add '
                 "dict(type='TRADESLoss') to it, or set it as router_loss"
             )
-        self.router_loss = None
-        if router_loss is not None:
-            self.router_loss = self._build_objectives('router_loss', router_loss)
+        self.router_loss = None if router_loss is None else self._build_objectives('router_loss', router_loss)
         if isinstance(self.data_preprocessor, AdvDataPreprocessor):
             self.data_preprocessor.bind_victim(Victim.from_classifier(self))
 
@@ -95,16 +86,16 @@ class RobustClassifier(ImageClassifier):
             raise ValueError(f'{key}={cfg!r} must hold at least one objective; allowed: {_objective_names()}')
         objectives = nn.ModuleList(_build_objective(key, item) for item in cfgs)
         for objective in objectives:
+            name = f'{key}: {type(objective).__name__}'
             if objective.needs_hard_labels and getattr(self.data_preprocessor, 'batch_augments', None) is not None:
                 raise ValueError(
-                    f'{key}: {type(objective).__name__} needs class indices as labels, which the batch augmentations '
-                    '(train_cfg.augments, data_preprocessor.batch_augments) mix; use TRADESLoss or drop the '
-                    'augmentations'
+                    f'{name} needs class indices as labels, which the batch augmentations (train_cfg.augments, '
+                    'data_preprocessor.batch_augments) mix; use TRADESLoss or drop the augmentations'
                 )
             if objective.needs_routers and not getattr(self.backbone, 'num_routers', 0):
                 raise ValueError(
-                    f'{key}: {type(objective).__name__} is about router logits, but the backbone '
-                    f'{type(self.backbone).__name__} has no router; it takes a MoEBackbone with num_experts >= 2'
+                    f'{name} is about router logits, but the backbone {type(self.backbone).__name__} has no router; '
+                    'it takes a MoEBackbone with num_experts >= 2'
                 )
         return objectives
 
@@ -116,7 +107,7 @@ class RobustClassifier(ImageClassifier):
         adv_inputs: Optional[Tensor] = None,
         turn: Optional[str] = None,
     ) -> Union[Tensor, dict, list[DataSample]]:
-        """As ``ImageClassifier.forward``, with the adversarial batch beside the clean one for ``mode='loss'``.
+        """As ``ImageClassifier.forward``, with two more arguments for ``mode='loss'``.
 
         Args:
             inputs (Tensor): Network inputs, (B, C, H, W).
@@ -156,8 +147,7 @@ class RobustClassifier(ImageClassifier):
             classification_loss=lambda logits: self.head._get_loss(logits, data_samples)['loss'],
         )
         self.routing_records[turn] = RoutingRecord(
-            clean=tuple(routing.detach() for routing in batch.clean.routings),
-            adversarial=tuple(routing.detach() for routing in batch.adversarial.routings),
+            *(tuple(routing.detach() for routing in side.routings) for side in (batch.clean, batch.adversarial))
         )
         losses: dict[str, Tensor] = {}
         for objective in objectives:

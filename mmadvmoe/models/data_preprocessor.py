@@ -14,7 +14,7 @@ from mmadvmoe.attacks import BoundAttack, NonFiniteImagesError, Victim, build_at
 from mmadvmoe.moe import GROUPS
 from mmadvmoe.utils import choose
 
-from .finite import NonFiniteError
+from .losses import NonFiniteError
 
 MODES = ('pair', 'replace')
 _MAX_PIXEL = 255.0
@@ -25,8 +25,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
     """MMPretrain's data preprocessor, with an attack on the training batch.
 
     Images are collated and augmented as by ``ClsDataPreprocessor``, brought to [0, 1], attacked there, and only then
-    normalised, so a threat model is always in the scale of the images. The attack runs on the bare model, never on
-    a distributed wrapper around it.
+    normalised, so a threat model is always in the scale of the images.
 
     Args:
         attack (dict, optional): Config of the attack of a training step, built from ``ATTACKS``. Defaults to None:
@@ -65,11 +64,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         self._attacks: dict[Optional[str], BoundAttack] = {}
 
     def bind_victim(self, victim: Victim) -> None:
-        """Name the model that training attacks.
-
-        Args:
-            victim (Victim): The bare model as a function of images in [0, 1].
-        """
+        """Name the model that training attacks, as a function of images in [0, 1]."""
         self._attacks = {}
         if self.attack_cfg is not None:
             self._attacks = dict.fromkeys((None, *GROUPS), build_attack(self.attack_cfg, victim))
@@ -96,13 +91,13 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         """Collate, and in training craft adversarial images.
 
         Args:
-            data (dict): ``inputs``, images in 0..255, and ``data_samples``, as the data loader gives them; and in
-                training in turns ``turn``, which decides the attack.
+            data (dict): ``inputs``, images in 0..255, and ``data_samples``, as the data loader gives them; in training
+                in turns also ``turn``, which decides the attack.
             training (bool): Whether this is a training step.
 
         Returns:
-            dict: ``inputs``, ``data_samples`` and, in training with ``mode='pair'``, ``adv_inputs`` and ``turn``, if
-            any; inputs are (B, C, H, W).
+            dict: ``inputs`` (B, C, H, W), ``data_samples`` and, in training with ``mode='pair'``, ``adv_inputs`` and
+            ``turn``, if there is one.
 
         Raises:
             ValueError: Images differ in size, are not in 0..255, or a training batch holds a single image.
@@ -123,13 +118,9 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         turn = data.get('turn')
         adversarial = self.normalize(self._attack(images, batch['data_samples'], turn))
         if self.mode == 'replace':
-            batch['inputs'] = adversarial
-        else:
-            batch['inputs'] = self.normalize(images)
-            batch['adv_inputs'] = adversarial
-            if turn is not None:
-                batch['turn'] = turn
-        return batch
+            return dict(batch, inputs=adversarial)
+        batch.update(inputs=self.normalize(images), adv_inputs=adversarial)
+        return batch if turn is None else dict(batch, turn=turn)
 
     def _attack(self, images: Tensor, data_samples: Sequence, turn: Optional[str]) -> Tensor:
         if not self._attacks:
@@ -137,10 +128,9 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
                 'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
                 "dict(type='BindVictimHook') to custom_hooks"
             )
-        labels = targets_of(data_samples)
         attack = self._attacks[turn]
         try:
-            return attack(images, labels.to(images.device))
+            return attack(images, targets_of(data_samples).to(images.device))
         except NonFiniteImagesError as error:
             raise NonFiniteError(_diagnose(images, attack)) from error
 
@@ -170,10 +160,7 @@ def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]
     if len(mean) != len(std):
         raise ValueError(f'data_preprocessor.mean={mean} and data_preprocessor.std={std} differ in length')
     if min(std) <= 0 or max(std) > _MAX_PIXEL or min(mean) < 0 or max(mean) > _MAX_PIXEL:
-        raise ValueError(
-            f'data_preprocessor.mean={mean}, std={std} must lie in the scale of the images: mean in [0, 255], std in '
-            '(0, 255]'
-        )
+        raise ValueError(f'data_preprocessor.mean={mean}, std={std}: allowed are mean in [0, 255], std in (0, 255]')
     # A mean of 0 and, beside a mean in 0..255, a std of 1 leave pixels as they are and tell nothing of the scale.
     if 0 < max(mean) <= 1 or min(std) < 1 or (max(std) <= 1 and max(mean) <= 1):
         raise ValueError(
@@ -183,11 +170,7 @@ def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]
 
 
 def check_images(inputs: Sequence[Tensor], loader: str) -> None:
-    """Check that images can make up a batch of pixels in 0..255.
-
-    Args:
-        inputs (Sequence[Tensor]): Images (C, H, W), or one tensor (B, C, H, W).
-        loader (str): Config key of their data loader, for messages.
+    """Check that images, each (C, H, W), can make up a batch of pixels in 0..255; ``loader`` is for messages.
 
     Raises:
         ValueError: Images differ in size, or floating point images are not in 0..255.

@@ -1,13 +1,12 @@
 """How experts and router are trained in turns, and what watches over it."""
 
-from .alternation import AlternatingOptimHook, TurnSchedule, fixed_but
+from .alternation import AlternatingOptimHook, TurnSchedule
 from .amp import CPUAmpOptimWrapper
 from .awp import AWPOptimWrapper
 from .bind_victim_hook import BindVictimHook
 from .health_hook import RouterHealthHook
 from .images_hook import AdversarialImagesHook
-from .optim_constructor import AlternatingOptimWrapperConstructor
-from .optim_wrapper import AlternatingOptimWrapper
+from .optim_wrapper import AlternatingOptimWrapper, AlternatingOptimWrapperConstructor
 
 __all__ = [
     'AWPOptimWrapper',
@@ -19,5 +18,4 @@ __all__ = [
     'CPUAmpOptimWrapper',
     'RouterHealthHook',
     'TurnSchedule',
-    'fixed_but',
 ]

@@ -3,17 +3,17 @@
 arXiv:2308.10110, algorithm 1, as the parts of this package run it::
 
     for each iteration:
-        turn = schedule.turn_at(iteration)           # 'experts' or 'router'              TurnSchedule
-        batch = next batch, with batch['turn'] = turn                                     AlternatingOptimHook
-        with the other group fixed:                                                       fixed_but
-            attack the batch                         # the attack of this turn            AdvDataPreprocessor
-            loss of the turn on clean and adversarial images                              RobustClassifier
-            step the optimizer of the turn                                                AlternatingOptimWrapper
+        turn = schedule.turn_at(iteration)                      # TurnSchedule: 'experts' or 'router'
+        batch = next batch; batch['turn'] = turn                # AlternatingOptimHook.before_train_iter
+        with train_only(model, turn):                           # the other group is fixed
+            attack the batch                                    # AdvDataPreprocessor: the attack of this turn
+            loss of the turn on clean and adversarial images    # RobustClassifier.loss
+            step the optimizer of the turn                      # AlternatingOptimWrapper
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
@@ -38,14 +38,11 @@ class TurnSchedule:
 
     After ``warmup_iters`` iterations of experts only, a cycle of ``k_experts`` updates of the experts and ``k_router``
     updates of the router repeats. An update takes as many iterations as its group accumulates gradients over, so a turn
-    never ends with half an update.
+    never ends with half an update. With ``reuse_batch``, each iteration holds a step of the experts and, after the
+    warm-up, a step of the router.
 
     Args:
-        k_experts (int): Updates of the experts in one cycle. Defaults to 1.
-        k_router (int): Updates of the router in one cycle. Defaults to 1.
-        warmup_iters (int): Iterations at the start that belong to the experts alone. Defaults to 0.
-        reuse_batch (bool): Each iteration holds a step of the experts and, after the warm-up, a step of the router on
-            the same batch, as in the public code of AdvMoE. Defaults to False: a new batch each turn, as in the paper.
+        k_experts, k_router, warmup_iters, reuse_batch: See :class:`AlternatingOptimHook`.
         accumulative_counts (Mapping[str, int]): Iterations per update of each group. Defaults to 1 and 1.
 
     Raises:
@@ -84,16 +81,14 @@ class TurnSchedule:
     @property
     def lengths(self) -> tuple[int, int]:
         """Iterations of a turn of the experts and of a turn of the router."""
-        counts = self.accumulative_counts
-        return self.k_experts * counts['experts'], self.k_router * counts['router']
+        return self.k_experts * self.accumulative_counts['experts'], self.k_router * self.accumulative_counts['router']
 
     def turn_at(self, iteration: int) -> str:
         """The group that steps in an iteration (counted from 0), the first one with ``reuse_batch``."""
         if self.reuse_batch or iteration < self.warmup_iters:
             return 'experts'
         experts, router = self.lengths
-        in_cycle = (iteration - self.warmup_iters) % (experts + router)
-        return 'experts' if in_cycle < experts else 'router'
+        return 'experts' if (iteration - self.warmup_iters) % (experts + router) < experts else 'router'
 
     def repeats_batch(self, iteration: int) -> bool:
         """Whether a step of the router follows on the batch of this iteration."""
@@ -112,18 +107,18 @@ class TurnSchedule:
 
 
 @contextmanager
-def fixed_but(model: nn.Module, turn: str) -> Iterator[None]:
-    """Fix the group whose turn it is not; on exit every flag is as it was.
+def train_only(model: nn.Module, group: str) -> Iterator[None]:
+    """Fix the group that is not to be trained; on exit every flag is as it was.
 
     Its parameters require no gradient and its modules are in eval mode, so neither weights nor norm statistics move.
 
     Args:
         model (nn.Module): The bare model.
-        turn (str): The group that learns, ``'experts'`` or ``'router'``.
+        group (str): The group that is trained, ``'experts'`` or ``'router'``.
     """
     below_routers = {id(module) for router in router_modules(model) for module in router.modules()}
-    modules = [m for m in model.modules() if m.training and (id(m) in below_routers) != (turn == 'router')]
-    (other,) = (group for group in GROUPS if group != turn)
+    modules = [m for m in model.modules() if m.training and (id(m) in below_routers) != (group == 'router')]
+    (other,) = (name for name in GROUPS if name != group)
     parameters = [parameter for _, parameter in split_parameters(model)[other] if parameter.requires_grad]
     try:
         for parameter in parameters:
@@ -145,7 +140,7 @@ class AlternatingOptimHook(Hook):
 
     The turn is part of the batch: ``data_batch['turn']`` is ``'experts'`` or ``'router'``, and what depends on it reads
     it there. It follows from the iteration number alone, so resuming needs no state. The group whose turn it is not is
-    fixed for the length of the step (see :func:`fixed_but`); between steps, other hooks find the model as it is.
+    fixed for the length of the step (see :func:`train_only`); between steps, other hooks find the model as it is.
 
     Values in the log get the name of their turn: ``experts/loss``, ``router/loss``.
 
@@ -168,12 +163,7 @@ class AlternatingOptimHook(Hook):
 
         >>> custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True)]
 
-        Either needs an optimizer for each group:
-
-        >>> optim_wrapper = dict(
-        ...     constructor='AlternatingOptimWrapperConstructor',
-        ...     experts=dict(optimizer=dict(type='SGD', lr=0.1)),
-        ...     router=dict(optimizer=dict(type='SGD', lr=0.01)))
+        Either needs an optimizer for each group, see :class:`AlternatingOptimWrapperConstructor`.
     """
 
     # Before RuntimeInfoHook, which puts the outputs of an iteration into the log.
@@ -211,7 +201,11 @@ class AlternatingOptimHook(Hook):
                 f'k_experts={self.schedule.k_experts} leave no turn for the router in the {runner.max_iters} '
                 'iterations of the training'
             )
-        optim_wrapper.schedule = self.schedule
+        optim_wrapper.count_before = self.schedule.count_before
+
+    def before_train(self, runner: Runner) -> None:
+        """Release what a step of an earlier training left fixed when it failed."""
+        self._step.close()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         """Begin the step of the group that this iteration belongs to."""
@@ -221,7 +215,7 @@ class AlternatingOptimHook(Hook):
         turn = self.schedule.turn_at(runner.iter)
         data_batch['turn'] = turn
         runner.optim_wrapper.activate(turn)
-        self._step.enter_context(fixed_but(bare_model(runner.model), turn))
+        self._step.enter_context(train_only(bare_model(runner.model), turn))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
@@ -232,7 +226,7 @@ class AlternatingOptimHook(Hook):
         if self.schedule.repeats_batch(runner.iter):
             batch, self._batch = dict(self._batch, turn='router'), None
             runner.optim_wrapper.activate('router')
-            with fixed_but(bare_model(runner.model), 'router'):
+            with train_only(bare_model(runner.model), 'router'):
                 router_outputs = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
             log_vars.update(_named_by_turn(router_outputs, 'router'))
         # In place, as the hooks that follow share this dict.
@@ -246,12 +240,8 @@ def _named_by_turn(outputs: Mapping[str, Any], turn: str) -> dict[str, Any]:
 
 def _copy_batch(batch: Any) -> Any:
     """Copy a batch, deep enough that no change of the original reaches the copy."""
-    if isinstance(batch, (Tensor, BaseDataElement)):
-        return batch.clone()
     if isinstance(batch, Mapping):
         return {key: _copy_batch(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, '_fields'):
-        return type(batch)(*(_copy_batch(value) for value in batch))
-    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        return type(batch)(_copy_batch(value) for value in batch)
-    return batch
+    if isinstance(batch, (list, tuple)):
+        return [_copy_batch(value) for value in batch]
+    return batch.clone() if isinstance(batch, (Tensor, BaseDataElement)) else batch

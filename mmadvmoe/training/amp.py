@@ -1,4 +1,4 @@
-"""Mixed precision on CPU, which MMEngine's ``AmpOptimWrapper`` refuses."""
+"""Mixed precision on CPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Runs forward passes in bfloat16 on CPU; weights and their updates stay float32.
+    """Run forward passes in bfloat16 on CPU, which MMEngine's ``AmpOptimWrapper`` refuses; weights stay float32.
 
     bfloat16 has the exponent range of float32, so no loss scaling is needed.
 
     Args:
-        dtype (str): The type to compute in; ``'bfloat16'`` is the only one. Defaults to that.
+        dtype (str): ``'bfloat16'``, the only type on offer. Defaults to that.
         **kwargs: As for :class:`mmengine.optim.OptimWrapper`.
 
     Raises:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 @OPTIM_WRAPPERS.register_module()
 class AWPOptimWrapper(OptimWrapper):
-    r"""Takes the gradient where the weights are at their worst nearby, and steps from where they are.
+    r"""Take the gradient where the weights are at their worst nearby, and step from where they are.
 
     .. math:: v = \gamma \, \lVert w \rVert \, g / \lVert g \rVert, \quad g = \nabla_w L(w), \quad
               w \leftarrow w - \eta \nabla_w L(w + v)
 
-    for each weight tensor w of this wrapper's optimizer that has more than one dimension; norm layers and biases are
-    left alone. Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", arXiv:2004.05884,
-    equations 7 to 11, with one step of ascent.
+    for each weight tensor w of this optimizer that has more than one dimension, not for norm layers and biases. Wu et
+    al., "Adversarial Weight Perturbation Helps Robust Generalization", arXiv:2004.05884, equations 7 to 11, with one
+    step of ascent.
 
     An iteration costs one more forward and backward pass, on the adversarial images that were crafted at w. Losses in
     the log are those at w, and so are the statistics that norm layers keep. Works alone or as either group of an
@@ -56,11 +56,7 @@ class AWPOptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Note how the loss is computed, to be able to compute it again.
-
-        Args:
-            model (nn.Module): Called inside with ``mode='loss'``, as MMEngine's models and wrappers are.
-        """
+        """Note how the model is called inside with ``mode='loss'``, to be able to compute the loss again."""
         if self._inner_count < self.warmup_iters:
             with super().optim_context(model):
                 yield
@@ -82,9 +78,6 @@ class AWPOptimWrapper(OptimWrapper):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Back-propagate the loss at the perturbed weights, and restore them bit for bit.
 
-        Args:
-            loss (Tensor): At the weights as they are.
-
         Raises:
             RuntimeError: The loss was not computed inside :meth:`optim_context`.
         """
@@ -97,12 +90,8 @@ class AWPOptimWrapper(OptimWrapper):
                 "optim_context(model), by calling the model with mode='loss'"
             )
         (model, args, kept), self._call = self._call, None
-        weights = [
-            parameter
-            for group in self.optimizer.param_groups
-            for parameter in group['params']
-            if parameter.requires_grad and parameter.dim() > 1
-        ]
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group['params'])
+        weights = [parameter for parameter in parameters if parameter.requires_grad and parameter.dim() > 1]
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         with _kept(weights + list(model.buffers())):
             with torch.no_grad():

@@ -13,9 +13,7 @@ from mmadvmoe.utils import bare_model
 
 @HOOKS.register_module()
 class BindVictimHook(Hook):
-    """Tells an :class:`AdvDataPreprocessor` to attack the model it belongs to.
-
-    A ``RobustClassifier`` does so by itself; this hook is for other classifiers.
+    """Let an :class:`AdvDataPreprocessor` attack the model it belongs to; a ``RobustClassifier`` does so by itself.
 
     Raises:
         TypeError: The model's data preprocessor does not attack.

@@ -1,9 +1,10 @@
-"""Watches the routers of a network in training."""
+"""Watch over the routers of a network in training."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -14,7 +15,7 @@ from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
 from torch import Tensor
 
-from mmadvmoe.models.finite import NonFiniteError
+from mmadvmoe.models import NonFiniteError
 from mmadvmoe.moe import Routing, router_modules
 from mmadvmoe.utils import bare_model
 
@@ -23,33 +24,29 @@ VIEWS = ('clean', 'adversarial')
 
 @HOOKS.register_module()
 class RouterHealthHook(Hook):
-    """Logs what the routers do, warns of starving experts, and stops on gradients not finite.
+    """Log what the routers do, warn of starving experts, and stop on gradients that are not finite.
 
-    Takes ``routing_records`` from the model, what :class:`RobustClassifier` notes of each training step: the routings
+    Takes ``routing_records`` from the model, which :class:`RobustClassifier` writes in each training step: the routings
     of the clean and of the adversarial images, one per router; with ``reuse_batch`` those of both turns. Each report
     has
 
-    - ``router/share_clean_0``, ``router/share_adversarial_0``...: share of the images that each
-      expert got;
+    - ``router/share_clean_0``, ``router/share_adversarial_0``...: share of the images that each expert got;
     - ``router/entropy``: mean entropy of the router's softmax for one image, in nats, in [0, ln N];
-    - ``router/load_entropy``: entropy of the shares, in nats, in [0, ln N]; 0 when one expert gets
-      all;
+    - ``router/load_entropy``: entropy of the shares, in nats, in [0, ln N]; 0 when one expert gets all;
     - ``router/max_logit``: the largest absolute value of a router logit;
     - ``router/route_changed``: share of the images that the attack sent to another expert;
     - ``router/dropped``: share of the choices that no expert computed for want of capacity, for routers of tokens
       that drop any.
 
-    For routers of tokens, read "tokens" for "images" (with top K > 1, "choices of tokens").
-    Entropies are those of the clean images, or of the adversarial ones where training sees no
-    others. With several routers there is one such set for each, ``router/<index>/...``, and
-    ``router/...`` is their mean (for ``max_logit`` their maximum). Models without a router are left
-    alone.
+    For routers of tokens, read "tokens" for "images" (with top K > 1, "choices of tokens"). Entropies are those of the
+    clean images, or of the adversarial ones where training sees no others. With several routers there is one such set
+    for each, ``router/<index>/...``, and ``router/...`` is their mean (for ``max_logit`` their maximum). Models without
+    a router are left alone.
 
     Args:
-        interval (int, optional): Report every so many iterations. Defaults to None: at the end of
-            each epoch.
-        starve_below (float): Warn when an expert gets less than this part of an equal share 1/N of
-            all images since the last report, in [0, 1]. Defaults to 0.1.
+        interval (int, optional): Report every so many iterations. Defaults to None: at the end of each epoch.
+        starve_below (float): Warn when an expert gets less than this part of an equal share 1/N of all images since
+            the last report, in [0, 1]. Defaults to 0.1.
 
     Raises:
         ValueError: An argument is out of range.
@@ -79,25 +76,20 @@ class RouterHealthHook(Hook):
         self._watches = bool(router_modules(model))
         if self._watches and not hasattr(model, 'routing_records'):
             raise TypeError(
-                f'RouterHealthHook: a {type(model).__name__} does not tell where its routers send '
-                "images; set model.type='RobustClassifier' or remove the hook"
+                f'RouterHealthHook: a {type(model).__name__} does not tell where its routers send images; set '
+                "model.type='RobustClassifier' or remove the hook"
             )
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         wrapper = runner.optim_wrapper
         for member in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper,):
             # A loss scaler produces such gradients on purpose, and skips the step itself.
             if not isinstance(member, (AmpOptimWrapper, ApexOptimWrapper)):
-                check = _GradientCheck(names)
-                self._handles.append(member.optimizer.register_step_pre_hook(check))
+                self._handles.append(member.optimizer.register_step_pre_hook(partial(_check_gradients, names)))
 
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Optional[dict] = None,
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[dict] = None
     ) -> None:
-        """Add the batch to the tally."""
+        """Add the routes of the iteration to the tally."""
         if self._watches:
             records = bare_model(runner.model).routing_records
             for record in records.values():
@@ -124,14 +116,11 @@ class RouterHealthHook(Hook):
             return
         tally.reduce()
         per_router = tally.measure()
-        mean = {
-            key: (max if key == 'max_logit' else _mean)([scalars[key] for scalars in per_router])
-            for key in per_router[0]
-        }
+        mean = {key: sum(scalars[key] for scalars in per_router) / len(per_router) for key in per_router[0]}
+        mean['max_logit'] = max(scalars['max_logit'] for scalars in per_router)
         scalars = {f'router/{key}': value for key, value in mean.items()}
         if len(per_router) > 1:
-            for index, measured in enumerate(per_router):
-                scalars.update({f'router/{index}/{k}': v for k, v in measured.items()})
+            scalars |= {f'router/{i}/{key}': value for i, own in enumerate(per_router) for key, value in own.items()}
         for key, value in scalars.items():
             runner.message_hub.update_scalar(key, value)
         runner.visualizer.add_scalars(scalars, step=step)
@@ -156,21 +145,15 @@ class RouterHealthHook(Hook):
             )
 
 
-class _GradientCheck:
-    """Refuses a step of an optimizer on gradients that are not finite."""
-
-    def __init__(self, names: dict[int, str]) -> None:
-        self.names = names
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        parameters = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
-        if not parameters:
-            return
-        # The largest magnitude is finite exactly when all are; a sum of squares could overflow.
-        largest = [torch.linalg.vector_norm(p.grad, math.inf) for p in parameters]
-        for parameter, finite in zip(parameters, torch.stack(largest).isfinite().tolist()):
-            if not finite:
-                raise NonFiniteError(f'gradient of {self.names[id(parameter)]}')
+def _check_gradients(names: dict[int, str], optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Refuse a step of an optimizer on gradients that are not finite; ``names`` are those of the parameters by id."""
+    parameters = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
+    # The largest magnitude is finite exactly when all are; a sum of squares could overflow.
+    largest = [torch.linalg.vector_norm(p.grad, math.inf) for p in parameters]
+    finite = torch.stack(largest).isfinite().tolist() if largest else []
+    for parameter, is_finite in zip(parameters, finite):
+        if not is_finite:
+            raise NonFiniteError(f'gradient of {names[id(parameter)]}')
 
 
 class _Tally:
@@ -225,14 +208,12 @@ class _Tally:
         measured = []
         for router, max_logit in enumerate(self.max_logit.tolist()):
             counts = {VIEWS[view]: self.counts[view, router] for view in seen}
+            shares = {view: count / count.sum() for view, count in counts.items()}
             scalars = {
-                f'share_{view}_{expert}': share
-                for view, count in counts.items()
-                for expert, share in enumerate((count / count.sum()).tolist())
+                f'share_{view}_{n}': each for view, share in shares.items() for n, each in enumerate(share.tolist())
             }
-            load = counts[VIEWS[seen[0]]]
             scalars['entropy'] = float(self.entropy[router] / self.softmaxes[router])
-            scalars['load_entropy'] = float(torch.special.entr(load / load.sum()).sum())
+            scalars['load_entropy'] = float(torch.special.entr(shares[VIEWS[seen[0]]]).sum())
             scalars['max_logit'] = max_logit
             if self.pairs[router]:
                 scalars['route_changed'] = float(self.changed[router] / self.pairs[router])
@@ -240,10 +221,6 @@ class _Tally:
                 scalars['dropped'] = float(self.dropped[router] / self.counts[:, router].sum())
             measured.append(scalars)
         return measured
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _largest_logit(routing: Routing) -> Tensor:
@@ -264,9 +241,7 @@ def _summary(scalars: dict[str, float], num_experts: int, num_routers: int) -> s
             parts.append(f'share {view}: ' + '/'.join(f'{share:.3f}' for share in shares))
     if 'route_changed' in scalars:
         parts.append(f'route changed: {scalars["route_changed"]:.2%}')
-    parts.append(
-        f'entropy: {scalars["entropy"]:.3f} (of the load {scalars["load_entropy"]:.3f}, at most '
-        f'{math.log(num_experts):.3f})'
+    of_the_load = f'(of the load {scalars["load_entropy"]:.3f}, at most {math.log(num_experts):.3f})'
+    return '  '.join(
+        [*parts, f'entropy: {scalars["entropy"]:.3f} {of_the_load}', f'max |logit|: {scalars["max_logit"]:.3g}']
     )
-    parts.append(f'max |logit|: {scalars["max_logit"]:.3g}')
-    return '  '.join(parts)

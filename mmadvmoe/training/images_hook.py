@@ -1,4 +1,4 @@
-"""Shows in the course of training what an attack makes of images, and what the model makes of them."""
+"""Pictures of adversarial images in the course of training."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ NAME = 'adversarial_images'
 
 @HOOKS.register_module()
 class AdversarialImagesHook(Hook):
-    """Draws a grid of adversarial images every few epochs.
+    """Draw a grid of adversarial images every few epochs.
 
     The grid shows clean images, attacked images and what changed, each with the predicted class and the route. The
-    images are always the same, spread evenly over the validation data, and are attacked with the same seed, so that
-    pictures of different epochs can be compared. Each picture goes to ``adversarial_images/epoch_<n>.png`` in the work
-    directory and to all backends of the visualizer (TensorBoard, W&B...), there with the epoch as its step.
-
-    Training is left as it was, bit for bit: the attack sees the model in eval mode without parameter gradients, and the
-    random state is restored. With several processes the first one draws.
+    images are always the same, spread evenly over the validation data, and so is the seed of the attack, so pictures of
+    different epochs can be compared. Each goes to ``adversarial_images/epoch_<n>.png`` in the work directory and to all
+    backends of the visualizer, there with the epoch as its step. Training stays the same bit for bit. With several
+    processes the first one draws.
 
     Args:
         attack (dict): Config of the attack; see :func:`mmadvmoe.attacks.build_attack`.
@@ -57,11 +55,7 @@ class AdversarialImagesHook(Hook):
         self.num_images = num_images
 
     def before_train(self, runner: Runner) -> None:
-        """Build the attack, so that a wrong config is refused before training.
-
-        Raises:
-            ValueError: The run has no validation data, or is not counted in epochs.
-        """
+        """Build the attack, so that a wrong config is refused before training."""
         if runner.val_loop is None:
             raise ValueError(
                 'AdversarialImagesHook shows images of val_dataloader, and the config has none; set val_dataloader, '

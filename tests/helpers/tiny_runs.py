@@ -11,10 +11,7 @@ from torch.utils.data import Dataset
 
 import mmadvmoe.attacks  # noqa: F401
 import mmadvmoe.models  # noqa: F401
-import mmadvmoe.training.alternation  # noqa: F401
-import mmadvmoe.training.amp  # noqa: F401
-import mmadvmoe.training.health_hook  # noqa: F401
-import mmadvmoe.training.optim_constructor  # noqa: F401
+import mmadvmoe.training  # noqa: F401
 from mmadvmoe.moe import router_modules, split_parameters
 
 init_default_scope('mmpretrain')

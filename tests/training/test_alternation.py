@@ -1,5 +1,6 @@
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,69 @@ from torch import distributed, multiprocessing
 
 from mmadvmoe.models import RobustClassifier
 from mmadvmoe.moe import router_modules, split_parameters
-from mmadvmoe.training.alternation import AlternatingOptimHook, fixed_but
+from mmadvmoe.training.alternation import AlternatingOptimHook, TurnSchedule, train_only
+
+SCHEDULES = [
+    TurnSchedule(),
+    TurnSchedule(k_experts=3, k_router=2, warmup_iters=4),
+    TurnSchedule(2, 1, 4, accumulative_counts=dict(experts=2, router=3)),
+    TurnSchedule(warmup_iters=3, reuse_batch=True),
+    TurnSchedule(reuse_batch=True, accumulative_counts=dict(experts=2, router=2)),
+]
+
+
+def groups_at(schedule, iteration):
+    groups = [schedule.turn_at(iteration)]
+    return groups + ['router'] if schedule.repeats_batch(iteration) else groups
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES, ids=str)
+def test_counts_are_the_turns_taken_so_far(schedule):
+    taken = dict(experts=0, router=0)
+    for iteration in range(60):
+        for group, count in taken.items():
+            assert schedule.count_before(group, iteration) == count
+        for group in groups_at(schedule, iteration):
+            taken[group] += 1
+
+
+def test_a_cycle_holds_the_asked_updates_of_each_group():
+    schedule = TurnSchedule(3, 2, 4, accumulative_counts=dict(experts=2, router=3))
+    order = ''.join(schedule.turn_at(i)[0] for i in range(4 + 2 * 12))
+    assert order == 'eeee' + 2 * ('e' * 6 + 'r' * 6)
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES, ids=str)
+def test_a_turn_never_ends_within_an_update(schedule):
+    if schedule.reuse_batch:
+        return  # one turn lasts one batch there, and both groups accumulate side by side
+    for i in range(1, 60):
+        group = schedule.turn_at(i - 1)
+        if schedule.turn_at(i) != group:
+            assert schedule.count_before(group, i) % schedule.accumulative_counts[group] == 0
+
+
+@pytest.mark.parametrize(
+    'wrong, key',
+    [
+        (dict(k_experts=0), 'k_experts=0'),
+        (dict(k_router=-1), 'k_router=-1'),
+        (dict(k_router=1.5), 'k_router=1.5'),
+        (dict(k_router=True), 'k_router=True'),
+        (dict(warmup_iters=-1), 'warmup_iters=-1'),
+        (dict(k_experts=2, reuse_batch=True), 'k_experts=2'),
+    ],
+)
+def test_wrong_values_are_named(wrong, key):
+    with pytest.raises(ValueError, match=key):
+        TurnSchedule(**wrong)
+
+
+def test_accumulation_must_fit_the_schedule():
+    with pytest.raises(ValueError, match='router.accumulative_counts=3 with reuse_batch'):
+        replace(SCHEDULES[3], accumulative_counts=dict(experts=1, router=3))
+    with pytest.raises(ValueError, match='warmup_iters=4 .* multiple of .*=3'):
+        replace(SCHEDULES[1], accumulative_counts=dict(experts=3, router=1))
 
 
 @MODELS.register_module()
@@ -139,11 +202,26 @@ def test_precise_bn_recomputes_every_norm(tmp_path, schedule, by_epoch):
 
 def test_an_error_inside_a_step_leaves_no_group_fixed():
     model = MODELS.build(model_cfg())
-    with pytest.raises(KeyboardInterrupt), fixed_but(model, 'router'):
+    with pytest.raises(KeyboardInterrupt), train_only(model, 'router'):
         assert not model.head.fc.weight.requires_grad and not model.head.training
         assert model.backbone.router.fc.weight.requires_grad and model.backbone.router.training
         raise KeyboardInterrupt
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+
+
+@MODELS.register_module()
+class FailsInsideAStep(RobustClassifier):
+    def train_step(self, data, optim_wrapper):
+        raise FloatingPointError('inside a step')
+
+
+def test_a_training_after_one_that_failed_starts_from_a_whole_model(tmp_path):
+    runner = build_runner(run_cfg(tmp_path, model=model_cfg(type='FailsInsideAStep')))
+    with pytest.raises(FloatingPointError):
+        runner.train()
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, AlternatingOptimHook))
+    hook.before_train(runner)
+    assert all(p.requires_grad for p in runner.model.parameters()) and all(m.training for m in runner.model.modules())
 
 
 def test_what_was_frozen_before_stays_frozen(tmp_path):
@@ -220,7 +298,8 @@ def test_resuming_within_a_cycle_gives_the_same_weights(tmp_path, schedule):
         ),
     )
     whole = train(tmp_path / 'whole', **common)
-    assert whole.optim_wrapper.schedule.turn_at(4) == 'experts'
+    (hook,) = (hook for hook in whole.hooks if isinstance(hook, AlternatingOptimHook))
+    assert hook.schedule.turn_at(4) == 'experts'
     train(tmp_path / 'parts', epochs=1, **common)
     resumed = train(tmp_path / 'parts', resume=True, **common)
     assert [turn for turn, *_ in resumed.model.steps] == [

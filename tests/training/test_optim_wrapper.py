@@ -8,7 +8,7 @@ from torch import nn
 from mmadvmoe.moe import BaseRouter, split_parameters
 from mmadvmoe.runtime.preflight import check_param_scheduler
 from mmadvmoe.training.alternation import TurnSchedule
-from mmadvmoe.training.optim_wrapper import AlternatingOptimWrapper
+from mmadvmoe.training.optim_wrapper import AlternatingOptimWrapper, AlternatingOptimWrapperConstructor
 
 
 class Routed(nn.Module):
@@ -212,7 +212,7 @@ def test_counts_of_each_group_come_from_the_schedule():
     wrapper = build_optim_wrapper(model, cfg)
     with pytest.raises(RuntimeError, match='AlternatingOptimHook'):
         wrapper.initialize_count_status(model, 0, 10)
-    wrapper.schedule = TurnSchedule(2, 1, accumulative_counts=wrapper.accumulative_counts)
+    wrapper.count_before = TurnSchedule(2, 1, accumulative_counts=wrapper.accumulative_counts).count_before
     wrapper.initialize_count_status(model, 5, 5 + 4)  # e e r r r | e e r r
     counts = {name: (member.inner_count, member._max_counts) for name, member in wrapper.items()}
     assert counts == dict(experts=(2, 4), router=(3, 5))
@@ -276,3 +276,42 @@ def test_each_group_scales_its_own_loss_on_gpu():
         loss = model()
     wrapper.update_params(loss)
     assert model.body.weight.item() == before[0] and model.router.weight.item() != before[1]
+
+
+def test_transformers_train_with_layer_wise_decay_per_group():
+    arch = dict(embed_dims=16, num_layers=4, num_heads=2, feedforward_channels=32)
+    backbone = dict(
+        type='MoEBackbone',
+        num_experts=2,
+        include=[r'layers\.[13]\.ffn'],
+        routing='token',
+        backbone=dict(type='VisionTransformer', arch=arch, img_size=8, patch_size=4),
+    )
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=backbone,
+            head=dict(type='LinearClsHead', num_classes=4, in_channels=16),
+        )
+    )
+    group = dict(
+        constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
+        optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05),
+        paramwise_cfg=dict(layer_decay_rate=0.5, bias_decay_mult=0.0),
+    )
+    wrapper = AlternatingOptimWrapperConstructor(dict(experts=group, router=group))(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates, decays = {}, {}
+    for member in wrapper.values():
+        for part in member.optimizer.param_groups:
+            for parameter in part['params']:
+                name = names[id(parameter)]
+                rates[name], decays[name] = part['lr'], part['weight_decay']
+    blocks = {n: [rate for name, rate in rates.items() if f'.network.layers.{n}.' in name] for n in range(4)}
+    assert all(len(set(found)) == 1 for found in blocks.values())
+    assert [blocks[n + 1][0] / blocks[n][0] for n in range(3)] == [2.0] * 3
+    # Experts and gate of a block go with the block; stacked biases are still biases.
+    prefix = 'backbone.network.layers.3.ffn.layers'
+    assert rates[f'{prefix}.router.weight'] == rates[f'{prefix}.experts.layers.1.weight'] == blocks[3][0]
+    assert decays[f'{prefix}.experts.layers.1.weight'] == 0.05 and decays[f'{prefix}.experts.layers.1.bias'] == 0
+    assert set(rates) == set(names.values())

@@ -10,8 +10,7 @@ from mmpretrain.models.backbones import DenseNet
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from .image_size import check_image_size
-from .widths import check_width
+from .sizes import check_image_size, check_width
 
 
 @MODELS.register_module()

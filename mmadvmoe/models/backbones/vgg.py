@@ -1,8 +1,9 @@
-"""VGG of any width."""
+"""VGG of any width, and the pooling between its convolutions and its linear layers."""
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from collections.abc import Sequence
+from typing import Any, Optional, Union
 
 import torch
 from mmcv.cnn import ConvModule
@@ -10,8 +11,7 @@ from mmpretrain.models.backbones import VGG
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from .image_size import check_image_size
-from .widths import check_width
+from .sizes import check_image_size, check_width
 
 _IMAGE_CHANNELS = 3
 
@@ -76,3 +76,22 @@ class ScaledVGG(VGG):
         """x: (B, 3, H, W) -> the features of the stages in ``out_indices``."""
         check_image_size(self, x, self.min_size, 'poolings', 'set backbone.num_stages lower')
         return super().forward(x)
+
+
+@MODELS.register_module()
+class AdaptiveAveragePooling(nn.Module):
+    """Average to a fixed number of positions and flatten, as before the linear layers of a VGG.
+
+    Args:
+        output_size (int): Positions on each side. Defaults to 2.
+    """
+
+    def __init__(self, output_size: int = 2) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(output_size)
+
+    def forward(self, inputs: Union[Tensor, Sequence[Tensor]]) -> Union[Tensor, tuple[Tensor, ...]]:
+        """(B, C, H, W), or several, -> (B, C * output_size ** 2)."""
+        if isinstance(inputs, Tensor):
+            return self.pool(inputs).flatten(1)
+        return tuple(self.pool(x).flatten(1) for x in inputs)

@@ -11,7 +11,7 @@ from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from .widths import check_width
+from .sizes import check_width
 
 _NUM_STAGES = 3
 
@@ -79,10 +79,7 @@ class WideResNet(BaseBackbone):
     ) -> None:
         super().__init__(
             init_cfg
-            or [
-                dict(type='Kaiming', layer=['Conv2d']),
-                dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm']),
-            ]
+            or [dict(type='Kaiming', layer=['Conv2d']), dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm'])]
         )
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f'backbone.depth={depth} must be 6n + 4 with n >= 1, such as 16, 22, 28, 34 or 40')

@@ -1,40 +1,92 @@
-"""What keeps routers in good order: all experts in use, and logits within bounds."""
+"""Losses of the routers: routes that stay under attack, all experts in use, logits within bounds."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from mmengine.dist import all_reduce
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
+from mmadvmoe.attacks import kl_divergence
 from mmadvmoe.moe import Routing
 
-from .objectives import Objective, RobustBatch, weight_of
+from .losses import Objective, RobustBatch, check_hard_labels, check_weight
 
 
-class RouterOrderLoss(Objective):
-    """Base of the losses of a router for itself, averaged over clean and adversarial images and over the routers.
-
-    They are about routers alone: to leave them out of the experts' turn, add them to ``router_loss`` and not to
-    ``robust_loss``. Networks with several routers also log the value of each, without its weight, as
-    ``<term>_<index>``.
-
-    Args:
-        weight (float): At least 0. Defaults to 1.
-
-    Attributes:
-        term (str): Name of the loss in the log, without ``loss_``.
-    """
+class RouterObjective(Objective):
+    """Base of the losses of router logits alone."""
 
     needs_classes = False
     needs_routers = True
+
+
+@MODELS.register_module()
+class RouterLabelLoss(RouterObjective):
+    r"""The router objective of the AdvMoE reference code, which differs from the paper's.
+
+    .. math:: L = \alpha \cdot CE(r(x), y \bmod N) + \beta \cdot KL(r(x) \,\|\, r(x'))
+
+    with r(x) the router's logits, averaged over the routers and, where it reads them, over tokens. The first term asks
+    for a fixed expert per class, so every expert is used; the second keeps the route under attack.
+
+    Args:
+        alpha (float): Weight of the cross entropy, at least 0. Defaults to 6.
+        beta (float): Weight of the KL, at least 0. Defaults to 6.
+    """
+
+    needs_hard_labels = True
+
+    def __init__(self, alpha: float = 6.0, beta: float = 6.0) -> None:
+        super().__init__()
+        self.alpha = check_weight('RouterLabelLoss.alpha', alpha)
+        self.beta = check_weight('RouterLabelLoss.beta', beta)
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_route_label`` and ``loss_route_robust``; ValueError for soft labels."""
+        check_hard_labels('RouterLabelLoss', batch.target)
+        num_routers = len(batch.clean.routings)
+        label = sum(_label_loss(routing, batch.target) for routing in batch.clean.routings) / num_routers
+        robust = _route_divergence(batch) / num_routers
+        return dict(loss_route_label=self.alpha * label, loss_route_robust=self.beta * robust)
+
+
+@MODELS.register_module()
+class RouterKLLoss(RouterObjective):
+    r"""Keep the routers' decisions under attack: ``weight * KL(r(x) || r(x'))``, summed over the routers.
+
+    Averaged over tokens where a router reads them. To be added to any other objective.
+
+    Args:
+        weight (float): At least 0. Defaults to 1.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = check_weight('RouterKLLoss.weight', weight)
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_route_robust``."""
+        return dict(loss_route_robust=self.weight * _route_divergence(batch))
+
+
+class AuxiliaryRouterLoss(RouterObjective):
+    """Base of the losses of one router at a time, averaged over clean and adversarial images and over the routers.
+
+    To leave them out of the experts' turn, add them to ``router_loss`` and not to ``robust_loss``. Logged as
+    ``loss_<term>``; several routers also log the value of each, without its weight, as ``<term>_<index>``.
+
+    Args:
+        weight (float): At least 0. Defaults to 1.
+    """
+
     term: str
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        self.weight = weight_of(f'{type(self).__name__}.weight', weight)
+        self.weight = check_weight(f'{type(self).__name__}.weight', weight)
 
     def measure(self, routing: Routing) -> Tensor:
         """The loss of one router for one version of the batch, a scalar."""
@@ -51,7 +103,7 @@ class RouterOrderLoss(Objective):
 
 
 @MODELS.register_module()
-class RouterBalanceLoss(RouterOrderLoss):
+class RouterBalanceLoss(AuxiliaryRouterLoss):
     r"""Ask a router to use all of its experts.
 
     .. math:: L = w \cdot N \sum_n f_n P_n
@@ -68,19 +120,19 @@ class RouterBalanceLoss(RouterOrderLoss):
         probability = _probabilities(routing).mean(dim=0)
         share = probability.new_tensor(routing.counts)
         share = share / share.sum()
-        # The loss is linear in P, so with the global share its mean over processes is that of the global batch.
+        # Linear in P, so with the global share its mean over processes is the loss of the global batch.
         all_reduce(share, 'mean')
         return routing.num_experts * (share * probability).sum()
 
 
 @MODELS.register_module()
-class RouterLocalEntropyLoss(RouterOrderLoss):
+class RouterLocalEntropyLoss(AuxiliaryRouterLoss):
     r"""Ask for decided routes: :math:`L = w \cdot E_x H(r(x))`, the entropy of the softmax of one image, in nats.
 
-    A loss that asks for balance alone is content with a router that gives all experts the same probability for every
-    image; such routes differ by next to nothing, and any attack changes them. By itself this one sends everything to
-    one expert: use it beside :class:`RouterGlobalEntropyLoss` or :class:`RouterBalanceLoss`. Mustafa et al.,
-    "Multimodal Contrastive Learning with LIMoE", arXiv:2206.02770, equation 4.
+    Balance alone is content with the same probability of all experts for every image; such routes differ by next to
+    nothing, and any attack changes them. By itself this loss sends everything to one expert: use it beside
+    :class:`RouterGlobalEntropyLoss` or :class:`RouterBalanceLoss`. Mustafa et al., "Multimodal Contrastive Learning
+    with LIMoE", arXiv:2206.02770, equation 4.
     """
 
     term = 'local_entropy'
@@ -91,7 +143,7 @@ class RouterLocalEntropyLoss(RouterOrderLoss):
 
 
 @MODELS.register_module()
-class RouterGlobalEntropyLoss(RouterOrderLoss):
+class RouterGlobalEntropyLoss(AuxiliaryRouterLoss):
     r"""Ask for the use of all experts: :math:`L = -w \cdot H(E_x r(x))`, in nats.
 
     The entropy of the mean softmax, negated; the mean is over the batch of all processes. Beside
@@ -107,7 +159,7 @@ class RouterGlobalEntropyLoss(RouterOrderLoss):
 
 
 @MODELS.register_module()
-class RouterImportanceLoss(RouterOrderLoss):
+class RouterImportanceLoss(AuxiliaryRouterLoss):
     r"""Ask for equal importance of the experts: :math:`L = w \cdot (std(I) / mean(I))^2`.
 
     I_n is the sum of the probabilities of expert n over the images (or tokens) of the batch, of all processes. 0 when
@@ -123,7 +175,7 @@ class RouterImportanceLoss(RouterOrderLoss):
 
 
 @MODELS.register_module()
-class RouterLoadLoss(RouterOrderLoss):
+class RouterLoadLoss(AuxiliaryRouterLoss):
     r"""Ask for an equal load of the experts: :math:`L = w \cdot (std(l) / mean(l))^2`.
 
     l_n is the sum over the tokens of the probability that expert n would be chosen if its noise were drawn again, so
@@ -150,7 +202,7 @@ class RouterLoadLoss(RouterOrderLoss):
 
 
 @MODELS.register_module()
-class RouterZLoss(RouterOrderLoss):
+class RouterZLoss(AuxiliaryRouterLoss):
     r"""Keep logits small: :math:`L = w \cdot mean(\log^2 \sum_n e^{r_n(x)})`.
 
     Large logits make rounding errors and sharp gradients. Zoph et al., "ST-MoE", arXiv:2202.08906, equation 5, whose
@@ -162,6 +214,18 @@ class RouterZLoss(RouterOrderLoss):
     def measure(self, routing: Routing) -> Tensor:
         """At least 0."""
         return routing.logits.float().logsumexp(dim=-1).square().mean()
+
+
+def _route_divergence(batch: RobustBatch) -> Tensor:
+    """KL between the router logits of clean and adversarial images, summed over the routers."""
+    pairs = zip(batch.clean.routings, batch.adversarial.routings)
+    return sum(kl_divergence(clean.logits, adversarial.logits).mean() for clean, adversarial in pairs)
+
+
+def _label_loss(routing: Routing, target: Tensor) -> Tensor:
+    logits = routing.logits.float().view(len(target), -1, routing.num_experts)
+    expert = (target % routing.num_experts)[:, None].expand(-1, logits.shape[1])
+    return F.cross_entropy(logits.flatten(0, 1), expert.flatten())
 
 
 def _probabilities(routing: Routing) -> Tensor:
