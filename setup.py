@@ -40,7 +40,7 @@ def openmmlab(module: str, distribution: str = '') -> str:
 
 
 #: Libraries whose attacks run on what `load_robust_model` gives.
-INTEROP = ['foolbox>=3.3', 'adversarial-robustness-toolbox>=1.17', 'pyautoattack>=0.2']
+INTEROP = ['foolbox>=3.3', 'adversarial-robustness-toolbox>=1.17']
 
 setup(
     name='mmadvmoe',
@@ -66,6 +66,8 @@ setup(
         'torch>=2.6.0',
         'torchvision>=0.21.0',
         'torchattacks>=3.5.1',
+        # AutoAttack by its authors.
+        'pyautoattack>=0.2.0',
         # The first version with numpy.dtypes, whose classes are such globals.
         'numpy>=1.25.0',
         'scikit-learn>=1.2.0',

@@ -1,7 +1,6 @@
 """How a model is attacked."""
 
-from .apgd import APGD, APGDT
-from .autoattack import AutoAttack
+from .autoattack import APGD, APGDT, AutoAttack
 from .bound import BoundAttack, NonFiniteImagesError
 from .builder import build_attack
 from .kl import kl_divergence

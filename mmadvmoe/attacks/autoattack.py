@@ -1,81 +1,113 @@
-"""AutoAttack as published, for any number of classes."""
+"""AutoAttack by its authors (``pyautoattack``), for any number of classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 import torchattacks
+from mmengine.logging import print_log
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
 from torch import Tensor
 from torchattacks.attack import Attack
 
-from mmadvmoe.attacks import steps as ball
 from mmadvmoe.registry import ATTACKS
+from mmadvmoe.utils import choose
 
-from .apgd import APGD, APGDT
-from .victim import Victim
+from .steps import check_norm
 
-VERSIONS = ('standard', 'plus', 'rand')
-
-#: The attacks of the ensembles, by the names of the original.
+#: The attacks of the ensembles, by their authors' names.
 PARTS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
+VERSIONS = {
+    'standard': ('apgd-ce', 'apgd-t', 'fab-t', 'square'),
+    'plus': ('apgd-ce', 'apgd-dlr', 'fab', 'square', 'apgd-t', 'fab-t'),
+    'rand': ('apgd-ce', 'apgd-dlr'),
+}
+#: Classes that the difference of logits ratio and its targeted form need.
+_NEEDED_CLASSES = {'apgd-dlr': 3, 'apgd-t': 4}
+# Wrong classes that targeted attacks try, at most; in L1 APGD tries fewer, and starts more often on the cross entropy.
+_TARGETS, _TARGETS_L1, _RESTARTS_L1 = 9, 5, 5
+# Square in L2 and L1 moves windows of a fifth of the image.
+_SQUARE_SIZE = 5
 
-#: Those that there are in L1.
-PARTS_IN_L1 = ('apgd-ce', 'apgd-dlr', 'apgd-t')
 
-# The targeted attacks of AutoAttack try the 9 most likely wrong classes.
-_MOST_CLASSES = 10
-# In L1 they are fewer, and APGD on the cross entropy starts more often.
-_MOST_CLASSES_L1, _RESTARTS_L1 = 6, 5
+def authors_part(model: Any, name: str, num_classes: int, version: str, **settings: Any) -> Any:
+    """Build one attack of the ensemble, with the published settings of a version.
+
+    Args:
+        model (Callable): Images in [0, 1] to logits (B, K).
+        name (str): One of :data:`PARTS`.
+        num_classes (int): K.
+        version (str): One of :data:`VERSIONS`.
+        **settings: ``norm``, ``eps``, ``seed``, ``device``, ``steps`` and ``n_queries``; others (``n_restarts``,
+            ``eot_iter``, ``rho``) take the place of published ones.
+
+    Returns:
+        Has ``perturb(images, labels)``, which gives the images back where the model is not fooled.
+    """
+    steps, queries = settings.pop('steps'), settings.pop('n_queries')
+    in_l1 = settings['norm'] == 'L1'
+    if name == 'square':
+        return SquareAttack(model, p_init=0.8, n_queries=queries, n_restarts=1, resc_schedule=False, **settings)
+    settings['n_iter'] = steps
+    if name.startswith('fab'):
+        settings.setdefault('n_restarts', 5 if version == 'plus' and name == 'fab' else 1)
+        targets = min(_TARGETS, num_classes - 1)
+        return FABAttack_PT(model, targeted=name == 'fab-t', n_target_classes=targets, **settings)
+    largest_first = in_l1 and version == 'standard'
+    settings = dict(eot_iter=20 if version == 'rand' else 1, use_largereps=largest_first) | settings
+    if name == 'apgd-t':
+        targets = min(_TARGETS_L1 if in_l1 else _TARGETS, num_classes - 1)
+        return APGDAttack_targeted(model, n_target_classes=targets, **({'n_restarts': 1} | settings))
+    published = 5 if version == 'plus' else _RESTARTS_L1 if in_l1 and version == 'standard' else 1
+    return APGDAttack(model, loss=name.removeprefix('apgd-'), **({'n_restarts': published} | settings))
 
 
 @ATTACKS.register_module()
 class AutoAttack(Attack):
-    """The ensemble of parameter-free attacks of Croce & Hein, arXiv:2003.01690.
+    """The ensemble of parameter-free attacks of Croce & Hein, arXiv:2003.01690, as its authors' package has it.
 
-    torchattacks has a class of this name with 10 iterations and as many targets as there are
-    classes. This one has the published 100 iterations, at most 9 targets and Square's unscaled
-    schedule, and each attack of the ensemble sees only the images that are still standing:
+    Each attack of the ensemble sees only the images that are still robust:
 
     * ``'standard'``: APGD on the cross entropy, targeted APGD, targeted FAB, Square;
-    * ``'plus'``: APGD on the cross entropy and on DLR and FAB, with 5 restarts each, Square,
-      targeted APGD, targeted FAB;
-    * ``'rand'``, for models with random parts: APGD on the cross entropy and on DLR, each gradient
-      averaged over 20 passes.
+    * ``'plus'``: APGD on the cross entropy and on DLR and FAB, with 5 restarts each, Square, targeted APGD, targeted
+      FAB;
+    * ``'rand'``, for models with random parts: APGD on the cross entropy and on DLR, each gradient averaged over 20
+      passes.
 
-    The DLR loss divides by a difference to the third largest logit and its targeted form by one to
-    the fourth, so they do not exist for few classes. With 3 classes APGD on DLR takes the place of
-    targeted APGD; with 2 classes the attacks on DLR are left out.
+    In L1 (arXiv:2103.01208) APGD on the cross entropy has 5 restarts, and targeted APGD 5 target classes.
 
-    In L1 (Croce & Hein, arXiv:2103.01208) there are the two kinds of APGD only, with 5 restarts of the one and 5
-    targets of the other: torchattacks has neither FAB nor Square there, so no attack of this ensemble does without
-    gradients. Hold its number against others with that in mind.
+    The DLR loss divides by a difference to the third largest logit and its targeted form by one to the fourth, so they
+    do not exist for few classes. With 3 classes APGD on DLR takes the place of targeted APGD in ``'standard'``; with 2
+    classes the attacks on DLR are left out.
 
     Args:
-        model (Victim): The attacked model.
+        model (Callable): The attacked model.
         norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
         eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
         version (str): See above. Defaults to ``'standard'``.
         attacks_to_run (Sequence[str], optional): The attacks to run in place of a version: some of ``PARTS``, in this
-            order. Defaults to None.
+            order, with the settings of ``'standard'``. Defaults to None.
         n_classes (int): K; ``build_attack`` knows it. Defaults to 10.
         steps (int): Iterations of APGD and FAB. Defaults to 100.
         n_queries (int): Queries of Square. Defaults to 5000.
         seed (int): Where random starts come from. A seed given in the call overrules it.
-        verbose (bool): Print the progress of each attack. Defaults to False.
+        verbose (bool): Log after each attack how many images are still robust. Defaults to False.
 
     Raises:
-        ValueError: ``norm``, ``version`` or one of ``attacks_to_run`` is unknown or not there in this norm, or there
-            are fewer than 2 classes.
+        ValueError: ``norm``, ``version`` or one of ``attacks_to_run`` is unknown, or there are fewer than 2 classes.
     """
 
     def __init__(
         self,
-        model: Victim,
+        model: Any,
         norm: str = 'Linf',
         eps: float = 8 / 255,
         version: str = 'standard',
-        attacks_to_run: Sequence[str] | None = None,
+        attacks_to_run: Optional[Sequence[str]] = None,
         n_classes: int = 10,
         steps: int = 100,
         n_queries: int = 5000,
@@ -83,30 +115,28 @@ class AutoAttack(Attack):
         verbose: bool = False,
     ) -> None:
         super().__init__('AutoAttack', model)
-        if version not in VERSIONS:
-            raise ValueError(f'version={version!r} is unknown; allowed: {VERSIONS}')
-        unknown = [name for name in attacks_to_run or () if name not in PARTS]
-        if unknown or isinstance(attacks_to_run, str):
+        if isinstance(attacks_to_run, str):
             raise ValueError(f'attacks_to_run={attacks_to_run!r} must be a list of some of {PARTS}')
-        if norm == 'L1' and (absent := [name for name in attacks_to_run or () if name not in PARTS_IN_L1]):
-            raise ValueError(f"attacks_to_run={absent!r} have no norm='L1'; allowed there: {PARTS_IN_L1}")
         if n_classes < 2:
             raise ValueError(f'n_classes={n_classes} must be at least 2')
-        self.norm = ball.check_norm(norm)
+        self.norm = check_norm(norm)
         self.eps = eps
-        self.version = version
-        self.attacks = _ensemble(
-            model,
-            version,
-            attacks_to_run,
-            n_classes,
-            dict(norm=norm, eps=eps, seed=seed, verbose=verbose),
-            steps,
-            n_queries,
-        )
+        self.version = choose(version, VERSIONS, 'version')
+        self.n_classes = n_classes
+        self.steps = steps
+        self.n_queries = n_queries
+        self.seed = seed
+        self.verbose = verbose
+        names = VERSIONS[version] if attacks_to_run is None else attacks_to_run
+        stand_in = attacks_to_run is not None or version == 'standard'
+        self.parts = [
+            part
+            for name in names
+            if (part := _existing(choose(name, PARTS, 'attacks_to_run'), n_classes, stand_in)) is not None
+        ]
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """An adversarial image for each image that some attack fools; the others as they are.
+        """Give an adversarial image for each image that some attack fools, the others as they are.
 
         Args:
             images (Tensor): (B, C, H, W) in [0, 1].
@@ -114,75 +144,75 @@ class AutoAttack(Attack):
         """
         images, labels = images.detach().to(self.device), labels.to(self.device)
         adversarial = images.clone()
-        standing = self._correct(images, labels).nonzero().squeeze(1)
-        for attack in self.attacks:
-            if not len(standing):
+        robust = self._correct(images, labels).nonzero().squeeze(1)
+        for name in self.parts:
+            if not len(robust):
                 break
-            candidates = attack(images[standing], labels[standing])
-            correct = self._correct(candidates, labels[standing])
-            adversarial[standing[~correct]] = candidates[~correct]
-            standing = standing[correct]
+            if name == 'square' and self.norm != 'Linf' and min(images.shape[2:]) < _SQUARE_SIZE:
+                raise ValueError(f'Square in {self.norm} needs images of at least 5x5, got {tuple(images.shape[2:])}')
+            found = self.authors_part(name).perturb(images[robust], labels[robust]).detach()
+            correct = self._correct(found, labels[robust])
+            adversarial[robust[~correct]] = found[~correct].to(images.dtype)
+            robust = robust[correct]
+            if self.verbose:
+                print_log(f'AutoAttack: {len(robust)} of {len(images)} images are robust after {name}', 'current')
         return adversarial
+
+    def authors_part(self, name: str) -> Any:
+        """One attack of the ensemble, with the settings of this one."""
+        return authors_part(
+            self.model,
+            name,
+            self.n_classes,
+            self.version,
+            norm=self.norm,
+            eps=self.eps,
+            seed=self.seed,
+            device=self.device,
+            steps=self.steps,
+            n_queries=self.n_queries,
+        )
 
     @torch.no_grad()
     def _correct(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.get_logits(images).argmax(1) == labels
 
 
-def _ensemble(
-    model: Victim,
-    version: str,
-    attacks_to_run: Sequence[str] | None,
-    n_classes: int,
-    common: dict,
-    steps: int,
-    n_queries: int,
-) -> list[Attack]:
-    """The attacks of one version, in the published order."""
-    in_l1 = common['norm'] == 'L1'
-    targets = dict(n_classes=min(n_classes, _MOST_CLASSES_L1 if in_l1 else _MOST_CLASSES))
+def _existing(name: str, num_classes: int, stand_in: bool) -> Optional[str]:
+    """The attack itself, one that stands in for it, or None where there is none for so few classes."""
+    if num_classes >= _NEEDED_CLASSES.get(name, 2):
+        return name
+    return 'apgd-dlr' if name == 'apgd-t' and num_classes == 3 and stand_in else None
 
-    def apgd(loss: str, **kwargs) -> Attack:
-        return APGD(model, loss=loss, steps=steps, **common, **kwargs)
 
-    def apgd_targeted() -> list[Attack]:
-        if n_classes >= 4:
-            return [APGDT(model, steps=steps, **common, **targets)]
-        return dlr() if version == 'standard' else []
+class _SparseInL1(Attack):
+    """Mixin of torchattacks' APGD and APGDT: in L1 the sparse form of arXiv:2103.01208, as its authors have it."""
 
-    def dlr(**kwargs) -> list[Attack]:
-        return [apgd('dlr', **kwargs)] if n_classes >= 3 else []
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Give an adversarial image for each image that is fooled, the others as they are.
 
-    def fab(**kwargs) -> list[Attack]:
-        return [] if in_l1 else [torchattacks.FAB(model, steps=steps, **common, **targets, **kwargs)]
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+            labels (Tensor): (B,) int64.
+        """
+        if self.norm != 'L1':
+            return super().forward(images, labels)
+        targets = getattr(self, 'n_target_classes', None)
+        settings = dict(norm='L1', eps=self.eps, seed=self.seed, device=self.device, steps=self.steps, n_queries=1)
+        settings |= dict(n_restarts=self.n_restarts, eot_iter=self.eot_iter)
+        name = f'apgd-{self.loss}' if targets is None else 'apgd-t'
+        classes = 10 if targets is None else targets + 1
+        part = authors_part(self.model, name, classes, 'standard', **settings)
+        if targets is not None:
+            part.n_target_classes = targets
+        return part.perturb(images.detach().to(self.device), labels.to(self.device)).detach()
 
-    def square() -> list[Attack]:
-        return [] if in_l1 else [torchattacks.Square(model, n_queries=n_queries, resc_schedule=False, **common)]
 
-    if attacks_to_run is not None:
-        parts = {
-            'apgd-ce': lambda: [apgd('ce')],
-            'apgd-dlr': dlr,
-            'apgd-t': apgd_targeted,
-            'fab': fab,
-            'fab-t': lambda: fab(multi_targeted=True),
-            'square': square,
-        }
-        return [attack for name in attacks_to_run for attack in parts[name]()]
-    if version == 'standard':
-        return [
-            apgd('ce', n_restarts=_RESTARTS_L1 if in_l1 else 1),
-            *apgd_targeted(),
-            *fab(multi_targeted=True),
-            *square(),
-        ]
-    if version == 'rand':
-        return [apgd('ce', eot_iter=20), *dlr(eot_iter=20)]
-    return [
-        apgd('ce', n_restarts=5),
-        *dlr(n_restarts=5),
-        *fab(n_restarts=5),
-        *square(),
-        *apgd_targeted(),
-        *fab(multi_targeted=True),
-    ]
+@ATTACKS.register_module()
+class APGD(_SparseInL1, torchattacks.APGD):
+    """Auto-PGD of torchattacks (Croce & Hein, arXiv:2003.01690), and in L1 of AutoAttack's authors."""
+
+
+@ATTACKS.register_module()
+class APGDT(_SparseInL1, torchattacks.APGDT):
+    """Targeted Auto-PGD of torchattacks (Croce & Hein, arXiv:2003.01690), and in L1 of AutoAttack's authors."""

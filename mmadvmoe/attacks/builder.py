@@ -158,7 +158,8 @@ def _checked_norm(name: str, values: Mapping) -> str:
     if norm == 'L1' and name in NO_L1:
         raise ValueError(
             f"attack type={name!r}: there is no norm='L1' for it; allowed: ('Linf', 'L2'). "
-            'In L1 there are PGD, APGD, APGDT, AutoAttack, RoutePGD, RouterAttack and TRADESAttack'
+            'In L1 there are PGD, APGD, APGDT, RoutePGD, RouterAttack, TRADESAttack and AutoAttack; FAB and Square '
+            "there are dict(type='AutoAttack', attacks_to_run=['fab-t', 'square'])"
         )
     return norm
 

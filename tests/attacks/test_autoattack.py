@@ -1,56 +1,78 @@
 import inspect
 
+import pyautoattack
 import pytest
 import torch
 import torchattacks
 
-from mmadvmoe.attacks import AutoAttack, build_attack
+from mmadvmoe.attacks import AutoAttack, Victim, build_attack
 from mmadvmoe.attacks.autoattack import PARTS
 
 QUICK = dict(type='AutoAttack', steps=3, n_queries=5)
 
 
-def ensemble(attack):
-    return [(type(part).__name__, getattr(part, 'loss', None)) for part in attack.attacks]
+#: What the authors' class sets on its attacks, as far as it decides their outcome.
+APGD = ('n_iter_orig', 'n_restarts', 'eot_iter', 'thr_decr', 'use_largereps', 'eps', 'norm', 'topk')
+SETTINGS = dict(
+    apgd=APGD,
+    apgd_targeted=(*APGD, 'n_target_classes'),
+    fab=('n_iter', 'n_restarts', 'eps', 'norm', 'n_target_classes', 'alpha_max', 'eta', 'beta'),
+    square=('n_queries', 'n_restarts', 'p_init', 'rescale_schedule', 'eps', 'norm'),
+)
+OF_PART = dict(zip(PARTS, ('apgd', 'apgd', 'apgd_targeted', 'fab', 'fab', 'square')))
 
 
-def test_published_settings_are_the_defaults(make_tiny):
+@pytest.mark.parametrize('version', ['standard', 'rand'])
+@pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.1), ('L2', 0.5), ('L1', 12.0)])
+def test_settings_are_those_of_the_authors(make_tiny, norm, eps, version):
     victim, _, _ = make_tiny(num_classes=100)
-    attack = build_attack(dict(type='AutoAttack', eps=0.1), victim)._attack
-    apgd, targeted, fab, square = attack.attacks
-    assert ensemble(attack)[0] == ('APGD', 'ce')
-    assert (apgd.steps, targeted.steps, fab.steps, square.n_queries) == (100, 100, 100, 5000)
-    assert targeted.n_target_classes == fab.n_target_classes == 9
-    assert fab.multi_targeted
-    assert not square.rescale_schedule
-    assert {part.eps for part in attack.attacks} == {0.1}
+    ours = build_attack(dict(type='AutoAttack', norm=norm, eps=eps, version=version), victim)._attack
+    theirs = pyautoattack.AutoAttack(victim, norm=norm, eps=eps, seed=0, version=version)
+    assert ours.parts == theirs.attacks_to_run
+    for name in ours.parts:
+        kind = OF_PART[name]
+        own, published = ours.authors_part(name), getattr(theirs, kind)
+        assert type(own) is type(published)
+        for key in SETTINGS[kind]:
+            assert getattr(own, key) == getattr(published, key), (name, key)
 
 
-def test_published_settings_in_l1(make_tiny):
-    victim, _, _ = make_tiny(num_classes=100)
-    apgd, targeted = build_attack(dict(type='AutoAttack', norm='L1', eps=12), victim)._attack.attacks
-    assert (apgd.loss, apgd.n_restarts, apgd.steps) == ('ce', 5, 100)
-    assert (targeted.n_target_classes, targeted.n_restarts, targeted.steps) == (5, 1, 100)
+@pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.02), ('L2', 0.2), ('L1', 1.0)])
+def test_images_are_those_of_the_authors_bit_for_bit(make_tiny, norm, eps):
+    victim, images, labels = make_tiny(batch=16)
+    ours = build_attack(dict(QUICK, norm=norm, eps=eps, steps=10, n_queries=50), victim)
+    theirs = pyautoattack.AutoAttack(victim, norm=norm, eps=eps, seed=3, version='standard')
+    theirs.fab.n_target_classes = theirs.apgd_targeted.n_target_classes = 4
+    for part in (theirs.apgd, theirs.apgd_targeted):
+        part.n_iter = part.n_iter_orig = 10
+        # As the constructor derives them from the number of iterations.
+        part.n_iter_2, part.n_iter_min, part.size_decr = 2, 1, 1
+    theirs.fab.n_iter, theirs.square.n_queries = 10, 50
+    with victim.frozen():
+        expected = theirs.run_standard_evaluation(images.clone(), labels.clone(), batch_size=16)[0]
+    found = ours(images, labels, seed=3)
+    assert torch.equal(found, expected)
+    assert 0 < (victim(found).argmax(1) != labels).sum()
 
 
 @pytest.mark.parametrize(
     ('num_classes', 'version', 'expected'),
     [
-        (4, 'standard', ['APGD ce', 'APGDT', 'FAB', 'Square margin']),
-        (3, 'standard', ['APGD ce', 'APGD dlr', 'FAB', 'Square margin']),
-        (2, 'standard', ['APGD ce', 'FAB', 'Square margin']),
-        (4, 'plus', ['APGD ce', 'APGD dlr', 'FAB', 'Square margin', 'APGDT', 'FAB']),
-        (3, 'plus', ['APGD ce', 'APGD dlr', 'FAB', 'Square margin', 'FAB']),
-        (2, 'plus', ['APGD ce', 'FAB', 'Square margin', 'FAB']),
-        (3, 'rand', ['APGD ce', 'APGD dlr']),
-        (2, 'rand', ['APGD ce']),
+        (4, 'standard', ['apgd-ce', 'apgd-t', 'fab-t', 'square']),
+        (3, 'standard', ['apgd-ce', 'apgd-dlr', 'fab-t', 'square']),
+        (2, 'standard', ['apgd-ce', 'fab-t', 'square']),
+        (4, 'plus', ['apgd-ce', 'apgd-dlr', 'fab', 'square', 'apgd-t', 'fab-t']),
+        (3, 'plus', ['apgd-ce', 'apgd-dlr', 'fab', 'square', 'fab-t']),
+        (2, 'plus', ['apgd-ce', 'fab', 'square', 'fab-t']),
+        (3, 'rand', ['apgd-ce', 'apgd-dlr']),
+        (2, 'rand', ['apgd-ce']),
     ],
 )
 def test_losses_that_do_not_exist_for_few_classes_are_left_out(make_tiny, num_classes, version, expected):
     victim, images, labels = make_tiny(num_classes)
     cfg = dict(QUICK, version=version, steps=1)
     attack = build_attack(cfg, victim)
-    assert [' '.join(filter(None, part)) for part in ensemble(attack._attack)] == expected
+    assert attack._attack.parts == expected
     assert attack(images, labels).shape == images.shape
 
 
@@ -93,10 +115,15 @@ def test_one_image_that_keeps_standing_among_many(make_tiny):
     assert labels.tolist() == [0, 1, 1, 1, 1, 1]
     labels[1:] = 2
     attack = build_attack(dict(QUICK, eps=1e-3), victim)
-    sizes = []
-    for part in attack._attack.attacks:
-        forward = part.forward
-        part.forward = lambda x, y, forward=forward: (sizes.append(len(x)), forward(x, y))[1]
+    sizes, build = [], attack._attack.authors_part
+
+    def watched(name):
+        part = build(name)
+        perturb = part.perturb
+        part.perturb = lambda x, y: (sizes.append(len(x)), perturb(x, y))[1]
+        return part
+
+    attack._attack.authors_part = watched
     adversarial = attack(images, labels)
     assert sizes == [1, 1, 1, 1]
     assert torch.equal(adversarial[1:], images[1:])
@@ -106,7 +133,6 @@ def test_one_image_that_keeps_standing_among_many(make_tiny):
 def test_seed_of_the_call_reaches_every_part(make_tiny):
     victim, images, labels = make_tiny()
     attack = build_attack(dict(QUICK, eps=1.0), victim)
-    assert {id(part) for part in attack._seeded} == {id(part) for part in attack._attack.attacks}
     first, second = (attack(images, labels, seed=seed) for seed in (1, 2))
     assert not torch.equal(first, second)
     assert torch.equal(first, attack(images, labels, seed=1))
@@ -136,3 +162,12 @@ def test_each_part_alone_for_any_class_count(make_tiny, part, num_classes):
     # With 3 classes APGD on DLR stands in for its targeted form.
     exists = num_classes > 2 or part not in ('apgd-dlr', 'apgd-t')
     assert fooled > 0.5 if exists else torch.equal(adversarial, images)
+
+
+@pytest.mark.parametrize('norm', ['L2', 'L1'])
+def test_images_too_small_for_square_are_named(norm):
+    victim = Victim(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)), num_classes=2)
+    attack = build_attack(dict(type='AutoAttack', attacks_to_run=['square'], norm=norm, eps=1.0), victim)
+    images = torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match='5x5'):
+        attack(images, victim(images).argmax(1))
