@@ -13,7 +13,7 @@ from mmadvmoe.attacks import steps as ball
 from mmadvmoe.registry import ATTACKS
 
 from .apgd import APGD, APGDT
-from .victim import Victim
+from .views import Victim
 
 VERSIONS = ('standard', 'plus', 'rand')
 
