@@ -17,7 +17,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 import mmadvmoe  # noqa: F401  # registers the components
-from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks import NormalizedClassifier, Victim
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.evaluation import CLEAN, WORST, RobustOutcomes
 from mmadvmoe.evaluation.data import Data, as_dataset, unit_chunks
@@ -30,7 +30,7 @@ from mmadvmoe.runtime.seeding import preserve_rng_state
 
 def load_robust_model(
     config: Union[str, Path, Config], checkpoint: Union[str, Path], device: Union[str, torch.device] = 'cpu'
-) -> Victim:
+) -> NormalizedClassifier:
     """Load a trained classifier as a plain module: images in [0, 1] to class logits.
 
     The checkpoint is read without running anything in it, and has to fit the config tensor for tensor.
@@ -41,7 +41,7 @@ def load_robust_model(
         device (str or torch.device): Where the model goes. Defaults to ``'cpu'``.
 
     Returns:
-        Victim: In eval mode. ``model(images)`` maps (B, 3, H, W) in [0, 1] to logits (B, K), normalisation inside;
+        NormalizedClassifier: In eval mode. ``model(images)`` maps (B, 3, H, W) in [0, 1] to logits (B, K);
         ``model.forward_routed(images)`` also gives the routes, and :func:`mmadvmoe.attacks.build_attack` attacks it.
 
     Raises:
@@ -66,15 +66,17 @@ def load_robust_model(
     content = load_checkpoint(classifier, str(checkpoint), map_location='cpu', logger='silent')
     # MMEngine leaves a tensor that does not fit as it was.
     check_state_dict(classifier, content, str(checkpoint))
-    return Victim.from_classifier(classifier.to(device)).eval()
+    return NormalizedClassifier.from_classifier(classifier.to(device)).eval()
 
 
 @torch.no_grad()
-def inference(model: Victim, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def inference(
+    model: Union[NormalizedClassifier, Victim], images: Tensor, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
     """Class probabilities of images, and the experts that computed them.
 
     Args:
-        model (Victim): From :func:`load_robust_model`.
+        model (NormalizedClassifier or Victim): Such as :func:`load_robust_model` gives.
         images (Tensor): (B, 3, H, W) in [0, 1].
         batch_size (int): Images at a time. Defaults to 256.
 
@@ -138,8 +140,8 @@ def evaluate_robustness(
     share of the images, and all get the result.
 
     Args:
-        model (nn.Module): A :class:`~mmadvmoe.attacks.Victim`, such as :func:`load_robust_model` gives, or any module
-            that maps images in [0, 1] to logits.
+        model (nn.Module): What :func:`load_robust_model` gives, a view of it (:class:`~mmadvmoe.attacks.Victim`), or
+            any module that maps images in [0, 1] to logits.
         data (Mapping, Dataset or tuple): Config of a data set; a data set, with samples as MMPretrain packs them or
             pairs of an image in [0, 1] and a label; or the tensors images (B, C, H, W) and labels (B,).
         attacks (Mapping or Sequence): Configs of attacks under names of your own; or names of standard attacks, such as

@@ -123,7 +123,7 @@ def main() -> None:
     every_chunk = ('--cfg-options', 'default_hooks.logger.interval=1')
     call('test.py', best, '--work-dir', WORK_DIR / 'test', '--out', METRICS, '--out-item', 'metrics', *every_chunk)
     say('drawing adversarial examples')
-    draw(cfg, load_robust_model(cfg, best))
+    draw(cfg, Victim(load_robust_model(cfg, best)))
     say(f'done in {(time.monotonic() - started) / 60:.1f} minutes')
     print(table(json.loads(METRICS.read_text())))
     print(f'\nIn {folder}: {PICTURE.name}, {METRICS.name}, checkpoints, logs and the whole config {CONFIG.name}')

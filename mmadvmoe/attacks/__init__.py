@@ -1,17 +1,15 @@
 """How a model is attacked."""
 
 from .autoattack import APGD, APGDT, AutoAttack
-from .bound import BoundAttack, NonFiniteImagesError
-from .builder import build_attack
-from .kl import kl_divergence
+from .builder import BoundAttack, NonFiniteImagesError, build_attack
 from .library import JSMA, register_torchattacks
-from .pathway import Pathway
+from .model import NormalizedClassifier
 from .pgd import PGD
-from .route_pgd import RoutePGD
+from .route_pgd import ForcedRoutePGD, RoutePGD
 from .router_attack import RouterAttack
 from .standard import STANDARD_ATTACKS, attack_norm, is_standard_attack, standard_attack
-from .trades import TRADESAttack
-from .victim import Victim
+from .trades import TRADESAttack, kl_divergence
+from .views import HeldVictim, Pathway, Rescaled, Victim
 
 # After this package's own, which take precedence over classes of the same name.
 register_torchattacks()
@@ -23,9 +21,13 @@ __all__ = [
     'JSMA',
     'AutoAttack',
     'BoundAttack',
+    'ForcedRoutePGD',
+    'HeldVictim',
     'NonFiniteImagesError',
+    'NormalizedClassifier',
     'PGD',
     'Pathway',
+    'Rescaled',
     'RoutePGD',
     'RouterAttack',
     'TRADESAttack',

@@ -1,54 +1,59 @@
-"""Attacks from configs, checked before they run."""
+"""Attacks from configs, checked before they run, and the callable that training and evaluation use."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
-from difflib import get_close_matches
-from typing import Any
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Optional, Union
 
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from mmadvmoe.registry import ATTACKS
+from mmadvmoe.utils import choose
 
-from .bound import BoundAttack
 from .library import L2_ATTACKS, NO_L1, SOFT_LABEL_ATTACKS
-from .routes import HeldVictim, check_route
-from .steps import check_norm
-from .victim import Victim
+from .steps import NORMS
+from .views import ROUTES, HeldVictim, Victim, clean_route
 
 # Names that torchattacks' and our classes use for the same thing.
 _RADII = ('eps', 'max_epsilon')
 _COUNTS = (
-    'steps',
-    'n_restarts',
-    'restarts',
-    'eot_iter',
-    'n_queries',
-    'num_iter_set',
-    'nb_iter',
-    'nb_sample',
-    'max_iterations',
-    'binary_search_steps',
-    'noise_batch_size',
-)
+    'steps n_restarts restarts eot_iter n_queries num_iter_set nb_iter nb_sample max_iterations binary_search_steps '
+    'noise_batch_size'
+).split()
 _CLASS_COUNTS = ('n_classes', 'num_classes')
+# What rounding may add to images in [0, 1] that were normalised and brought back.
+_ROUNDING = 1e-4
+# Attacks draw from the random state of the process, of which there is one: threads attack one after the other.
+_RANDOM_STATE = threading.RLock()
 
 
-def build_attack(cfg: Mapping, victim: Victim) -> BoundAttack:
-    """Build an attack on a victim.
+class NonFiniteImagesError(ValueError):
+    """An attack gave images that are not finite."""
+
+
+def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
+    """Build an attack on a model.
 
     Args:
-        cfg (Mapping): ``type``, a name in ``ATTACKS`` (every class of torchattacks, and those of
-            this package) or a class, and its arguments. ``eps`` and ``alpha`` are on [0, 1] images:
-            ``dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=50)``. Where the attack has an
-            argument for the number of classes it is filled in. Every attack but those that choose routes
-            themselves (``RoutePGD``, ``RouterAttack``) also takes ``route``: ``'gate'``, the default, to attack the
-            model as it is used; or ``'held'``, to hold the route of each image at the clean one. Attacks of
-            torchattacks are then run once for each route among the images, which with layer- or token-level routing
-            can mean image by image; :class:`PGD` is not. On a model without routers both are the same.
-        victim (Victim): The attacked model.
+        cfg (Mapping): ``type``, a name in ``ATTACKS`` (every class of torchattacks, and those of this package) or a
+            class, and its arguments. ``eps`` and ``alpha`` are on [0, 1] images:
+            ``dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=50)``. Where the attack has an argument for the number
+            of classes it is filled in. Every attack but those that choose routes themselves (``RoutePGD``,
+            ``RouterAttack``) also takes ``route``: ``'gate'``, the default, to attack the model as it is used; or
+            ``'held'``, to hold the route of each image at the clean one. Attacks of torchattacks are then run once for
+            each route among the images, which with layer- or token-level routing can mean image by image; :class:`PGD`
+            is not. On a model without routers both are the same.
+        model (Victim or nn.Module): A view, a :class:`NormalizedClassifier`, or any module that maps images in [0, 1]
+            to logits.
 
     Returns:
         BoundAttack: ``attack(images, labels, seed=None) -> adversarial images``.
@@ -62,72 +67,49 @@ def build_attack(cfg: Mapping, victim: Victim) -> BoundAttack:
     arguments = dict(cfg)
     if 'type' not in arguments:
         raise ValueError(f"attack={dict(cfg)} has no type; for example type='PGD'")
+    victim = model if isinstance(model, Victim) else Victim(model)
     name, cls = _attack_class(arguments.pop('type'))
     parameters = dict(inspect.signature(cls).parameters)
     parameters.pop('model', None)
-    held = _hold_routes(name, arguments, parameters, cls, victim)
-    _check_names(name, arguments, parameters)
+    hold_routes = _takes_held_routes(name, arguments, parameters, cls) and victim.num_routers > 0
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in arguments:
+            choose(key, parameters, f'attack type={name!r}: argument')
     _fill_in_class_count(name, arguments, parameters, victim)
     # Defaults are checked too: a default that does not suit this victim is as wrong.
-    values = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
-    values.update(arguments)
+    values = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | arguments
     norm = _checked_norm(name, values)
     _check_values(name, values, norm)
     _check_enough_classes(name, values, victim)
     return BoundAttack(
         name,
-        cls(victim if held is None else held, **arguments),
+        partial(cls, **arguments),
         victim,
         eps=next((values[key] for key in _RADII if key in values), None),
+        norm=norm,
         soft_labels=getattr(cls, 'soft_labels', name in SOFT_LABEL_ATTACKS),
         own_seed='seed' in arguments,
-        held=held,
-        norm=norm,
+        hold_routes=hold_routes,
     )
 
 
 def _attack_class(kind: Any) -> tuple[str, type]:
-    if isinstance(kind, str):
-        name, cls = kind.split('.')[-1], ATTACKS.get(kind)
-    else:
-        name, cls = getattr(kind, '__name__', repr(kind)), kind
+    cls = ATTACKS.get(kind) if isinstance(kind, str) else kind
     if cls is None:
-        known = sorted(ATTACKS.module_dict)
-        near = get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f' (did you mean {near[0]!r}?)' if near else ''
-        raise ValueError(f'attack type={kind!r} is unknown{hint}; allowed: {", ".join(known)}')
+        choose(kind, sorted(ATTACKS.module_dict), 'attack type')
     if not (isinstance(cls, type) and issubclass(cls, Attack)):
         raise TypeError(f'attack type={kind!r} must be a subclass of torchattacks.attack.Attack')
-    return name, cls
+    return kind.split('.')[-1] if isinstance(kind, str) else cls.__name__, cls
 
 
-def _hold_routes(name: str, arguments: dict, parameters: Mapping, cls: type, victim: Victim) -> HeldVictim | None:
-    """The view to attack where ``route`` asks for one; ``route`` is taken out, unless the class knows it."""
+def _takes_held_routes(name: str, arguments: dict, parameters: Mapping, cls: type) -> bool:
+    """Whether ``route`` asks for held routes; it is taken out, unless the class knows it and does so itself."""
     if 'route' not in arguments:
-        return None
-    try:
-        route = check_route(arguments['route'])
-    except ValueError as error:
-        raise ValueError(f'attack type={name!r}: {error}') from None
+        return False
+    route = choose(arguments['route'], ROUTES, f'attack type={name!r}: route')
     if getattr(cls, 'own_routes', False):
         raise ValueError(f'attack type={name!r} chooses routes itself; leave out route={route!r}')
-    if 'route' in parameters:
-        return None
-    del arguments['route']
-    return HeldVictim(victim) if route == 'held' and victim.num_routers else None
-
-
-def _check_names(name: str, arguments: Mapping, parameters: Mapping) -> None:
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for key in arguments:
-        if key not in parameters:
-            near = get_close_matches(key, parameters, n=1)
-            hint = f' (did you mean {near[0]!r}?)' if near else ''
-            raise ValueError(
-                f'attack type={name!r} has no argument {key}={arguments[key]!r}{hint}; '
-                f'allowed: {", ".join(parameters) or "none"}'
-            )
+    return 'route' not in parameters and arguments.pop('route') == 'held'
 
 
 def _fill_in_class_count(name: str, arguments: dict, parameters: Mapping, victim: Victim) -> None:
@@ -141,8 +123,8 @@ def _fill_in_class_count(name: str, arguments: dict, parameters: Mapping, victim
     if not _is_count(given) or given < 2 or (count is not None and given > count):
         most = 'any' if count is None else count
         raise ValueError(
-            f'attack type={name!r}: {key}={given!r} must be a whole number from 2 to the number of '
-            f'classes of the model ({most})'
+            f'attack type={name!r}: {key}={given!r} must be a whole number from 2 to the number of classes of the '
+            f'model ({most})'
         )
     arguments[key] = given
 
@@ -151,10 +133,7 @@ def _checked_norm(name: str, values: Mapping) -> str:
     """The norm of the threat model."""
     if 'norm' not in values:
         return 'L2' if name in L2_ATTACKS else 'Linf'
-    try:
-        norm = check_norm(values['norm'])
-    except ValueError as error:
-        raise ValueError(f'attack type={name!r}: {error}') from None
+    norm = choose(values['norm'], NORMS, f'attack type={name!r}: norm')
     if norm == 'L1' and name in NO_L1:
         raise ValueError(
             f"attack type={name!r}: there is no norm='L1' for it; allowed: ('Linf', 'L2'). "
@@ -188,8 +167,8 @@ def _check_enough_classes(name: str, values: Mapping, victim: Victim) -> None:
     count = victim.num_classes
     if count is not None and count < needed:
         raise ValueError(
-            f'attack type={name!r} needs at least {needed} classes for its loss, the model has '
-            f'{count}; AutoAttack leaves out what does not exist for few classes'
+            f'attack type={name!r} needs at least {needed} classes for its loss, the model has {count}; AutoAttack '
+            'leaves out what does not exist for few classes'
         )
 
 
@@ -199,3 +178,196 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+class BoundAttack:
+    """An attack and the model it attacks; made by :func:`build_attack`.
+
+    It runs with the model in eval mode and without parameter gradients, restored afterwards whatever happens inside,
+    also when the caller is under ``no_grad`` or ``inference_mode``. Threads that attack take turns.
+
+    Args:
+        name (str): Name of the attack in ``ATTACKS``.
+        build (Callable): Builds the attack on a view.
+        victim (Victim): The attacked model.
+        eps (float, optional): Radius of its threat model; None if it has none.
+        norm (str): Norm in which ``eps`` is. Defaults to ``'Linf'``.
+        soft_labels (bool): Whether class probabilities will do for labels.
+        own_seed (bool): Whether the config set the attack's ``seed``.
+        hold_routes (bool): Whether the route of each image is held at the clean one. The attack then runs once for each
+            route among the clean images.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[Victim], Attack],
+        victim: Victim,
+        eps: Optional[float] = None,
+        norm: str = 'Linf',
+        soft_labels: bool = False,
+        own_seed: bool = False,
+        hold_routes: bool = False,
+    ) -> None:
+        self.name = name
+        self.norm = norm
+        self.eps = eps
+        self.victim = victim
+        self._build = build
+        self._attack = build(victim)
+        label_parameter = inspect.signature(self._attack.forward).parameters.get('labels')
+        self.needs_labels = label_parameter is None or label_parameter.default is not None
+        self.soft_labels = soft_labels or not self.needs_labels
+        # torchattacks' APGD, FAB and Square set the global seed to their own at each call.
+        self._resets_seed = any(part.seed is not None for part in _seeded_parts(self._attack))
+        self._own_seed = own_seed
+        self._hold_routes = hold_routes
+
+    def __repr__(self) -> str:
+        return f'BoundAttack({self._attack!r})'
+
+    def __call__(self, images: Tensor, labels: Optional[Tensor] = None, seed: Optional[int] = None) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            images (Tensor): (B, C, H, W), floating point, in [0, 1].
+            labels (Tensor, optional): (B,) class indices; or (B, K) class probabilities where ``soft_labels``. None
+                where not ``needs_labels``.
+            seed (int, optional): Makes the outcome a function of images, labels and seed, and leaves the random state
+                of the caller as it is. None draws from that state.
+
+        Returns:
+            Tensor: Adversarial images, detached, of the shape and type of ``images``.
+
+        Raises:
+            TypeError: ``images`` or ``labels`` are of a kind that no attack takes.
+            ValueError: Images are outside [0, 1], ``eps`` is larger than they can differ, or labels are missing, out
+                of range or soft where the attack takes none.
+            NonFiniteImagesError: The attack gave numbers that are not finite.
+        """
+        # Inference tensors cannot be saved for a backward pass; a clone made outside can.
+        with _RANDOM_STATE, torch.inference_mode(False), torch.enable_grad(), self.victim.frozen():
+            images = self._checked_images(images)
+            labels = self._checked_labels(labels, len(images))
+            with self._random_state(images.device, seed) as seed:
+                adversarial = self._run(images, labels, seed).detach()
+        if not torch.isfinite(adversarial).all():
+            raise NonFiniteImagesError(
+                f'attack type={self.name!r} gave images that are not finite: '
+                'the logits of the model or their gradient are not finite'
+            )
+        return adversarial
+
+    def check_radius(self, num_values: int, name: Optional[str] = None) -> None:
+        """Check that the ball is not larger than the space of images.
+
+        Args:
+            num_values (int): Values in one image, C·H·W.
+            name (str, optional): What the message calls the attack. Defaults to its type.
+
+        Raises:
+            ValueError: No two images in [0, 1] are as far apart as ``eps``.
+        """
+        diameter = dict(Linf=1.0, L2=num_values**0.5, L1=float(num_values))[self.norm]
+        if self.eps is not None and self.eps > diameter:
+            raise ValueError(
+                f'attack {name or f"type={self.name!r}"}: eps={self.eps:g} in {self.norm} is above {diameter:.4g}, the '
+                f'largest distance of two images of {num_values} numbers in [0, 1]; if it is in units of 0..255, write '
+                f'eps={self.eps:g} / 255'
+            )
+
+    def _run(self, images: Tensor, labels: Optional[Tensor], seed: Optional[int]) -> Tensor:
+        if not self._hold_routes:
+            return _run_seeded(self._attack, images, labels, seed)
+        routes, which = clean_route(self.victim, images).unique(dim=0, return_inverse=True)
+        adversarial = torch.empty_like(images)
+        for number, route in enumerate(routes):
+            rows = (which == number).nonzero().squeeze(1)
+            attack = self._build(HeldVictim(self.victim, route))
+            adversarial[rows] = _run_seeded(attack, images[rows], None if labels is None else labels[rows], seed)
+        return adversarial
+
+    def _checked_images(self, images: Tensor) -> Tensor:
+        if not torch.is_floating_point(images) or images.dim() != 4:
+            raise TypeError(
+                f'an attack needs floating point images (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}'
+            )
+        # Some attacks of torchattacks flatten images with view().
+        images = images.detach().clone(memory_format=torch.contiguous_format)
+        low, high = images.amin().item(), images.amax().item()
+        # Written so that NaN fails too.
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+            raise ValueError(
+                f'an attack needs images in [0, 1], got values from {low:.4g} to {high:.4g}; '
+                'normalisation belongs inside the victim (mean and std of the data_preprocessor)'
+            )
+        self.check_radius(images[0].numel())
+        return images.clamp_(0, 1)
+
+    def _checked_labels(self, labels: Optional[Tensor], batch: int) -> Optional[Tensor]:
+        if labels is None:
+            if self.needs_labels:
+                raise ValueError(f'attack type={self.name!r} needs labels')
+            return None
+        labels = labels.detach().clone()
+        soft = torch.is_floating_point(labels)
+        if labels.dim() != 1 + soft or len(labels) != batch or labels.dtype == torch.bool:
+            raise TypeError(
+                f'labels must be ({batch},) class indices or ({batch}, K) class probabilities, '
+                f'got {labels.dtype} of shape {tuple(labels.shape)}'
+            )
+        if soft:
+            if not self.soft_labels:
+                raise ValueError(
+                    f'attack type={self.name!r} takes class indices, got soft labels of shape {tuple(labels.shape)} '
+                    '(from label smoothing or a batch augmentation); use an attack on the cross entropy such as PGD, '
+                    'or TRADESAttack'
+                )
+            return labels
+        count = self.victim.num_classes
+        low, high = labels.amin().item(), labels.amax().item()
+        if low < 0 or (count is not None and high >= count):
+            raise ValueError(f'labels from {low} to {high} are outside [0, num_classes={count})')
+        return labels.long()
+
+    @contextmanager
+    def _random_state(self, device: torch.device, seed: Optional[int]) -> Iterator[Optional[int]]:
+        """Draw from ``seed`` inside, or from the ambient state, which the attack must not reset; give the seed."""
+        if seed is None and self._resets_seed and not self._own_seed:
+            seed = int(torch.randint(2**31, ()))
+        if seed is None and not self._resets_seed:
+            yield None
+            return
+        before = random.getstate(), np.random.get_state()
+        accelerators, kind = ([], 'cuda') if device.type == 'cpu' else ([device], device.type)
+        try:
+            with torch.random.fork_rng(accelerators, device_type=kind):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                    # Some of torchattacks' classes draw from these.
+                    random.seed(seed)
+                    np.random.seed(seed % 2**32)
+                yield seed
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def _run_seeded(attack: Attack, images: Tensor, labels: Optional[Tensor], seed: Optional[int]) -> Tensor:
+    """Run an attack whose parts draw from seeds of their own, if one is given."""
+    attack.set_device(images.device)
+    parts = _seeded_parts(attack)
+    before = [part.seed for part in parts]
+    try:
+        if seed is not None:
+            for offset, part in enumerate(parts):
+                part.seed = (seed + offset) % 2**31
+        return attack(images, labels)
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            part.seed = own
+
+
+def _seeded_parts(attack: Attack) -> list[Attack]:
+    parts = {id(part): part for part in (attack, *attack._attacks.values())}.values()
+    return [part for part in parts if hasattr(part, 'seed')]

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmadvmoe.registry import ATTACKS
+from mmadvmoe.utils import choose
 
-from .ball_attack import BallAttack
-from .routes import check_route, clean_route
-from .victim import Victim
+from .steps import BallAttack
+from .views import ROUTES, Victim, clean_route
 
 
 @ATTACKS.register_module()
@@ -55,7 +55,7 @@ class PGD(BallAttack):
         route: str = 'gate',
     ) -> None:
         super().__init__('PGD', model, eps, alpha, steps, random_start, norm, restarts)
-        self.route = check_route(route)
+        self.route = choose(route, ROUTES, 'route')
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Where the run ended; with several, the worst case of each image.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from mmadvmoe.registry import ATTACKS
 
-from .ball_attack import BallAttack
-from .routes import decisions
-from .victim import Victim
+from .steps import BallAttack
+from .views import Victim, decisions
 
 
 @ATTACKS.register_module()
@@ -142,6 +142,23 @@ class RoutePGD(BallAttack):
             with torch.no_grad():
                 fooled[rest] = self.model(result[rest]).argmax(1) != labels[rest]
         return result, fooled
+
+
+class ForcedRoutePGD(RoutePGD):
+    """Push the routers to one expert, and attack that expert: one of the runs of :class:`RoutePGD`.
+
+    Args:
+        model (Victim): The attacked mixture.
+        expert (int): In [0, N).
+        **kwargs: Arguments of :class:`RoutePGD`.
+    """
+
+    def __init__(self, model: Victim, expert: int, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self.expert = expert
+
+    def _runs(self, routings: tuple, batch: int) -> Iterator[tuple[Tensor | None, bool]]:
+        yield torch.full((batch,), self.expert, device=self.device), True
 
 
 def _of_tokens(routings: tuple) -> bool:

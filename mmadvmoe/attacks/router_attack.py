@@ -9,9 +9,8 @@ from torch import Tensor
 
 from mmadvmoe.registry import ATTACKS
 
-from .ball_attack import BallAttack
-from .routes import decisions
-from .victim import Victim
+from .steps import BallAttack
+from .views import Victim, decisions
 
 
 @ATTACKS.register_module()

@@ -1,20 +1,110 @@
-"""What gradient attacks share: the start, a step of steepest ascent, the way back into the ball.
+"""Gradient attacks inside a ball: the start, a step of steepest ascent, the way back, and the loop that they all run.
 
-Images are (B, C, H, W) in [0, 1]; ``eps`` and ``alpha`` are in the same unit.
+Images are (B, C, H, W) in [0, 1]; ``eps`` and ``alpha`` are in the same unit. In projections D are the coordinates of
+an image.
 """
 
-from difflib import get_close_matches
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchattacks.attack import Attack
 
-from .projections import shrink
+from mmadvmoe.utils import choose
 
 #: Norms of the threat models on offer.
 NORMS = ('Linf', 'L2', 'L1')
 
+#: ``ascent(points, rows) -> (direction, arrived)``; see :func:`climb`.
+Ascent = Callable[[Tensor, Tensor], tuple[Tensor, Optional[Tensor]]]
+
 #: Share of the coordinates that a step in L1 moves.
 _L1_SHARE = 0.05
+
+
+class BallAttack(Attack):
+    """Base of attacks by projected steepest ascent, from random starts or from the image itself.
+
+    Args:
+        name (str): Name of the attack.
+        model (Victim): The attacked model.
+        eps (float): Radius of the ball, on [0, 1] images.
+        alpha (float): Step size.
+        steps (int): Steps of each run.
+        random_start (bool): Start each run at a random point of the ball.
+        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``.
+        restarts (int): How often runs are made.
+
+    Raises:
+        ValueError: ``norm`` is unknown, or there are restarts without a random start.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        eps: float,
+        alpha: float,
+        steps: int,
+        random_start: bool,
+        norm: str,
+        restarts: int,
+    ) -> None:
+        super().__init__(name, model)
+        if restarts > 1 and not random_start:
+            raise ValueError(f'restarts={restarts} without a random start are the same run; set random_start=True')
+        self.eps = eps
+        self.alpha = alpha
+        self.steps = steps
+        self.random_start = random_start
+        self.norm = check_norm(norm)
+        self.restarts = restarts
+
+    def _start(self, images: Tensor) -> Tensor:
+        """Where a run starts. To be drawn for all images: the start of one must not depend on the fate of others."""
+        return random_start(images, self.eps, self.norm) if self.random_start else images
+
+    def _climb(self, ascent: Ascent, start: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`climb` with the settings of this attack."""
+        return climb(ascent, start, images, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm)
+
+
+def climb(
+    ascent: Ascent, start: Tensor, images: Tensor, *, eps: float, alpha: float, steps: int, norm: str
+) -> tuple[Tensor, Tensor]:
+    """Take steps of steepest ascent, each followed by the way back into the ball and [0, 1].
+
+    Args:
+        ascent (Callable): Given points (b, C, H, W) that require a gradient and the rows (b,) of ``images`` that they
+            belong to, gives the direction to climb, of the shape of the points, and None, or which points have arrived
+            (b,). Those stay where they are, and their direction is not looked at.
+        start (Tensor): Where each image starts, (B, C, H, W).
+        images (Tensor): The centres of the balls, (B, C, H, W) in [0, 1].
+        eps (float): Radius of the ball, on [0, 1] images.
+        alpha (float): Length of a step.
+        steps (int): Number of steps.
+        norm (str): Norm of the ball and of the steps.
+
+    Returns:
+        tuple: Where each image ended, (B, C, H, W), and which ones had arrived before the last step was made, (B,).
+    """
+    points, ended = start.detach(), torch.empty_like(start)
+    arrived = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    rows = torch.arange(len(images), device=images.device)
+    for _ in range(steps):
+        direction, done = ascent(points.requires_grad_(), rows)
+        points = points.detach()
+        if done is not None and done.any():
+            ended[rows[done]], arrived[rows[done]] = points[done], True
+            points, direction, images, rows = (part[~done] for part in (points, direction, images, rows))
+            if not len(rows):
+                break
+        points = project(ascend(points, direction, alpha, norm), images, eps, norm)
+    ended[rows] = points
+    return ended, arrived
 
 
 def check_norm(norm: str) -> str:
@@ -23,22 +113,7 @@ def check_norm(norm: str) -> str:
     Raises:
         ValueError: It is not.
     """
-    if norm not in NORMS:
-        near = get_close_matches(str(norm), NORMS, n=1, cutoff=0.5)
-        hint = f' (did you mean {near[0]!r}?)' if near else ''
-        raise ValueError(f'norm={norm!r} is not supported{hint}; allowed: {NORMS}')
-    return norm
-
-
-def check_restarts(restarts: int, random_start: bool) -> int:
-    """Give ``restarts`` back if that many runs can differ.
-
-    Raises:
-        ValueError: There are several, which would all start at the clean image.
-    """
-    if restarts > 1 and not random_start:
-        raise ValueError(f'restarts={restarts} without a random start are the same run; set random_start=True')
-    return restarts
+    return choose(norm, NORMS, 'norm')
 
 
 def random_start(images: Tensor, eps: float, norm: str) -> Tensor:
@@ -63,7 +138,7 @@ def ascend(points: Tensor, grad: Tensor, alpha: float, norm: str) -> Tensor:
 
     In L1 the steepest step of all would move a single pixel, which another would do at the next. Here it moves the
     twentieth of the coordinates (at least one) with the largest gradients, equally far: the steepest of the steps of
-    this length that move no coordinate further (Tramer & Boneh, arXiv:1904.13000, algorithm 1). Coordinates that stand
+    this length that move no coordinate further (Tramer & Boneh, arXiv:1904.13000, algorithm 1). Coordinates that are
     at 0 or 1 and would have to leave [0, 1] are passed over.
 
     A zero gradient leaves its image where it is.
@@ -78,12 +153,12 @@ def ascend(points: Tensor, grad: Tensor, alpha: float, norm: str) -> Tensor:
 
 
 def project(points: Tensor, images: Tensor, eps: float, norm: str) -> Tensor:
-    """The nearest point of the ball of radius ``eps`` around ``images`` that is in [0, 1]; see :mod:`.projections`."""
+    """The nearest point of the ball of radius ``eps`` around ``images`` that is in [0, 1], exactly."""
     if norm == 'Linf':
         return (images + (points - images).clamp(-eps, eps)).clamp(0, 1)
     offset = (points - images).flatten(1)
     centre = images.flatten(1)
-    shrunk = shrink(offset, torch.where(offset > 0, 1 - centre, centre), eps, norm)
+    shrunk = _shrink(offset, torch.where(offset > 0, 1 - centre, centre), eps, norm)
     nearest = (centre + shrunk).to(images.dtype)
     # Many coordinates rounded away from the image would add up.
     too_far = (nearest.double() - centre.double()).abs() > shrunk.abs()
@@ -105,3 +180,72 @@ def _length(x: Tensor, norm: str) -> Tensor:
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _shrink(offset: Tensor, room: Tensor, eps: float, norm: str) -> Tensor:
+    """The nearest offset of length at most ``eps`` whose coordinates fit in the room.
+
+    Projecting on the ball and then cutting to [0, 1] gives a point of both, but not the nearest one: the radius that
+    the cut has saved is lost. In the intersection the coordinates of the nearest offset are
+    ``clamp(|u| / (1 + m), 0, r)`` for L2 and ``clamp(|u| - m, 0, r)`` for L1, with the signs of the offset u, the room
+    r that a pixel has in that way, and the least m >= 0 at which the length is eps. As a function of m the length is
+    made of pieces between which coordinates become free or zero. The ends of the pieces are sorted, and the equation
+    solved in the piece that has the solution (for L1: Croce & Hein, arXiv:2103.01208, proposition 2.1).
+
+    Args:
+        offset (Tensor): (B, D).
+        room (Tensor): How far each coordinate may go in its direction, (B, D), at least 0.
+        eps (float): Largest length.
+        norm (str): ``'L2'`` or ``'L1'``.
+
+    Returns:
+        Tensor: (B, D), of type float64.
+    """
+    size, room = offset.abs().double(), room.double()
+    solve = _shrink_l2 if norm == 'L2' else _shrink_l1
+    order = 2 if norm == 'L2' else 1
+    shrunk = torch.minimum(size, room)
+    # Written so that NaN is not taken for inside.
+    outside = ~(shrunk.norm(p=order, dim=1) <= eps)
+    if outside.any():
+        near = solve(size[outside], room[outside], eps)
+        length = near.norm(p=order, dim=1, keepdim=True)
+        # What rounding has left.
+        shrunk[outside] = near * torch.where(length > eps, eps / length, torch.ones_like(length))
+    return shrunk * offset.sign()
+
+
+def _shrink_l2(size: Tensor, room: Tensor, eps: float) -> Tensor:
+    """``clamp(s * size, max=room)`` with s in [0, 1] such that the length is ``eps``."""
+    # Where a coordinate reaches its room; those that never do come last.
+    ends = torch.where(size > 0, room / size.clamp(min=1e-300), torch.full_like(size, torch.inf))
+    ends, order = ends.sort(1)
+    full = room.gather(1, order).square().cumsum(1)
+    squares = size.gather(1, order).square()
+    free = squares.flip(1).cumsum(1).flip(1) - squares
+    # Squared length at each end; infinite where it lies beyond any scale.
+    reached = torch.where(free > 0, full + ends.square() * free, full)
+    reached = reached.masked_fill(ends.isinf(), torch.inf)
+    piece = (reached < eps**2).sum(1, keepdim=True)
+    before = (piece - 1).clamp(min=0)
+    done = torch.where(piece > 0, full.gather(1, before), torch.zeros_like(full[:, :1]))
+    left = torch.where(piece > 0, free.gather(1, before), squares.sum(1, keepdim=True))
+    scale = ((eps**2 - done).clamp(min=0) / left).sqrt()
+    return torch.minimum(scale * size, room)
+
+
+def _shrink_l1(size: Tensor, room: Tensor, eps: float) -> Tensor:
+    """``clamp(size - m, min=0, max=room)`` with m >= 0 such that the sum is ``eps``."""
+    # A coordinate is free, and falls with m, from the first of these ends to the second.
+    starts, stops = (size - room).clamp(min=0), size
+    ends, order = torch.cat([starts, stops], dim=1).sort(1)
+    change = torch.cat([-torch.ones_like(size), torch.ones_like(size)], dim=1).gather(1, order)
+    slope = change.cumsum(1)
+    falls = slope[:, :-1] * ends.diff(dim=1)
+    total = torch.minimum(size, room).sum(1, keepdim=True)
+    # Length at each end: it does not fall before the first one.
+    lengths = torch.cat([total, total + falls.cumsum(1)], dim=1)
+    piece = ((lengths > eps).sum(1, keepdim=True) - 1).clamp(min=0)
+    length, end, fall = (part.gather(1, piece) for part in (lengths, ends, slope))
+    multiplier = end + (length - eps) / (-fall).clamp(min=1)
+    return torch.minimum((size - multiplier).clamp(min=0), room)

@@ -1,4 +1,4 @@
-"""The training attack of TRADES and AdvMoE."""
+"""The training attack of TRADES and AdvMoE, and the divergence that it maximises."""
 
 from __future__ import annotations
 
@@ -7,31 +7,27 @@ from mmengine.dist import get_rank, get_world_size
 from torch import Tensor
 from torchattacks.attack import Attack
 
-from mmadvmoe.attacks import steps as ball
 from mmadvmoe.registry import ATTACKS
 
-from .climb import climb
-from .kl import kl_divergence
-from .victim import Victim
+from .model import full_precision
+from .steps import check_norm, climb
+from .views import Victim
 
 
 @ATTACKS.register_module()
 class TRADESAttack(Attack):
     """Maximise the divergence of the prediction from the clean one, and that of the routes.
 
-    From x + ``start_noise`` · N(0, I), steps of steepest ascent on KL(f(x) ‖ f(x')), plus
-    ``router_weight`` times the sum over routers of KL(router(x) ‖ router(x')) where the model has
-    any; back into the ball and [0, 1] after each. Labels are not used. The routers decide; what moves
-    a route is their own divergence, as the gradient of the straight-through gate says little about
-    the image and hides that of the pathway.
+    From x + ``start_noise`` · N(0, I), steps of steepest ascent on KL(f(x) ‖ f(x')), plus ``router_weight`` times the
+    sum over routers of KL(router(x) ‖ router(x')) where the model has any; back into the ball and [0, 1] after each.
+    Labels are not used. The routers decide; what moves a route is their own divergence, as the gradient of the
+    straight-through gate says little about the image and hides that of the pathway.
 
-    In distributed training the noise is drawn for the batch of all processes and each takes the
-    rows of its own images (MMEngine's ``DefaultSampler`` gives rank r the samples r, r + W, ...).
-    With the same random state on every rank, W processes therefore attack as one with W times the
-    batch does.
+    In distributed training the noise is drawn for the batch of all processes and each takes the rows of its own images
+    (MMEngine's ``DefaultSampler`` gives rank r the samples r, r + W, ...). With the same random state on every rank, W
+    processes therefore attack as one with W times the batch does.
 
-    TRADES: arXiv:1901.08573, algorithm 1. AdvMoE: arXiv:2308.10110, whose attack has 2 steps of
-    5/255 at eps 8/255.
+    TRADES: arXiv:1901.08573, algorithm 1. AdvMoE: arXiv:2308.10110, whose attack has 2 steps of 5/255 at eps 8/255.
 
     Args:
         model (Victim): The attacked model.
@@ -39,11 +35,10 @@ class TRADESAttack(Attack):
         alpha (float): Step size. Defaults to 5/255.
         steps (int): Number of steps. Defaults to 2.
         norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
-        start_noise (float): Standard deviation of the start noise; above 0, because the gradient
-            of the divergence vanishes at x itself. Defaults to 0.001.
+        start_noise (float): Standard deviation of the start noise; above 0, because the gradient of the divergence
+            vanishes at x itself. Defaults to 0.001.
         router_weight (float): Weight of the routers' divergence. Defaults to 1.
-        gated (bool): Whether the gradient passes through the gate as well, as in the reference code.
-            Defaults to False.
+        gated (bool): Whether the gradient passes through the gate as well, as in the reference code. Defaults to False.
 
     Raises:
         ValueError: ``norm`` is unknown, or ``start_noise`` or ``router_weight`` out of range.
@@ -71,7 +66,7 @@ class TRADESAttack(Attack):
         self.eps = eps
         self.alpha = alpha
         self.steps = steps
-        self.norm = ball.check_norm(norm)
+        self.norm = check_norm(norm)
         self.start_noise = start_noise
         self.router_weight = router_weight
         self.gated = gated
@@ -110,3 +105,29 @@ class TRADESAttack(Attack):
             return torch.randn_like(images)
         noise = images.new_empty(world * len(images), *images.shape[1:]).normal_()
         return noise[get_rank() :: world]
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(softmax(p) ‖ softmax(q)) of each image, in nats.
+
+    Gradients flow to both arguments; detach the one that is to stay. Half-precision logits are taken to float32 first,
+    so the result is the same under autocast.
+
+    Args:
+        p_logits (Tensor): (B, K); or (B, T, N) for routers that decide per token.
+        q_logits (Tensor): The same shape.
+
+    Returns:
+        Tensor: (B,), averaged over tokens where there are any.
+
+    Raises:
+        ValueError: The shapes differ, or there is no batch dimension.
+    """
+    if p_logits.shape != q_logits.shape or p_logits.dim() < 2:
+        raise ValueError(
+            'kl_divergence needs two tensors of logits of one shape (B, ..., K), '
+            f'got {tuple(p_logits.shape)} and {tuple(q_logits.shape)}'
+        )
+    p_log, q_log = (full_precision(logits).log_softmax(-1) for logits in (p_logits, q_logits))
+    divergence = (p_log.exp() * (p_log - q_log)).sum(-1)
+    return divergence.flatten(1).mean(1) if divergence.dim() > 1 else divergence

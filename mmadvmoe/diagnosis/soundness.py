@@ -14,10 +14,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from mmadvmoe.attacks import Victim, build_attack
+from mmadvmoe.attacks import ForcedRoutePGD, Rescaled, Victim, build_attack
 from mmadvmoe.attacks import steps as ball
-from mmadvmoe.attacks.forced_route import ForcedRoutePGD
-from mmadvmoe.attacks.rescaled import Rescaled
 
 from .gradient_checks import ascents, gradients, median_margin
 from .substitute import predict, train_substitute

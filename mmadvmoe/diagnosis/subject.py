@@ -100,7 +100,7 @@ def load_subject(args: argparse.Namespace, kind: str) -> Subject:
     if cfg.get('test_dataloader') is None or not attacks:
         raise ValueError(f'{args.config} must set test_dataloader and test_cfg.attacks')
     threat = ThreatModel.from_attacks(attacks, args.attack)
-    victim = load_robust_model(cfg, args.checkpoint, args.device)
+    victim = Victim(load_robust_model(cfg, args.checkpoint, args.device))
     data, class_names = _test_images(cfg, victim, args)
     placement = placement_of(victim.classifier)
     header = dict(

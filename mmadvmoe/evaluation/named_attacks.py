@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Optional
@@ -25,9 +24,6 @@ from mmadvmoe.registry import ATTACKS
 
 from .outcomes import CLEAN, WORST
 from .robust_evaluation import Attack
-
-# Largest distance of two images in [0, 1] with n values.
-_DIAMETERS = {'L2': math.sqrt, 'L1': float}
 
 
 def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, Attack]:
@@ -214,25 +210,6 @@ def _with_held_routes(attacks: Mapping[str, dict]) -> dict[str, dict]:
 def held_name(name: str) -> str:
     """The name of an attack with the route held, beside the attack ``name``."""
     return f'{name}-held'
-
-
-def check_radii(attacks: Mapping[str, Mapping], num_values: int) -> None:
-    """Check that no ball is larger than the space of images.
-
-    Args:
-        attacks: Configs of the attacks. Those in the L-inf norm are checked when they are built.
-        num_values: Values in one image, C·H·W.
-
-    Raises:
-        ValueError: A radius is larger than the distance of any two images in [0, 1].
-    """
-    for name, cfg in attacks.items():
-        norm, eps = attack_norm(cfg), cfg.get('eps')
-        if eps is not None and norm in _DIAMETERS and eps > _DIAMETERS[norm](num_values):
-            raise ValueError(
-                f'attack {name!r}: eps={eps!r} in the norm {norm} is larger than the distance of any two images in '
-                f'[0, 1] ({_DIAMETERS[norm](num_values):.4g}); if it is in units of 0..255, write eps={eps:g} / 255'
-            )
 
 
 def _with_radius(cfg: dict, eps: float) -> dict:

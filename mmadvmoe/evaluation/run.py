@@ -24,7 +24,7 @@ from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.version import __version__
 
 from .folder import FORMAT, OutcomeFolder
-from .named_attacks import build_attacks, check_radii
+from .named_attacks import build_attacks
 from .outcomes import RobustOutcomes, compute_metrics, gather_outcomes, route_metrics
 from .progress import EvaluationProgress
 from .robust_evaluation import evaluate_chunk
@@ -114,11 +114,12 @@ class RobustEvaluation:
         """
         place = self._sampler.chunk(chunk_index)
         saved = None
-        check_radii(self._configs, images[0].numel())
+        for name, attack in self.attacks.items():
+            attack.check_radius(images[0].numel(), repr(name))
         if self._folder is not None:
             saved = self._folder.chunk(chunk_index, place, labels, images)
         try:
-            with self.victim.frozen(images):
+            with self.victim.frozen():
                 part = evaluate_chunk(
                     self.victim,
                     self.attacks,

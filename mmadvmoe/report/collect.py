@@ -57,7 +57,7 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> Non
     before = folder / MODEL
     if before.is_file():
         _check_same(json.loads(before.read_text(encoding='utf-8')), identity, folder)
-    victim = load_robust_model(cfg, checkpoint)
+    victim = Victim(load_robust_model(cfg, checkpoint))
     placement = placement_of(victim.classifier)
     description = dict(
         **identity,
@@ -94,7 +94,7 @@ def make_examples(folder: Path, device: str) -> None:
     """
     model = json.loads((folder / MODEL).read_text(encoding='utf-8'))
     cfg = load_config(model['config'])
-    victim = load_robust_model(cfg, model['checkpoint'], device)
+    victim = Victim(load_robust_model(cfg, model['checkpoint'], device))
     images, labels = spread_images(as_dataset(cfg.test_dataloader.dataset), victim.classifier.data_preprocessor, _TRIED)
     name = _shown_attack(cfg.test_cfg.attacks)
     examples = attack_examples(victim, build_attack(cfg.test_cfg.attacks[name], victim), images, labels).telling(_SHOWN)

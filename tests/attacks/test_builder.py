@@ -241,9 +241,9 @@ def test_class_count_must_be_known(make_tiny):
         (dict(type='PGD', steps=10.0), r'steps=10\.0 must be a whole number'),
         (dict(type='RoutePGD', steps=True), 'steps=True must be a whole number'),
         (dict(type='Square', n_queries=0), 'n_queries=0 must be a whole number'),
-        (dict(type='PGD', step=10), "no argument step=10 \\(did you mean 'steps'"),
-        (dict(type='PGD', model=None), 'no argument model=None'),
-        (dict(type='APGD', norm='l2'), "norm='l2' is not supported \\(did you mean 'L2'"),
+        (dict(type='PGD', step=10), "argument='step' is unknown \\(did you mean 'steps'"),
+        (dict(type='PGD', model=None), "argument='model' is unknown"),
+        (dict(type='APGD', norm='l2'), "norm='l2' is unknown \\(did you mean 'L2'"),
         (dict(type='Square', norm='L1'), r"no norm='L1' for it; allowed: \('Linf', 'L2'\)\. In L1 there are PGD"),
         (dict(type='FAB', norm='L1'), "type='FAB': there is no norm='L1'"),
         (dict(type='AutoAttack', norm='L1', attacks_to_run=['apgd-ce', 'square']), r"\['square'\] have no norm='L1'"),
@@ -292,6 +292,16 @@ def test_radius_beyond_the_images_is_named(make_tiny, name, norm, diameter):
     build_attack(quick(name, norm=norm, eps=diameter * 0.999), victim)(images, labels)
     with pytest.raises(ValueError, match=f"type='{name}': eps=.* in {norm} is above .* 192 numbers"):
         build_attack(quick(name, norm=norm, eps=diameter * 1.001), victim)(images, labels)
+
+
+def test_a_radius_can_be_checked_under_the_name_of_an_evaluation(make_tiny):
+    victim, _, _ = make_tiny()
+    for cfg in (dict(type='PGDL2', eps=13.8), dict(type='PGD', eps=1)):
+        build_attack(cfg, victim).check_radius(192)
+    with pytest.raises(ValueError, match=r"'a': eps=14 in L2 .* 13\.86.* eps=14 / 255"):
+        build_attack(dict(type='PGDL2', eps=14), victim).check_radius(192, "'a'")
+    with pytest.raises(ValueError, match="'a': eps=200 in L1"):
+        build_attack(dict(type='RoutePGD', norm='L1', eps=200), victim).check_radius(192, "'a'")
 
 
 def test_bad_images_and_labels_are_named(make_tiny):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 import torchattacks
 
-from mmadvmoe.attacks import Victim, build_attack
+from mmadvmoe.attacks import HeldVictim, Victim, build_attack
 
 EPS, ALPHA, STEPS = 0.03, 0.008, 6
 
@@ -74,14 +74,10 @@ def test_attacks_of_any_kind_run_with_the_route_held(make_moe, name):
     assert torch.equal(adversarial, attack(images, labels, seed=1))
 
 
-def test_a_held_victim_without_a_route_says_so(make_moe):
-    from mmadvmoe.attacks.routes import HeldVictim
-
-    victim = HeldVictim(Victim.from_classifier(make_moe().eval()))
+def test_a_held_route_is_taken_by_all_images(make_moe):
+    victim = Victim.from_classifier(make_moe().eval())
     images = torch.rand(2, 3, 8, 8)
-    with pytest.raises(RuntimeError, match='no route is held'):
-        victim(images)
     for expert in (0, 1):
-        with victim.holding(torch.tensor([expert])):
-            expected, _ = Victim.forward_routed(victim, images, torch.full((2,), expert))
-            assert torch.equal(victim(images), expected)
+        held = HeldVictim(victim, torch.tensor([expert]))
+        expected, _ = victim.forward_routed(images, torch.full((2,), expert))
+        assert torch.equal(held(images), expected)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmadvmoe.attacks import Victim, build_attack
-from mmadvmoe.attacks.routes import clean_route
+from mmadvmoe.attacks.views import clean_route
 
 
 def changed(victim, images, adversarial):

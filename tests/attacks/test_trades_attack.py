@@ -85,7 +85,7 @@ def test_refuses_a_start_without_gradient(make_tiny):
     victim, _, _ = make_tiny()
     with pytest.raises(ValueError, match='start_noise=0 must be above 0'):
         build_attack(dict(type='TRADESAttack', start_noise=0), victim)
-    with pytest.raises(ValueError, match="norm='L3' is not supported"):
+    with pytest.raises(ValueError, match="norm='L3' is unknown"):
         build_attack(dict(type='TRADESAttack', norm='L3'), victim)
 
 

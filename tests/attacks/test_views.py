@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from mmadvmoe.attacks import Pathway, Victim, build_attack
-from mmadvmoe.attacks.forced_route import ForcedRoutePGD
-from mmadvmoe.attacks.rescaled import Rescaled
+from mmadvmoe.attacks import ForcedRoutePGD, Pathway, Rescaled, Victim, build_attack
 from mmadvmoe.moe import router_modules
 
 

@@ -108,5 +108,5 @@ def test_wrong_runs_are_refused_before_training(tmp_path):
             cfg[key] = value
         with pytest.raises(ValueError, match=message):
             build_runner(cfg).train()
-    with pytest.raises(ValueError, match='no argument step='):
+    with pytest.raises(ValueError, match="argument='step' is unknown"):
         build_runner(cfg_with(tmp_path, hook(attack=dict(type='PGD', step=3)))).train()

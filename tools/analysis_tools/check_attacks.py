@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict
 
 from mmadvmoe.apis import load_robust_model
+from mmadvmoe.attacks import Victim
 from mmadvmoe.diagnosis.dissection_tables import threat_text
 from mmadvmoe.diagnosis.soundness import curves, measure, ra_of_each
 from mmadvmoe.diagnosis.soundness_checks import WARN, judge
@@ -45,7 +46,7 @@ def main() -> None:
     surrogate = None
     if args.surrogate is not None:
         check_checkpoint(args.surrogate[1], '--surrogate')
-        surrogate = load_robust_model(load_config(args.surrogate[0]), args.surrogate[1], args.device)
+        surrogate = Victim(load_robust_model(load_config(args.surrogate[0]), args.surrogate[1], args.device))
     subject = load_subject(args, 'soundness')
     measured = measure(subject.victim, subject.data, subject.threat, surrogate, args.queries)
     checks = judge(measured)

@@ -113,7 +113,7 @@ class Contest:
 
     def run_steps(self) -> int:
         for _, images, _ in self.batches:
-            with self.model.frozen(images):
+            with self.model.frozen():
                 for _ in range(STEPS):
                     run_attack_step(self.model, images)
         return 0
@@ -155,7 +155,7 @@ def main() -> None:
     # What an evaluation logs is not the point here.
     MMLogger.get_instance('benchmark', log_level='ERROR')
     config = Config.fromfile(args.config)
-    model = load_robust_model(config, args.checkpoint)
+    model = Victim(load_robust_model(config, args.checkpoint))
     dataset = as_dataset(config.test_dataloader.dataset.to_dict() | dict(indices=args.images))
     contest = Contest(model, ChunkSampler(dataset, args.batch_size), args)
     seconds, standing = contest.run(args.rounds)

@@ -1,11 +1,12 @@
 import copy
+import pickle
 
 import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel
 from torch import nn
 
-from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks import NormalizedClassifier, Victim, build_attack
 from mmadvmoe.moe import Routing
 
 
@@ -71,11 +72,10 @@ def test_dense_model_has_no_routes(make_tiny):
         victim.forward_routed(images, torch.zeros(4, dtype=torch.int64))
 
 
-def test_registers_nothing_but_answers_for_the_classifier(make_moe):
+def test_a_view_is_no_module_but_answers_for_the_classifier(make_moe):
     model = make_moe()
     victim = Victim.from_classifier(model)
-    assert not victim.state_dict()
-    assert not list(victim.children())
+    assert not isinstance(victim, nn.Module)
     assert [id(p) for p in victim.parameters()] == [id(p) for p in model.parameters()]
     victim.eval()
     assert not victim.training
@@ -110,12 +110,15 @@ def test_deep_copy_of_a_robust_classifier_attacks_the_copy(make_moe):
         classifier='RobustClassifier',
         data_preprocessor=dict(type='AdvDataPreprocessor', attack=attack),
     )
+    # A plain attribute, which registers nothing and closes no circle of submodules.
+    model.data_preprocessor.view = Victim.from_classifier(model)
     twin = copy.deepcopy(model)
-    victim = twin.data_preprocessor._attacks[None].victim
-    assert victim.classifier is twin
-    assert victim.normalize.__self__._held[1] is twin.data_preprocessor
+    victim = twin.data_preprocessor.view
+    assert victim.classifier is twin and model.data_preprocessor.view.classifier is model
+    twin.data_preprocessor.mean.fill_(100.0)
+    assert victim.model.normalize(torch.rand(2, 3, 8, 8)).min() < -0.1
     assert len(list(model.modules())) == len(list(twin.modules()))
-    assert not any('victim' in key for key in model.state_dict())
+    assert not any('view' in key for key in model.state_dict())
 
 
 def test_takes_a_distributed_wrapper_off(make_tiny, tmp_path):
@@ -159,3 +162,87 @@ def test_refuses_what_gives_no_logits(make_tiny):
         Victim(victim.classifier)
     with pytest.raises(TypeError, match='type Linear does not tell'):
         Victim(nn.Flatten(), nn.Linear(1, 1))
+
+
+@pytest.fixture
+def normalized(make_moe):
+    stats = dict(type='AdvDataPreprocessor', mean=[120.0, 110.0, 100.0], std=[50.0, 60.0, 70.0])
+    model = NormalizedClassifier.from_classifier(make_moe(classifier='RobustClassifier', data_preprocessor=stats))
+    nn.init.normal_(model.classifier.head.fc.weight)
+    return model.eval()
+
+
+def test_the_submodules_are_seen(normalized):
+    assert 'ResNet_CIFAR' in repr(normalized) and 'LinearClsHead' in repr(normalized)
+    seen = []
+    normalized.apply(seen.append)
+    assert len(seen) == len(list(normalized.classifier.modules())) + 1 == len(dict(normalized.named_modules()))
+    # Nothing twice: the classifier's own data preprocessor is its submodule and no other's.
+    assert set(normalized.state_dict()) == {f'classifier.{key}' for key in normalized.classifier.state_dict()}
+    assert [name for name, _ in normalized.named_children()] == ['classifier']
+    given = NormalizedClassifier(nn.Flatten(), normalized.classifier.data_preprocessor)
+    assert [name for name, _ in given.named_children()] == ['classifier', 'preprocessor']
+
+
+def test_state_dict_round_trip(normalized):
+    images = torch.rand(4, 3, 8, 8)
+    expected = normalized(images).detach()
+    other = copy.deepcopy(normalized)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert not torch.allclose(other(images), expected)
+    assert torch.equal(normalized(images), expected)
+    other.load_state_dict(normalized.state_dict())
+    assert torch.equal(other(images), expected)
+
+
+def test_is_a_module_among_modules(normalized, tmp_path):
+    images = torch.rand(4, 3, 8, 8)
+    expected = normalized(images).detach()
+    torch.save(normalized, tmp_path / 'model.pth')
+    copies = dict(
+        sequential=nn.Sequential(normalized),
+        deepcopy=copy.deepcopy(normalized),
+        pickle=pickle.loads(pickle.dumps(normalized)),
+        save=torch.load(tmp_path / 'model.pth', weights_only=False),
+    )
+    adversarial = {}
+    for name, model in copies.items():
+        assert torch.equal(model(images), expected), name
+        adversarial[name] = build_attack(dict(type='PGD', eps=0.1), model)(images, expected.argmax(1), seed=0)
+        if name != 'sequential':
+            assert model.classifier.data_preprocessor is not normalized.classifier.data_preprocessor
+            assert {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in normalized.parameters())
+    assert all(torch.equal(adversarial['sequential'], each) for each in adversarial.values())
+    assert copies['deepcopy'].to(torch.float64)(images.double()).dtype == torch.float64
+
+
+def test_a_copy_made_inside_a_freeze_is_not_held_by_it(normalized):
+    with normalized.frozen():
+        twin = copy.deepcopy(normalized)
+        twin.requires_grad_(True)
+        with twin.frozen():
+            assert not any(p.requires_grad for p in twin.parameters())
+        assert all(p.requires_grad for p in twin.parameters())
+        assert not any(p.requires_grad for p in normalized.parameters())
+    assert all(p.requires_grad for p in normalized.parameters())
+
+
+@pytest.mark.parametrize('routing', ['image', 'layer'])
+@pytest.mark.parametrize('batch', [1, 4])
+def test_gradients_are_contiguous_whatever_the_routes(make_moe, routing, batch):
+    """torchattacks flattens gradients with view()."""
+    victim = Victim.from_classifier(make_moe(routing).eval())
+    nn.init.normal_(victim.classifier.head.fc.weight)
+    images = torch.rand(batch, 3, 8, 8)
+    labels = victim(images).argmax(1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        points = images.to(memory_format=layout).requires_grad_()
+        with victim.frozen():
+            one_route = victim.forward_routed(points, torch.zeros(batch, dtype=torch.int64))[0]
+            router = victim.decide_routes(points)[0].logits[:, 0]
+            for outputs in (victim(points), one_route, router):
+                assert torch.autograd.grad(outputs.sum(), points)[0].is_contiguous()
+    for cfg in (dict(type='PGDL2', steps=2), dict(type='SparseFool', steps=2), dict(type='DeepFool', steps=2)):
+        assert build_attack(cfg, victim)(images, labels, seed=0).shape == images.shape

@@ -1,0 +1,217 @@
+"""A classifier with its normalisation inside: images in [0, 1] to class logits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+
+from mmadvmoe.moe import Routing, forward_routed
+
+
+class NormalizedClassifier(nn.Module):
+    """A classifier as a function of images in [0, 1], normalisation inside, logits out.
+
+    The gradient at the images is contiguous, in whatever memory layout the network computes. Several threads may use
+    one at once.
+
+    Args:
+        classifier (nn.Module): ``classifier(inputs)`` gives logits (B, K), as MMPretrain's ``ImageClassifier`` does. If
+            its ``backbone`` has ``forward_routed``, as :class:`mmadvmoe.moe.MoEBackbone` has, routes can be read and
+            given.
+        preprocessor (nn.Module, optional): Normalises images: by ``normalize(images)`` on [0, 1] if it has that method,
+            else as MMPretrain's ``ClsDataPreprocessor`` does, by ``mean`` and ``std`` in units of 0..255. Channel order
+            and padding are left as they are. The classifier's own ``data_preprocessor`` stays a part of it. None for
+            a classifier of [0, 1] images. Defaults to None.
+        num_classes (int, optional): K. Defaults to that of the head or the backbone.
+
+    Raises:
+        TypeError: The classifier has no head, or the preprocessor does not tell its scale.
+    """
+
+    def __init__(
+        self, classifier: nn.Module, preprocessor: Optional[nn.Module] = None, num_classes: Optional[int] = None
+    ) -> None:
+        super().__init__()
+        if hasattr(classifier, 'backbone') and getattr(classifier, 'head', None) is None:
+            raise TypeError(
+                f'{type(classifier).__name__} has no head, so there are no logits to attack; set model.head'
+            )
+        if preprocessor is not None and not (
+            hasattr(preprocessor, 'normalize') or hasattr(preprocessor, '_enable_normalize')
+        ):
+            raise TypeError(
+                f'data_preprocessor of type {type(preprocessor).__name__} does not tell how it scales images; use '
+                'ClsDataPreprocessor or AdvDataPreprocessor'
+            )
+        self.classifier = classifier
+        self._normalized_by_itself = preprocessor is not None and preprocessor is _own_preprocessor(classifier)
+        self.preprocessor = None if self._normalized_by_itself else preprocessor
+        self._num_classes = num_classes
+        self._freeze = _Freeze()
+        self.training = classifier.training
+
+    @classmethod
+    def from_classifier(cls, classifier: nn.Module) -> NormalizedClassifier:
+        """Wrap an MMPretrain classifier, normalised by its own data preprocessor.
+
+        Args:
+            classifier (nn.Module): The model, bare or in a distributed wrapper, which is taken off: an attack must not
+                go through the gradient hooks of the wrapper.
+        """
+        if is_model_wrapper(classifier):
+            classifier = classifier.module
+        return cls(classifier, _own_preprocessor(classifier))
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """K, or None where neither the head nor the backbone knows."""
+        if self._num_classes is not None:
+            return self._num_classes
+        for part in (getattr(self.classifier, name, None) for name in ('head', 'backbone')):
+            count = getattr(part, 'num_classes', None)
+            if isinstance(count, int) and count > 0:
+                return count
+        return None
+
+    @property
+    def num_experts(self) -> int:
+        """N; 1 for a dense model."""
+        return getattr(getattr(self.classifier, 'backbone', None), 'num_experts', 1)
+
+    @property
+    def num_routers(self) -> int:
+        """L; 0 for a dense model."""
+        return getattr(getattr(self.classifier, 'backbone', None), 'num_routers', 0)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bring images in [0, 1] to what the network is fed."""
+        # Flattened and back, because a gradient comes out of a flattening contiguous, as attacks expect it.
+        images = images.flatten().view(images.shape)
+        preprocessor = _own_preprocessor(self.classifier) if self._normalized_by_itself else self.preprocessor
+        if preprocessor is None:
+            return images
+        if hasattr(preprocessor, 'normalize'):
+            return preprocessor.normalize(images)
+        pixels = images * 255
+        if preprocessor._enable_normalize:
+            pixels = (pixels - preprocessor.mean) / preprocessor.std
+        return pixels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K), in float32 also under autocast, of ``images`` (B, C, H, W) in [0, 1].
+
+        Raises:
+            TypeError: The head gives something else than one (B, K) tensor.
+        """
+        return self._checked(self.classifier(self.normalize(images)))
+
+    def forward_routed(
+        self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Logits, and the decisions of the routers that led to them.
+
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+            route (Tensor, optional): Experts to take in place of the routers' choice: (B,) int64 for all routers, or
+                (B, L). Then no gradient flows through the choice.
+            with_logits (bool): With a given route, ask the routers for their logits all the same.
+            gated (bool): Whether the routers' own choice carries the gradient of the gate.
+
+        Returns:
+            tuple: Logits (B, K), and a tuple of L :class:`mmadvmoe.moe.Routing`.
+
+        Raises:
+            ValueError: A route is given to a model without routers.
+        """
+        if not self.num_routers:
+            if route is not None:
+                raise ValueError('a route was given, but the model has no router')
+            return self(images), ()
+        logits, routings = forward_routed(self.classifier, self.normalize(images), route, with_logits, gated)
+        return self._checked(logits), routings
+
+    def decide_routes(self, images: Tensor) -> tuple[Routing, ...]:
+        """The decisions of the routers alone, without a gate; a router of the whole network is all that is run.
+
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: The model has no router.
+        """
+        if not self.num_routers:
+            raise ValueError('the model has no router, so there is no route to look at')
+        return self.classifier.backbone.decide_routes(self.normalize(images), gated=False)
+
+    @contextmanager
+    def frozen(self) -> Iterator[NormalizedClassifier]:
+        """Eval mode without parameter gradients inside; every flag as it was outside.
+
+        Where several threads, or calls inside each other, freeze the model, the first one notes the flags and the last
+        one restores them. They are set module by module, past the ``train()`` methods of backbones, which re-apply
+        frozen stages and would not bring back flags that someone else had set.
+        """
+        self._freeze.enter(self)
+        try:
+            yield self
+        finally:
+            self._freeze.leave()
+
+    def _checked(self, logits: Any) -> Tensor:
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            maker = getattr(self.classifier, 'head', self.classifier)
+            raise TypeError(
+                f'{type(maker).__name__} gives {shape} where an attack needs one tensor of class logits (B, K); use a '
+                'head such as LinearClsHead'
+            )
+        return full_precision(logits)
+
+
+class _Freeze:
+    """How many hold a model frozen, and the flags to restore after the last one. A copy, or one unpickled, is new."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._gradients: list[tuple[nn.Parameter, bool]] = []
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    def enter(self, model: nn.Module) -> None:
+        with self._lock:
+            if not self._holders:
+                self._modes = [(module, module.training) for module in model.modules()]
+                self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            self._holders += 1
+            for module in model.modules():
+                module.training = False
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders:
+                return
+            for module, training in self._modes:
+                module.training = training
+            for parameter, requires_grad in self._gradients:
+                parameter.requires_grad_(requires_grad)
+            self._modes, self._gradients = [], []
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Half-precision logits as float32; wider ones as they are."""
+    return logits.float() if logits.element_size() < 4 else logits
+
+
+def _own_preprocessor(classifier: nn.Module) -> Optional[nn.Module]:
+    return getattr(classifier, 'data_preprocessor', None)

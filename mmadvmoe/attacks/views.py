@@ -1,0 +1,245 @@
+"""Views of a model: the model as an attack uses it, whole or with one thing changed.
+
+Dimension letters: B images, K classes, N experts, L routers, D decisions of an image (one per router; of routers for
+tokens, one per choice of each token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from mmadvmoe.moe import Routing, TokenRouting
+
+from .model import NormalizedClassifier
+
+#: ``'gate'``: the routers decide, as in use. ``'held'``: each image keeps the route of its clean version.
+ROUTES = ('gate', 'held')
+
+
+class Victim:
+    """A model as an attack uses it: images in [0, 1] to logits, the routes beside them, frozen on demand.
+
+    A view is no ``nn.Module``, so the data preprocessor of a classifier can hold a view of that classifier as a plain
+    attribute. A deep copy of the classifier then holds a view of the copy.
+
+    Args:
+        model (nn.Module or Victim): What is looked at: a :class:`NormalizedClassifier`; another view; or a classifier,
+            which becomes a ``NormalizedClassifier`` with the other arguments.
+        preprocessor (nn.Module, optional): See :class:`NormalizedClassifier`.
+        num_classes (int, optional): See :class:`NormalizedClassifier`.
+
+    Raises:
+        TypeError: See :class:`NormalizedClassifier`.
+    """
+
+    def __init__(
+        self,
+        model: Union[nn.Module, Victim],
+        preprocessor: Optional[nn.Module] = None,
+        num_classes: Optional[int] = None,
+    ) -> None:
+        if not isinstance(model, (NormalizedClassifier, Victim)):
+            model = NormalizedClassifier(model, preprocessor, num_classes)
+        self._base = model
+
+    @classmethod
+    def from_classifier(cls, classifier: nn.Module) -> Victim:
+        """A view of an MMPretrain classifier, bare or in a distributed wrapper, with its own normalisation."""
+        return cls(NormalizedClassifier.from_classifier(classifier))
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({type(self.classifier).__name__})'
+
+    @property
+    def model(self) -> NormalizedClassifier:
+        """The model with its normalisation."""
+        return self._base if isinstance(self._base, NormalizedClassifier) else self._base.model
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The classifier without it."""
+        return self.model.classifier
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """K, or None where neither the head nor the backbone knows."""
+        return self._base.num_classes
+
+    @property
+    def num_experts(self) -> int:
+        """N; 1 for a dense model."""
+        return self._base.num_experts
+
+    @property
+    def num_routers(self) -> int:
+        """L; 0 for a dense model."""
+        return self._base.num_routers
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of ``images`` (B, C, H, W) in [0, 1]."""
+        return self._base(images)
+
+    def forward_routed(
+        self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """See :meth:`NormalizedClassifier.forward_routed`."""
+        return self._base.forward_routed(images, route, with_logits, gated)
+
+    def decide_routes(self, images: Tensor) -> tuple[Routing, ...]:
+        """See :meth:`NormalizedClassifier.decide_routes`."""
+        return self._base.decide_routes(images)
+
+    @contextmanager
+    def frozen(self) -> Iterator[Victim]:
+        """See :meth:`NormalizedClassifier.frozen`."""
+        with self.model.frozen():
+            yield self
+
+    # Of a module, as much as the attacks of torchattacks use.
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the model."""
+        return self.model.parameters()
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the model."""
+        return self.model.named_modules()
+
+    @property
+    def training(self) -> bool:
+        """Whether the classifier is in training mode."""
+        return self.classifier.training
+
+    def train(self, mode: bool = True) -> Victim:
+        """Put the model into training or eval mode."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> Victim:
+        """Put the model into eval mode."""
+        return self.train(False)
+
+
+class HeldVictim(Victim):
+    """A mixture of experts that takes one route for whatever it is shown: any attack can be run with the route held.
+
+    Args:
+        model (nn.Module or Victim): The mixture, whose routers decide.
+        route (Tensor): The decisions of one image, (D,) int64.
+    """
+
+    def __init__(self, model: Union[nn.Module, Victim], route: Tensor) -> None:
+        super().__init__(model)
+        self.route = route
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of the pathway that the held route is."""
+        return self.forward_routed(images, with_logits=False)[0]
+
+    def forward_routed(
+        self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """See :meth:`NormalizedClassifier.forward_routed`; where no route is given the held one is taken."""
+        if route is None:
+            route = self.route.expand(len(images), -1)
+        return super().forward_routed(images, route, with_logits, gated)
+
+
+class Pathway(Victim):
+    """The network that is left of a mixture when one expert computes everything.
+
+    To an attack it is a model without routers, so any attack finds what this expert does wrong and nothing of what
+    the routers do wrong.
+
+    Args:
+        model (nn.Module or Victim): The mixture.
+        expert (int): In [0, N). All routers are overruled; with token-level routing and top K > 1, each token takes
+            this expert and the K - 1 others that its router likes best.
+
+    Raises:
+        ValueError: The model has no routers, or no such expert.
+    """
+
+    num_experts = 1
+    num_routers = 0
+
+    def __init__(self, model: Union[nn.Module, Victim], expert: int) -> None:
+        super().__init__(model)
+        if not self._base.num_routers:
+            raise ValueError('a pathway is one of several in a mixture of experts, but this model has no routers')
+        if not 0 <= expert < self._base.num_experts:
+            raise ValueError(f'expert={expert} does not exist; allowed: 0 to {self._base.num_experts - 1}')
+        self.expert = expert
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of ``images`` (B, C, H, W) in [0, 1]."""
+        route = torch.full((len(images),), self.expert, device=images.device)
+        return self._base.forward_routed(images, route, with_logits=False, gated=False)[0]
+
+    def forward_routed(
+        self, images: Tensor, route: None = None, with_logits: bool = True, gated: bool = True
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Logits, and no decisions, for there are none to take.
+
+        Raises:
+            ValueError: A route is given to what has one already.
+        """
+        if route is not None:
+            raise ValueError('a route was given to a pathway, which is one already')
+        return self(images), ()
+
+    def decide_routes(self, images: Tensor) -> tuple[Routing, ...]:
+        """Refuse, for there is no router.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError('a pathway has no router, so there is no route to look at')
+
+
+class Rescaled(Victim):
+    """A model whose class logits are divided by a constant, which changes no prediction.
+
+    Where logits are so large that the softmax leaves no gradient, an attack on the cross entropy of this view finds
+    what it cannot find on the model itself.
+
+    Args:
+        model (nn.Module or Victim): The model.
+        scale (float): What its logits are divided by, above 0.
+
+    Raises:
+        ValueError: ``scale`` is not above 0.
+    """
+
+    def __init__(self, model: Union[nn.Module, Victim], scale: float) -> None:
+        super().__init__(model)
+        if not scale > 0:
+            raise ValueError(f'scale={scale!r} must be above 0')
+        self.scale = scale
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of ``images`` (B, C, H, W) in [0, 1]."""
+        return super().__call__(images) / self.scale
+
+    def forward_routed(
+        self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """See :meth:`NormalizedClassifier.forward_routed`; the logits of the routers are as they were."""
+        logits, routings = super().forward_routed(images, route, with_logits, gated)
+        return logits / self.scale, routings
+
+
+def decisions(routings: Sequence[Union[Routing, TokenRouting]]) -> Tensor:
+    """The decisions of all routers side by side, (B, D) int64: a route that can be given to the model."""
+    return torch.cat([routing.decisions for routing in routings], dim=1)
+
+
+@torch.no_grad()
+def clean_route(victim: Victim, images: Tensor) -> Tensor:
+    """The decisions of the routers on ``images`` (B, C, H, W): (B, D) int64."""
+    return decisions(victim.decide_routes(images))
