@@ -16,8 +16,7 @@ from mmadvmoe.moe import Routing, forward_routed
 class NormalizedClassifier(nn.Module):
     """A classifier as a function of images in [0, 1], normalisation inside, logits out.
 
-    The gradient at the images is contiguous, in whatever memory layout the network computes. Several threads may use
-    one at once.
+    The gradient at the images is contiguous, in whatever layout the network computes. Threads may share one.
 
     Args:
         classifier (nn.Module): ``classifier(inputs)`` gives logits (B, K), as MMPretrain's ``ImageClassifier`` does. If

@@ -26,11 +26,8 @@ class PGD(BallAttack):
 
     Args:
         model (Victim): The attacked model.
-        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
-        alpha (float): Step size. Defaults to 2/255.
+        eps, alpha, random_start, norm: See :class:`BallAttack`.
         steps (int): Steps of each run. Defaults to 10.
-        random_start (bool): Start each run at a random point of the ball. Defaults to True.
-        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
         restarts (int): Runs from a new random start each, the first one included. An image that a run fools, judged
             by the logits that are attacked, is in no further one; of the others the point with the largest cross
             entropy is kept. Defaults to 1.
@@ -40,7 +37,7 @@ class PGD(BallAttack):
         ValueError: ``norm`` or ``route`` is unknown, or there are restarts without a random start.
     """
 
-    #: Class probabilities do for labels.
+    # Class probabilities do for labels.
     soft_labels = True
 
     def __init__(
@@ -54,7 +51,7 @@ class PGD(BallAttack):
         restarts: int = 1,
         route: str = 'gate',
     ) -> None:
-        super().__init__('PGD', model, eps, alpha, steps, random_start, norm, restarts)
+        super().__init__(model, eps, alpha, steps, random_start, norm, restarts)
         self.route = choose(route, ROUTES, 'route')
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -76,25 +73,25 @@ class PGD(BallAttack):
 
         adversarial = images.clone()
         largest = images.new_full((len(images),), -torch.inf)
-        standing = torch.arange(len(images), device=images.device)
+        remaining = torch.arange(len(images), device=images.device)
         for _ in range(self.restarts):
             start = self._start(images)
-            if not len(standing):
+            if not len(remaining):
                 break
 
-            def gradient(points: Tensor, rows: Tensor, standing: Tensor = standing) -> tuple[Tensor, None]:
-                (grad,) = torch.autograd.grad(losses(points, standing[rows])[0].sum(), points)
+            def gradient(points: Tensor, rows: Tensor, remaining: Tensor = remaining) -> tuple[Tensor, None]:
+                (grad,) = torch.autograd.grad(losses(points, remaining[rows])[0].sum(), points)
                 return grad, None
 
-            points, _ = self._climb(gradient, start[standing], images[standing])
+            points, _ = self._climb(gradient, start[remaining], images[remaining])
             if self.restarts == 1:
                 return points
             with torch.no_grad():
-                loss, fooled = losses(points, standing)
+                loss, fooled = losses(points, remaining)
             # Written so that a loss that is no number shows in the images.
-            better = fooled | ~(loss <= largest[standing])
-            adversarial[standing[better]], largest[standing[better]] = points[better], loss[better]
-            standing = standing[~fooled]
+            better = fooled | ~(loss <= largest[remaining])
+            adversarial[remaining[better]], largest[remaining[better]] = points[better], loss[better]
+            remaining = remaining[~fooled]
         return adversarial
 
     def _logits(self, points: Tensor, route: Tensor | None) -> Tensor:

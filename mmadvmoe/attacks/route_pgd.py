@@ -19,61 +19,41 @@ from .views import Victim, decisions
 class RoutePGD(BallAttack):
     """PGD with the route held, and PGD at every route in turn.
 
-    The gate of a hard router adds a gradient that says nothing about the image and can drown the
-    one that does. So no gradient goes through a gate here. The runs are:
+    The gate of a hard router adds a gradient that says nothing about the image and can drown the one that does. So no
+    gradient goes through a gate here. The runs are:
 
     1. the route held at the clean one: the cross entropy of that pathway is maximised;
-    2. for each expert j: the cross entropy of pathway j is maximised *and* the routers are pushed
-       to j (with layer-level routing, pathway j is expert j in every layer).
+    2. for each expert j: the cross entropy of pathway j is maximised *and* the routers are pushed to j (with
+       layer-level routing, pathway j is expert j in every layer).
 
-    With token-level routing, holding a route holds the experts of every token in every layer, and
-    pathway j takes each token to j (with top K > 1 to j and to those K - 1 others that the router
-    likes best). The weights of the experts are part of what the network computes, so they move and
-    have their gradient, as far as it is not that of a straight-through gate. As single tokens
-    change their experts all the time, there is a further run, in which each step holds the route of
-    its own point.
+    With token-level routing, holding a route holds the experts of every token in every layer, and pathway j takes each
+    token to j (with top K > 1 to j and to those K - 1 others that the router likes best). The weights of the experts
+    are part of what the network computes, so they move and have their gradient, as far as it is not that of a
+    straight-through gate. As single tokens change their experts all the time, there is a further run, in which each
+    step holds the route of its own point.
 
-    The push maximises the margin of j's logit over the best other one (the Kth best for top K), of
-    each router, or token, that does not choose j yet. Margin and cross entropy are made comparable
-    image by image, each gradient divided by its own L1 norm, so that neither huge nor tiny router
-    logits hide anything.
+    The push maximises the margin of j's logit over the best other one (the Kth best for top K), of each router, or
+    token, that does not choose j yet. Margin and cross entropy are made comparable image by image, each gradient
+    divided by its own L1 norm, so that neither huge nor tiny router logits hide anything.
 
-    What counts is the prediction of the whole model with its own routers. Where all of them choose
-    the given route the pathway's logits *are* that prediction, which is looked up at each step for
-    free; the last point of each run is checked with a forward pass of its own, and with
-    token-level routing, where hardly an image has all its tokens follow, every point is. An image
-    is robust when it survives all runs; a fooled one is not attacked any further. Images that are
-    misclassified as they are come back unchanged. N + 1 runs of ``steps`` steps (N + 2 with
-    token-level routing); on a model without routers it is one run of PGD (arXiv:1706.06083).
+    What counts is the prediction of the whole model with its own routers. Where all of them choose the given route the
+    pathway's logits *are* that prediction, which is looked up at each step for free; the last point of each run is
+    checked with a forward pass of its own, and with token-level routing, where hardly an image has all its tokens
+    follow, every point is. An image is robust when it survives all runs; a fooled one is not attacked any further.
+    Images that are misclassified as they are come back unchanged. N + 1 runs of ``steps`` steps (N + 2 with token-level
+    routing); on a model without routers it is one run of PGD (arXiv:1706.06083).
 
-    Args:
-        model (Victim): The attacked model.
-        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
-        alpha (float): Step size. Defaults to 2/255.
-        steps (int): Steps of each run. Defaults to 50.
-        random_start (bool): Start each run at a random point of the ball. Defaults to True.
-        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
-        restarts (int): How often all runs are made, each time from new random starts. Defaults to 1.
+    Arguments are those of :class:`BallAttack`.
 
     Raises:
         TypeError: The model is not a :class:`Victim`, or does not tell its routes as one does.
         ValueError: ``norm`` is unknown, or there are restarts without a random start.
     """
 
-    #: Which routes are taken is its own business.
+    # Which routes are taken is its own business.
     own_routes = True
 
-    def __init__(
-        self,
-        model: Victim,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
-        steps: int = 50,
-        random_start: bool = True,
-        norm: str = 'Linf',
-        restarts: int = 1,
-    ) -> None:
-        super().__init__('RoutePGD', model, eps, alpha, steps, random_start, norm, restarts)
+    def _check_model(self, model: Victim) -> None:
         if not hasattr(model, 'forward_routed'):
             raise TypeError(f'RoutePGD attacks a Victim, got {type(model).__name__}')
 
@@ -88,20 +68,15 @@ class RoutePGD(BallAttack):
         with torch.no_grad():
             logits, routings = self.model.forward_routed(images)
         adversarial = images.clone()
-        standing = (logits.argmax(1) == labels).nonzero().squeeze(1)
+        robust = (logits.argmax(1) == labels).nonzero().squeeze(1)
         for route, push in self.restarts * list(self._runs(routings, len(images))):
             start = self._start(images)
-            if not len(standing):
+            if not len(robust):
                 break
-            found, fooled = self._run(
-                start[standing],
-                images[standing],
-                labels[standing],
-                None if route is None else route[standing],
-                push,
-            )
-            adversarial[standing] = found
-            standing = standing[~fooled]
+            given = None if route is None else route[robust]
+            found, fooled = self._run(start[robust], images[robust], labels[robust], given, push)
+            adversarial[robust] = found
+            robust = robust[~fooled]
         return adversarial
 
     def _runs(self, routings: tuple, batch: int) -> Iterator[tuple[Tensor | None, bool]]:

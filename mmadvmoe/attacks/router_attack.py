@@ -25,35 +25,17 @@ class RouterAttack(BallAttack):
 
     With image-level routing only the router is run.
 
-    Args:
-        model (Victim): The attacked mixture of experts.
-        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
-        alpha (float): Step size. Defaults to 2/255.
-        steps (int): Steps of each run. Defaults to 50.
-        random_start (bool): Start each run at a random point of the ball. Defaults to True.
-        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
-        restarts (int): Runs from a new random start each, the first one included. Images whose decisions have all
-            changed are in no further one. Defaults to 1.
+    Arguments are those of :class:`BallAttack`. Images whose decisions have all changed are in no further restart.
 
     Raises:
         TypeError: The model is not a :class:`Victim`.
         ValueError: The model has no router, ``norm`` is unknown, or there are restarts without a random start.
     """
 
-    #: Which routes are taken is its own business.
+    # Which routes are taken is its own business.
     own_routes = True
 
-    def __init__(
-        self,
-        model: Victim,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
-        steps: int = 50,
-        random_start: bool = True,
-        norm: str = 'Linf',
-        restarts: int = 1,
-    ) -> None:
-        super().__init__('RouterAttack', model, eps, alpha, steps, random_start, norm, restarts)
+    def _check_model(self, model: Victim) -> None:
         if not isinstance(model, Victim):
             raise TypeError(f'RouterAttack attacks a Victim, got {type(model).__name__}')
         if not model.num_routers:
@@ -73,7 +55,7 @@ class RouterAttack(BallAttack):
         # Share of changed decisions and mean margin of the best point.
         changed, margin = (images.new_full((len(images),), -torch.inf) for _ in range(2))
 
-        def look(points: Tensor, rows: Tensor) -> Tensor:
+        def note_best(points: Tensor, rows: Tensor) -> Tensor:
             """Margins (b, D) of ``points``, which are noted where they are the best so far."""
             margins = _margins(self.model.decide_routes(points), clean[rows])
             share, mean = (margins.detach() > 0).to(images).mean(1), margins.detach().to(images).mean(1)
@@ -85,20 +67,20 @@ class RouterAttack(BallAttack):
 
         for _ in range(self.restarts):
             start = self._start(images)
-            standing = (changed < 1).nonzero().squeeze(1)
-            if not len(standing):
+            remaining = (changed < 1).nonzero().squeeze(1)
+            if not len(remaining):
                 break
 
-            def gradient(points: Tensor, rows: Tensor, standing: Tensor = standing) -> tuple[Tensor, None]:
-                margins = look(points, standing[rows])
+            def gradient(points: Tensor, rows: Tensor, remaining: Tensor = remaining) -> tuple[Tensor, None]:
+                margins = note_best(points, remaining[rows])
                 kept = margins <= 0
                 pushed = margins.where(kept | ~kept.any(1, keepdim=True), torch.zeros_like(margins))
                 (grad,) = torch.autograd.grad(pushed.sum(), points)
                 return grad, None
 
-            points, _ = self._climb(gradient, start[standing], images[standing])
+            points, _ = self._climb(gradient, start[remaining], images[remaining])
             with torch.no_grad():
-                look(points, standing)
+                note_best(points, remaining)
         return best
 
 

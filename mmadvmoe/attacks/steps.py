@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchattacks.attack import Attack
 
 from mmadvmoe.utils import choose
+
+from .views import Victim
 
 #: Norms of the threat models on offer.
 NORMS = ('Linf', 'L2', 'L1')
@@ -29,14 +31,13 @@ class BallAttack(Attack):
     """Base of attacks by projected steepest ascent, from random starts or from the image itself.
 
     Args:
-        name (str): Name of the attack.
         model (Victim): The attacked model.
-        eps (float): Radius of the ball, on [0, 1] images.
-        alpha (float): Step size.
-        steps (int): Steps of each run.
-        random_start (bool): Start each run at a random point of the ball.
-        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``.
-        restarts (int): How often runs are made.
+        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
+        alpha (float): Step size. Defaults to 2/255.
+        steps (int): Steps of each run. Defaults to 50.
+        random_start (bool): Start each run at a random point of the ball. Defaults to True.
+        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
+        restarts (int): How often all runs are made, each time from new random starts. Defaults to 1.
 
     Raises:
         ValueError: ``norm`` is unknown, or there are restarts without a random start.
@@ -44,16 +45,16 @@ class BallAttack(Attack):
 
     def __init__(
         self,
-        name: str,
-        model: nn.Module,
-        eps: float,
-        alpha: float,
-        steps: int,
-        random_start: bool,
-        norm: str,
-        restarts: int,
+        model: Victim,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 50,
+        random_start: bool = True,
+        norm: str = 'Linf',
+        restarts: int = 1,
     ) -> None:
-        super().__init__(name, model)
+        super().__init__(type(self).__name__, model)
+        self._check_model(model)
         if restarts > 1 and not random_start:
             raise ValueError(f'restarts={restarts} without a random start are the same run; set random_start=True')
         self.eps = eps
@@ -62,6 +63,9 @@ class BallAttack(Attack):
         self.random_start = random_start
         self.norm = check_norm(norm)
         self.restarts = restarts
+
+    def _check_model(self, model: Victim) -> None:
+        """Refuse what the attack cannot attack."""
 
     def _start(self, images: Tensor) -> Tensor:
         """Where a run starts. To be drawn for all images: the start of one must not depend on the fate of others."""
