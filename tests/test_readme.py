@@ -1,4 +1,4 @@
-"""The examples of the README do what they say."""
+"""The examples of the README and of docs/extending.md do what they say, and what the documents name exists."""
 
 import re
 import runpy
@@ -17,7 +17,12 @@ from mmadvmoe.moe import split_parameters
 from mmadvmoe.runtime.preflight import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
+#: The documents whose Python examples are files.
+WITH_FILES = (ROOT / 'README.md', ROOT / 'docs' / 'extending.md')
+DOCUMENTS = (*WITH_FILES, *sorted({*(ROOT / 'docs').glob('*.md'), ROOT / 'configs' / 'README.md'} - {*WITH_FILES}))
+README, TEXT, ALL_TEXT = (
+    '\n'.join(path.read_text(encoding='utf-8') for path in paths) for paths in (WITH_FILES[:1], WITH_FILES, DOCUMENTS)
+)
 #: The Python examples by the file name in their first line.
 EXAMPLES = {code[2:].split('\n')[0]: code for code in re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)}
 
@@ -109,7 +114,45 @@ def test_use_of_a_trained_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    'path', sorted(set(re.findall(r'(?<![\w/])(?:configs|tools|docs)/[\w./-]+\.(?:py|sh|md|svg)', TEXT)))
+    'path', sorted(set(re.findall(r'(?<![\w/.])(?:configs|tools|docs)/[\w./-]+\.(?:py|sh|md|svg|png|jsonl)', ALL_TEXT)))
 )
-def test_files_that_it_names_exist(path: str) -> None:
+def test_files_that_they_name_exist(path: str) -> None:
     assert (ROOT / path).is_file()
+
+
+def _anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r'^#+ (.*)$', path.read_text(encoding='utf-8'), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r'```.*?```', '', document.read_text(encoding='utf-8'), flags=re.DOTALL)
+    for link in set(re.findall(r'\]\((?!https?:)([^)\s]+)\)', text)):
+        path, _, anchor = link.partition('#')
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_tables_are_those_of_the_runs() -> None:
+    script = runpy.run_path(str(ROOT / 'tools' / 'analysis_tools' / 'digits_table.py'))
+    results = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
+    for name in ('digits_table', 'vit_digits_table'):
+        records = script['read'](ROOT / 'docs' / 'results' / f'{name}.jsonl')
+        lines = script['table'](records).splitlines()
+        assert '\n'.join(lines) in results
+        if name != 'digits_table':
+            continue
+        # The README has some columns of the same table, without ranges, and the GFLOPs of both parts together.
+        cost = {record['method']: record['cost'] for record in records}
+        for line in lines[2:7]:
+            method, sa, pgd, _, ra, ra_aa, busiest, *_, runs = (cell.strip() for cell in line.strip('|').split('|'))
+            short = (re.sub(r' \(.*\)', '', cell) for cell in (sa, pgd, ra, ra_aa, busiest))
+            gflops = cost[method]['pathway_gflops'] + cost[method]['router_gflops']
+            assert '| ' + ' | '.join([method, *short, f'{gflops:#.2g}', runs]) + ' |' in README

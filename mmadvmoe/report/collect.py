@@ -7,42 +7,50 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Union
 
+import numpy as np
+import torch
 from mmengine.config import Config
+from torch import Tensor
 
 from mmadvmoe.apis import load_robust_model
-from mmadvmoe.attacks import RoutePGD, Victim, build_attack
+from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.cost import count_cost
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.evaluation.data import as_dataset
+from mmadvmoe.evaluation.named_attacks import moves_routes
 from mmadvmoe.evaluation.robust_evaluation import spread_images
 from mmadvmoe.moe import placement_of
-from mmadvmoe.registry import ATTACKS
 from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 
-from .results import MODEL, PARTS, TRAINING
-from .saved_examples import SavedExamples, patch_choices, save_examples
-from .training_log import read_training_log
+from .results import MODEL, PARTS, TRAINING, DamagedFileError, SavedExamples, read_json, save_examples
 
 #: Images in a report, and how many are attacked to choose them from.
 _SHOWN, _TRIED = 6, 64
+#: Where MMEngine's ``LocalVisBackend`` writes, below the folder that each start of a run makes for itself.
+_SCALARS = '*/vis_data/scalars.json'
+_COUNTERS = ('epoch', 'iter', 'step')
 
 
-def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> None:
-    """Write what the model is, and what its training logged, into its folder.
+def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> list[str]:
+    """Write the description of a model, and what its training logged, into its folder.
 
     The training log is looked for in the folder of the checkpoint, where training writes it.
 
     Args:
         folder (Path): Folder of the model.
-        name (str): What the model is called in the report.
+        name (str): Its name in the report.
         config (str): Its config file, with ``test_dataloader`` and ``test_cfg.attacks``.
         checkpoint (str): Its checkpoint file.
 
+    Returns:
+        list[str]: What is damaged of its training log: a sentence that names the file and the cure, or none.
+
     Raises:
         FileNotFoundError: There is no such config or checkpoint.
+        DamagedFileError: ``model.json`` is there and damaged, so that nothing says whose results the folder holds.
         ValueError: The config does not say how the model is tested, or the folder holds results of another model.
     """
     cfg = load_config(config)
@@ -54,9 +62,8 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> Non
         checkpoint_sha256=hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
         config_text=cfg.pretty_text,
     )
-    before = folder / MODEL
-    if before.is_file():
-        _check_same(json.loads(before.read_text(encoding='utf-8')), identity, folder)
+    if (folder / MODEL).is_file():
+        _check_same(read_json(folder, MODEL), identity, folder)
     victim = Victim(load_robust_model(cfg, checkpoint))
     placement = placement_of(victim.classifier)
     description = dict(
@@ -70,10 +77,14 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> Non
         routers=list(placement.router_names),
         cost=asdict(count_cost(cfg)),
     )
-    _write_json(before, description)
-    scalars = read_training_log(description['work_dir'])
+    _write_json(folder / MODEL, description)
+    try:
+        scalars = read_training_log(description['work_dir'])
+    except DamagedFileError as error:
+        return [str(error)]
     if scalars:
         _write_json(folder / TRAINING, scalars)
+    return []
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -85,32 +96,6 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
         )
 
 
-def make_examples(folder: Path, device: str) -> None:
-    """Attack some test images, spread over the data set, and keep those that tell most.
-
-    Args:
-        folder (Path): Folder of the model, with its description.
-        device (str): Where to attack.
-    """
-    model = json.loads((folder / MODEL).read_text(encoding='utf-8'))
-    cfg = load_config(model['config'])
-    victim = Victim(load_robust_model(cfg, model['checkpoint'], device))
-    images, labels = spread_images(as_dataset(cfg.test_dataloader.dataset), victim.classifier.data_preprocessor, _TRIED)
-    name = _shown_attack(cfg.test_cfg.attacks)
-    examples = attack_examples(victim, build_attack(cfg.test_cfg.attacks[name], victim), images, labels).telling(_SHOWN)
-    patches = [patch_choices(victim, view.to(device)) for view in (examples.images, examples.adversarial)]
-    save_examples(folder / PARTS['examples'], SavedExamples(examples, name, *patches))
-
-
-def _shown_attack(attacks: Mapping[str, Mapping]) -> str:
-    """The attack that moves routes, if there is one."""
-    for name, cfg in attacks.items():
-        kind: Optional[type] = ATTACKS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
-        if kind is not None and issubclass(kind, RoutePGD):
-            return name
-    return next(iter(attacks))
-
-
 def _class_names(cfg: Config, victim: Victim) -> list[str]:
     names = getattr(as_dataset(cfg.test_dataloader.dataset), 'metainfo', {}).get('classes') or range(victim.num_classes)
     return [str(name) for name in names]
@@ -118,3 +103,99 @@ def _class_names(cfg: Config, victim: Victim) -> list[str]:
 
 def _write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + '\n').encode())
+
+
+def make_examples(folder: Path, device: str) -> None:
+    """Attack some test images, spread over the data set, and keep those that tell most.
+
+    The attack is the first of the config that moves routes, or else the first.
+
+    Args:
+        folder (Path): Folder of the model, with its description.
+        device (str): Where to attack.
+    """
+    model = read_json(folder, MODEL)
+    cfg = load_config(model['config'])
+    victim = load_robust_model(cfg, model['checkpoint'], device)
+    images, labels = spread_images(as_dataset(cfg.test_dataloader.dataset), victim.classifier.data_preprocessor, _TRIED)
+    attacks = cfg.test_cfg.attacks
+    name = next((name for name in attacks if moves_routes(attacks[name])), next(iter(attacks)))
+    examples = attack_examples(victim, build_attack(attacks[name], victim), images, labels).telling(_SHOWN)
+    patches = [_patch_choices(victim, view.to(device)) for view in (examples.images, examples.adversarial)]
+    save_examples(folder / PARTS['examples'], SavedExamples(examples, name, *patches))
+
+
+@torch.no_grad()
+def _patch_choices(victim: Victim, images: Tensor) -> tuple[np.ndarray, ...]:
+    """The first choice of each token, (B, T) for each layer; empty where no router reads tokens."""
+    if not placement_of(victim.classifier).reads_tokens:
+        return ()
+    with victim.frozen():
+        _, routings = victim.forward_routed(images)
+    return tuple(routing.expert[..., 0].cpu().numpy() for routing in routings)
+
+
+def read_training_log(work_dir: Union[str, Path]) -> dict[str, list[tuple[int, float]]]:
+    """Read the scalars of a run, over all of its starts.
+
+    A run that was interrupted and resumed has a file for each start. What a later start logged replaces what an earlier
+    one had logged for the same iterations. MMEngine counts validations in epochs; here they get the iteration that was
+    logged last before them.
+
+    Args:
+        work_dir (str or Path): Work directory of the run.
+
+    Returns:
+        dict: For each scalar its points ``(iteration, value)`` in order. Empty where the directory holds no log.
+
+    Raises:
+        DamagedFileError: A line of a log, other than a last one that was cut off, is not JSON or no record of scalars.
+    """
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    # The folders are named by the time of the start.
+    for file in sorted(Path(work_dir).glob(_SCALARS)):
+        _append(scalars, _records(file))
+    return scalars
+
+
+def _records(file: Path) -> list[dict]:
+    lines = file.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                # A killed run may leave half a line.
+                break
+            raise _damaged_line(file, number, f'not JSON: {error}') from None
+        if not isinstance(record, dict) or not isinstance(record.get('step'), (int, float)):
+            raise _damaged_line(file, number, f'no record of scalars: {line.decode()}')
+        records.append(record)
+    return records
+
+
+def _damaged_line(file: Path, number: int, why: str) -> DamagedFileError:
+    return DamagedFileError(f'{file}, line {number} is {why}; remove the line to have the training shown')
+
+
+def _append(scalars: dict[str, list[tuple[int, float]]], records: list[dict]) -> None:
+    first = next((record['iter'] for record in records if 'iter' in record), None)
+    if first is not None:
+        for name, points in scalars.items():
+            # A start goes on after a checkpoint, and its first line covers the iterations since then.
+            scalars[name] = [point for point in points if point[0] < first]
+    iteration = max((points[-1][0] for points in scalars.values() if points), default=0)
+    for record in records:
+        if not _is_validation(record):
+            iteration = record['step']
+        for name, value in record.items():
+            if name not in _COUNTERS and isinstance(value, (int, float)):
+                scalars.setdefault(name, []).append((iteration, value))
+
+
+def _is_validation(record: dict) -> bool:
+    """Whether a line holds metrics of a validation, whose step is an epoch; the other lines count iterations."""
+    return 'iter' not in record and not all(name.startswith('router/') for name in record if name != 'step')

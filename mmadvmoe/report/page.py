@@ -1,76 +1,128 @@
-"""The report itself: one HTML file that needs nothing else, and its figures as files beside it."""
+"""A page of sections with texts, tables and figures: one HTML file that needs nothing else, its figures beside it."""
 
 from __future__ import annotations
 
 import base64
-import importlib.metadata
-import platform
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mmadvmoe.visualization import png_bytes
 
-from .accuracy_sections import curves, soundness, summary
-from .content import Heading, Listing, Picture, Section, Table
-from .results import ModelResults
-from .route_sections import dissection, images, loads, patches
-from .run_sections import settings, training
-
-_PACKAGES = ('mmadvmoe', 'torch', 'mmengine', 'mmpretrain', 'torchattacks', 'numpy', 'matplotlib')
 #: Pixels of a figure for each pixel of the page: figures are sharp on fine screens and on paper.
 _FINENESS = 1.6
 
 
-def sections_of(models: Sequence[ModelResults]) -> list[Section]:
-    """All sections that the results allow."""
-    found = [
-        summary(models),
-        curves(models),
-        dissection(models),
-        loads(models),
-        images(models),
-        patches(models),
-        soundness(models),
-        training(models),
-        settings(models, versions()),
-    ]
-    return [section for section in found if section is not None]
+@dataclass(frozen=True)
+class Table:
+    """A table; its first column names the rows.
+
+    Attributes:
+        caption: What it shows, and in which units.
+        head: Names of the columns.
+        rows: Its cells, as texts.
+        wide: Whether it takes the whole width of a page.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    wide: bool = False
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    return {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+@dataclass(frozen=True)
+class Picture:
+    """A figure.
+
+    Attributes:
+        name: Name of its file, without the ending.
+        figure: The figure.
+        caption: What it shows.
+        alt: What it shows to those who cannot see it, with its most important numbers.
+    """
+
+    name: str
+    figure: Figure
+    caption: str
+    alt: str
 
 
-def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
+@dataclass(frozen=True)
+class Heading:
+    """The name of the model that the next items are of, where there are several."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A long text that is shown when asked for, such as a config."""
+
+    title: str
+    text: str
+
+
+@dataclass
+class Section:
+    """A section of a report.
+
+    Attributes:
+        name: Its anchor.
+        title: Its heading.
+        intro: A paragraph on how to read it.
+        items: Headings, tables, pictures and listings, in order.
+    """
+
+    name: str
+    title: str
+    intro: str
+    items: list[Heading | Table | Picture | Listing] = field(default_factory=list)
+
+    def add_model(self, name: str, items: Sequence[Heading | Table | Picture | Listing]) -> None:
+        """Add what there is of a model, under its name."""
+        if items:
+            self.items += [Heading(name), *items]
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A number that is in percent already, as text."""
+    return f'{value:.{digits}f}%'
+
+
+def share(value: float) -> str:
+    """A share in [0, 1], as text in percent."""
+    return percent(100 * value)
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: ``'AT(MoE)'`` gives ``'at_moe'``."""
+    words = ''.join(letter if letter.isalnum() else ' ' for letter in name.lower()).split()
+    return '_'.join(words)
+
+
+def write_page(out_dir: Path, names: Sequence[str], sections: Sequence[Section]) -> Path:
     """Write ``report.html``, and its figures into ``figures/``.
 
     Args:
-        out_dir (Path): Folder of the report.
-        models (Sequence[ModelResults]): What to report on, in the order of columns and colours.
+        out_dir (Path): Folder of the page.
+        names (Sequence[str]): The models that it is on.
+        sections (Sequence[Section]): Its sections.
 
     Returns:
         Path: The HTML file.
-
-    Raises:
-        ValueError: There is no model.
     """
-    if not models:
-        raise ValueError('a report needs at least one model')
     figures = out_dir / 'figures'
     figures.mkdir(parents=True, exist_ok=True)
-    sections = sections_of(models)
     encoded = {}
-    for section in sections:
-        for item in section.items:
-            if isinstance(item, Picture):
-                file = figures / f'{item.name}.png'
-                file.write_bytes(png_bytes(item.figure))
-                encoded[item.name] = _encode(file)
+    for picture in (item for section in sections for item in section.items if isinstance(item, Picture)):
+        file = figures / f'{picture.name}.png'
+        file.write_bytes(png_bytes(picture.figure))
+        encoded[picture.name] = _encode(file)
     environment = Environment(loader=PackageLoader('mmadvmoe.report', '.'), autoescape=True, undefined=StrictUndefined)
     environment.tests.update(
         {
@@ -79,7 +131,7 @@ def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
         }
     )
     html = environment.get_template('report.html.jinja').render(
-        names=[model.name for model in models],
+        names=names,
         created=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
         sections=sections,
         encoded=encoded,

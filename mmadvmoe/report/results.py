@@ -2,23 +2,33 @@
 
 The folder holds what the tools of this package write, each file whole or not there::
 
-    model.json        what the model is: config, checkpoint, cost
+    model.json        the model: config, checkpoint, cost
     evaluation/       from tools/test.py --out
     dissection.json   from tools/analysis_tools/dissect_robustness.py --out
     soundness.json    from tools/analysis_tools/check_attacks.py --out
     examples.npz      attacked images
     training.json     scalars of the training run
+
+Letters: B images, T tokens of an image in a layer.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, Optional
 
-from .saved_examples import SavedExamples, load_examples
+import numpy as np
+import torch
+
+from mmadvmoe.evaluation import Examples
+from mmadvmoe.runtime.atomic import write_atomically
 
 #: Where each part lies in the folder of a model. The last file of an evaluation says that it is complete.
 PARTS = dict(
@@ -27,64 +37,219 @@ PARTS = dict(
     soundness='soundness.json',
     examples='examples.npz',
 )
-MODEL = 'model.json'
-TRAINING = 'training.json'
+MODEL, RUN, TRAINING = 'model.json', 'evaluation/run.json', 'training.json'
+_TOOL = dict(
+    config=str,
+    checkpoint=str,
+    num_images=int,
+    seed=int,
+    seconds=Real,
+    sa=Real,
+    threat_model=dict(norm=str, eps=Real, alpha=Real, steps=int),
+    routing=str | None,
+    num_experts=int,
+)
+_COUNTS = dict(kept=int, flipped=int)
+_LOAD = dict(per_class=[([Real],)], per_layer=[[Real]])
+#: What sections read of each file: under a key a type, an object or a list; in a tuple, what may be None or empty. The
+#: key ``*`` stands for all keys.
+_SHAPES = {
+    MODEL: dict.fromkeys(('name', 'config', 'checkpoint', 'checkpoint_sha256', 'work_dir', 'config_text'), str)
+    | dict(class_names=[str], num_experts=int, routers=[str])
+    | dict(cost=dict.fromkeys(('params_total', 'params_active', 'pathway_gflops', 'router_gflops'), Real)),
+    PARTS['evaluation']: dict,
+    RUN: dict(
+        settings=dict(
+            model=dict, data=dict(num_images=int), attacks={'*': dict}, survivors_only=[str], worst_of={'*': [str]}
+        ),
+        versions=dict,
+    ),
+    PARTS['dissection']: _TOOL
+    | dict(
+        class_names=[str],
+        routers=[str],
+        attacks={'*': dict(ra=Real, route_changed=Real, table=dict(kept=_COUNTS, changed=_COUNTS))},
+        failures=(dict(standing=int, experts=int, router=int),),
+        experts=[dict(expert=int, sa=Real, ra=Real)],
+        best_expert=(dict(sa=Real, ra=Real),),
+        load=(dict(clean=_LOAD, end_to_end=_LOAD),),
+    ),
+    PARTS['soundness']: _TOOL
+    | dict(
+        checks=[dict(title=str, status=str, message=str)],
+        num_warnings=int,
+        curves=dict(eps=[dict(eps=Real, ra=Real)], steps=[dict(steps=Real, ra=Real)]),
+    ),
+    TRAINING: {'*': [[Real]]},
+}
+#: What NumPy raises on a file that is no archive of arrays, or a damaged one.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, RuntimeError)
+_UNREADABLE += (zipfile.BadZipFile, zlib.error)
+_ARRAYS = tuple(array.name for array in fields(Examples))
 
 
-@dataclass(frozen=True)
-class ModelResults:
-    """All that is known of one model; what is not there is None.
+class DamagedFileError(ValueError):
+    """A file is not what its name says; the message names the file, what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class SavedExamples:
+    """Attacked images.
 
     Attributes:
-        name: What the model is called.
+        examples: The images, predictions and routes.
+        attack: Name of the attack.
+        patches_before, patches_after: For routers of tokens, the first choice of each token, (B, T) for each layer,
+            without and with the attack; else empty.
+    """
+
+    examples: Examples
+    attack: str
+    patches_before: tuple[np.ndarray, ...] = ()
+    patches_after: tuple[np.ndarray, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ModelResults:
+    """All that is known of one model; what is not there, or is damaged, is None.
+
+    Attributes:
+        name: Its name in the report.
         model: Content of ``model.json``.
         metrics: Metrics of robust evaluation, as :class:`~mmadvmoe.evaluation.RobustTestLoop` names them.
         run: Settings and versions of that evaluation.
         dissection, soundness: Content of these files.
         examples: Attacked images.
         scalars: Points ``(iteration, value)`` of each scalar of the training run; empty where there is no log of it.
+        damaged: For each damaged file, a sentence that names it and the cure.
     """
 
     name: str
-    model: Mapping[str, Any]
-    metrics: Optional[Mapping[str, float]]
-    run: Optional[Mapping[str, Any]]
-    dissection: Optional[Mapping[str, Any]]
-    soundness: Optional[Mapping[str, Any]]
-    examples: Optional[SavedExamples]
-    scalars: Mapping[str, Sequence[tuple[int, float]]]
+    model: Optional[Mapping[str, Any]] = None
+    metrics: Optional[Mapping[str, float]] = None
+    run: Optional[Mapping[str, Any]] = None
+    dissection: Optional[Mapping[str, Any]] = None
+    soundness: Optional[Mapping[str, Any]] = None
+    examples: Optional[SavedExamples] = None
+    scalars: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    damaged: Sequence[str] = ()
 
 
-def read_results(folder: Path) -> ModelResults:
-    """Read the folder of a model.
+def read_results(folder: Path, damaged: Sequence[str] = ()) -> ModelResults:
+    """Read the folder of a model. Parts that are damaged are left out and noted.
+
+    Args:
+        folder (Path): Folder of the model.
+        damaged (Sequence[str]): What else is known to be damaged.
 
     Raises:
         FileNotFoundError: It holds no ``model.json``.
-        ValueError: A file is not what its name says.
+        DamagedFileError: ``model.json`` is damaged.
     """
-    model = _read(folder / MODEL)
-    if model is None:
+    if not (folder / MODEL).is_file():
         raise FileNotFoundError(f'{folder} holds no results of a model: {MODEL} is missing')
-    examples = folder / PARTS['examples']
+    model, faults = read_json(folder, MODEL), list(damaged)
+
+    def part(name: str, read: Callable[[Path, str], Any] = read_json) -> Any:
+        try:
+            return read(folder, name) if (folder / name).is_file() else None
+        except DamagedFileError as error:
+            faults.append(str(error))
+            return None
+
     return ModelResults(
         name=model['name'],
         model=model,
-        metrics=_read(folder / PARTS['evaluation']),
-        run=_read(folder / 'evaluation' / 'run.json'),
-        dissection=_read(folder / PARTS['dissection'], 'dissection'),
-        soundness=_read(folder / PARTS['soundness'], 'soundness'),
-        examples=load_examples(examples) if examples.is_file() else None,
-        scalars=_read(folder / TRAINING) or {},
+        metrics=part(PARTS['evaluation'], _read_metrics),
+        run=part(RUN),
+        dissection=part(PARTS['dissection']),
+        soundness=part(PARTS['soundness']),
+        examples=part(PARTS['examples'], lambda folder, name: load_examples(folder / name)),
+        scalars=part(TRAINING) or {},
+        damaged=faults,
     )
 
 
-def _read(file: Path, kind: Optional[str] = None) -> Optional[dict]:
-    if not file.is_file():
-        return None
+def read_json(folder: Path, name: str) -> dict:
+    """Read one of the JSON files of a model, and check that it holds what sections read.
+
+    Raises:
+        DamagedFileError: It does not.
+    """
+    file = folder / name
+    # Without metrics.json an evaluation goes on from its own files, and without model.json nothing says whose they are.
+    cure = f'remove {file.parent if name in (MODEL, RUN) else "it"} to have it made anew'
     try:
         content = json.loads(file.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{file} is damaged ({error}); remove it to have it made anew') from None
-    if kind is not None and content.get('kind') != kind:
-        raise ValueError(f'{file} holds kind={content.get("kind")!r}, not {kind!r}; remove it to have it made anew')
+    except ValueError as error:
+        raise DamagedFileError(f'{file} is damaged ({error}); {cure}') from None
+    kind = Path(name).stem if name in (PARTS['dissection'], PARTS['soundness']) else None
+    if kind is not None and isinstance(content, dict) and content.get('kind') != kind:
+        raise DamagedFileError(f'{file} holds kind={content.get("kind")!r}, not {kind!r}; {cure}')
+    fault = _fault(content, _SHAPES[name], 'its content')
+    if fault is not None:
+        raise DamagedFileError(f'{file} is damaged ({fault}); {cure}')
     return content
+
+
+def _read_metrics(folder: Path, name: str) -> dict[str, float]:
+    """The metrics that are single numbers; others are not shown."""
+    return {key: value for key, value in read_json(folder, name).items() if isinstance(value, Real)}
+
+
+def _fault(content: Any, shape: Any, path: str) -> Optional[str]:
+    """The first thing in which content is not of a shape; see ``_SHAPES``."""
+    if isinstance(shape, tuple):
+        return _fault(content, shape[0], path) if content else None
+    kind = type(shape) if isinstance(shape, (dict, list)) else shape
+    if not isinstance(content, kind):
+        return f'{path} is {type(content).__name__}, not {getattr(kind, "__name__", kind)}'
+    if isinstance(shape, list):
+        inner = ((f'{path}[{index}]', each, shape[0]) for index, each in enumerate(content))
+    elif isinstance(shape, dict):
+        names = content if '*' in shape else shape
+        missing = [name for name in names if name not in content]
+        if missing:
+            return f'{path} lacks {", ".join(missing)}'
+        inner = ((f'{path}, {name}', content[name], shape.get(name, shape.get('*'))) for name in names)
+    else:
+        return None
+    return next((fault for where, each, its in inner if (fault := _fault(each, its, where)) is not None), None)
+
+
+def save_examples(path: Path, saved: SavedExamples) -> None:
+    """Write the file at once or not at all."""
+    content = {name: getattr(saved.examples, name).numpy() for name in _ARRAYS}
+    content['attack'] = np.array(saved.attack)
+    for view in ('before', 'after'):
+        for layer, choice in enumerate(getattr(saved, f'patches_{view}')):
+            content[f'patches_{view}_{layer}'] = choice
+    file = io.BytesIO()
+    np.savez_compressed(file, **content)
+    write_atomically(path, file.getvalue())
+
+
+def load_examples(path: Path) -> SavedExamples:
+    """Read the file; nothing in it is executed.
+
+    Raises:
+        DamagedFileError: An array is missing or does not fit the others, or the file is something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = dict(file)
+        layers = range(sum(name.startswith('patches_before_') for name in content))
+        saved = SavedExamples(
+            Examples(**{name: torch.from_numpy(content[name]) for name in _ARRAYS}),
+            str(content['attack']),
+            *(tuple(content[f'patches_{view}_{layer}'] for layer in layers) for view in ('before', 'after')),
+        )
+        examples = saved.examples
+        if examples.images.dim() != 4 or examples.images.shape != examples.adversarial.shape:
+            raise ValueError('the images are of other shapes than the attacked images')
+        patches = (*saved.patches_before, *saved.patches_after)
+        if {len(array) for array in (*(content[name] for name in _ARRAYS), *patches)} != {len(examples)}:
+            raise ValueError('the arrays are not of the same images')
+    except _UNREADABLE as error:
+        raise DamagedFileError(f'{path} is damaged ({error}); remove it to have it made anew') from None
+    return saved

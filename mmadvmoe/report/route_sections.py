@@ -11,7 +11,7 @@ import torch
 from mmadvmoe.moe import PLACEMENTS
 from mmadvmoe.visualization import draw_image_grid, draw_loads, draw_parts, draw_patch_routes
 
-from .content import Picture, Section, Table, percent, share, slug
+from .page import Picture, Section, Table, percent, share, slug
 from .results import ModelResults
 
 #: What the attacks of a dissection are called here.
@@ -116,7 +116,7 @@ def loads(models: Sequence[ModelResults]) -> Optional[Section]:
         if not load:
             continue
         counted = 'tokens' if PLACEMENTS[model.dissection['routing']].reads_tokens else 'images'
-        views = {label: load[key] for key, label in dict(clean='clean', end_to_end='under attack').items()}
+        views = {'clean': load['clean'], 'under attack': load['end_to_end']}
         rows = [('class', 'per_class', model.dissection['class_names'])]
         if len(model.dissection['routers']) > 1:
             rows.append(('layer', 'per_layer', model.dissection['routers']))

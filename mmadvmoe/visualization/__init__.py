@@ -1,10 +1,7 @@
 """Figures of robustness; they know nothing of runs, files or reports."""
 
-from .bars import draw_parts
-from .heatmap import draw_loads
-from .image_grid import draw_image_grid
-from .lines import Line, draw_lines
-from .patch_routes import draw_patch_routes, patch_grid
+from .charts import Line, draw_lines, draw_loads, draw_parts
+from .images import draw_image_grid, draw_patch_routes, patch_grid
 from .style import png_bytes, save_png
 from .training import draw_training
 

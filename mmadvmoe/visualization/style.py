@@ -40,20 +40,25 @@ _STYLE = {
 
 
 def style() -> AbstractContextManager:
-    """Inside this context, figures are made in the shared look, whatever the user's settings are."""
+    """A context in which figures have the shared look, whatever the user's settings are."""
     return matplotlib.style.context(['default', _STYLE])
 
 
+def plain(text: object) -> str:
+    """A text from data, such as the name of a class or a model, as a figure shows it: its ``$`` begin no formula."""
+    return str(text).replace('$', r'\$')
+
+
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure of so many inches, which belongs to no window and to no global list of figures."""
+    """An empty figure, sizes in inches, that belongs to no window and to no global list of figures."""
     return Figure(figsize=(width, height), layout='constrained')
 
 
 def single_axes(height: float, title: str, xlabel: str = '', ylabel: str = '') -> tuple[Figure, Axes]:
-    """A figure with one set of axes."""
+    """A figure with one set of axes, ``height`` in inches."""
     figure = new_figure(height)
     axes = figure.add_subplot()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(title=plain(title), xlabel=plain(xlabel), ylabel=plain(ylabel))
     return figure, axes
 
 

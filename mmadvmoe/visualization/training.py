@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from .lines import Line, draw_lines
+from .charts import Line, draw_lines
 
 #: Points of a scalar: iterations and values.
 Points = Sequence[tuple[int, float]]
@@ -28,53 +28,24 @@ def draw_training(scalars: Mapping[str, Points]) -> dict[str, Figure]:
             :class:`~mmadvmoe.training.RouterHealthHook` and MMEngine's logger give them.
 
     Returns:
-        dict: The figures under their names, of a run in turns ``losses_experts``, ``losses_router``,
-        ``validation``, ``route_changes``, ``load``, ``entropy``, ``logits``, ``learning_rates``. What a run did not
-        log is left out; joint training has ``losses`` for both turns.
+        dict: The figures under their names: in alternating training ``losses_experts``, ``losses_router``,
+        ``validation``, ``route_changes``, ``load``, ``entropy``, ``logits`` and ``learning_rates``; in joint training
+        ``losses`` in place of the first two. What a run did not log is left out.
     """
     percent = dict(limits=(0, 103))
+    accuracies = _matching(scalars, _ACCURACY, lambda found: found['attack'] or 'clean')
+    entropies = _lines(_known(scalars, {'router/load_entropy': 'of the load', 'router/entropy': 'of one decision'}))
+    logits = _lines(_known(scalars, {'router/max_logit': 'of all images'}))
+    log_logits = dict(log=_spans_decades(scalars.get('router/max_logit', ())))
+    rates = _matching(scalars, _RATE, lambda found: found['group'] or 'all')
     charts = {
         **_losses(scalars),
-        'validation': (
-            _matching(scalars, _ACCURACY, lambda found: found['attack'] or 'clean'),
-            'Validation: accuracy, clean and under attack',
-            'accuracy (%)',
-            percent,
-        ),
-        'route_changes': (
-            _lines({'in training': scalars.get('router/route_changed', ())}, scale=100)
-            + _lines(
-                {
-                    f'validation, {name.split("/")[0]}': points
-                    for name, points in scalars.items()
-                    if name.endswith('/route_changed') and not name.startswith('router/')
-                },
-                scale=100,
-                first=1,
-            ),
-            'Routes changed by the attack',
-            'images (%)',
-            percent,
-        ),
+        'validation': (accuracies, 'Validation: accuracy, clean and under attack', 'accuracy (%)', percent),
+        'route_changes': (_route_changes(scalars), 'Routes changed by the attack', 'images (%)', percent),
         'load': (_loads(scalars), 'Load of the experts in training', 'share (%)', percent),
-        'entropy': (
-            _lines(_known(scalars, {'router/load_entropy': 'of the load', 'router/entropy': 'of one decision'})),
-            'Entropy of the router',
-            'nats',
-            {},
-        ),
-        'logits': (
-            _lines(_known(scalars, {'router/max_logit': 'of all images'})),
-            'Largest absolute logit of the router',
-            'logit',
-            dict(log=_spans_decades(scalars.get('router/max_logit', ()))),
-        ),
-        'learning_rates': (
-            _matching(scalars, _RATE, lambda found: found['group'] or 'all'),
-            'Learning rates',
-            'learning rate',
-            {},
-        ),
+        'entropy': (entropies, 'Entropy of the router', 'nats', {}),
+        'logits': (logits, 'Largest absolute logit of the router', 'logit', log_logits),
+        'learning_rates': (rates, 'Learning rates', 'learning rate', {}),
     }
     return {
         name: draw_lines(lines, title, _X, ylabel, **options)
@@ -99,6 +70,16 @@ def _losses(scalars: Mapping[str, Points]) -> dict[str, tuple]:
             of_turn.pop('loss', None)
         charts[name] = (_lines(of_turn), titles.get(turn, 'Losses'), 'loss', {})
     return charts
+
+
+def _route_changes(scalars: Mapping[str, Points]) -> list[Line]:
+    validation = {
+        f'validation, {name.split("/")[0]}': points
+        for name, points in scalars.items()
+        if name.endswith('/route_changed') and not name.startswith('router/')
+    }
+    training = {'in training': scalars.get('router/route_changed', ())}
+    return _lines(training, scale=100) + _lines(validation, scale=100, first=1)
 
 
 def _loads(scalars: Mapping[str, Points]) -> list[Line]:

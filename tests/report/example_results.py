@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mmadvmoe.evaluation import Examples
-from mmadvmoe.report.saved_examples import SavedExamples, save_examples
+from mmadvmoe.report.results import SavedExamples, save_examples
 
 CLASSES = [str(n) for n in range(10)]
 THREAT = dict(norm='Linf', eps=0.2, alpha=0.05, steps=50)

@@ -2,6 +2,7 @@
 
 import html
 import importlib.metadata
+import json
 import re
 import runpy
 import sys
@@ -15,10 +16,9 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 
-from mmadvmoe.report import PARTS, describe_model, make_examples, read_results, write_report
-from mmadvmoe.report.content import slug
-from mmadvmoe.report.page import sections_of
-from mmadvmoe.report.saved_examples import load_examples
+from mmadvmoe.report import PARTS, DamagedFileError, describe_model, make_examples, read_results, slug, write_report
+from mmadvmoe.report.results import load_examples
+from mmadvmoe.report.sections import sections_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = {'summary', 'curves', 'dissection', 'load', 'images', 'patches', 'soundness', 'training', 'settings'}
@@ -96,13 +96,93 @@ def test_curves_of_a_mixture_tell_what_the_gate_alone_would_say(tmp_path):
 def test_a_file_in_the_wrong_place_is_named(tmp_path):
     results(tmp_path, 'A')
     (tmp_path / 'a' / 'soundness.json').write_bytes((tmp_path / 'a' / 'dissection.json').read_bytes())
-    with pytest.raises(ValueError, match="soundness.json holds kind='dissection', not 'soundness'"):
-        read_results(tmp_path / 'a')
+    (sentence,) = read_results(tmp_path / 'a').damaged
+    assert re.search("soundness.json holds kind='dissection', not 'soundness'", sentence)
     (tmp_path / 'a' / 'dissection.json').write_text('{"kind": ')
-    with pytest.raises(ValueError, match='dissection.json is damaged'):
-        read_results(tmp_path / 'a')
+    assert 'dissection.json is damaged' in read_results(tmp_path / 'a').damaged[0]
     with pytest.raises(FileNotFoundError, match='model.json is missing'):
         read_results(tmp_path)
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _empty(file):
+    file.write_text(json.dumps(dict(kind=file.stem)) if file.suffix == '.json' else '')
+
+
+def _binary(file):
+    file.write_bytes(b'\xff\x00\xfe')
+
+
+def _garbled(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 40] = bytes(40)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize('harm', [_cut, _empty, _binary, _garbled])
+@pytest.mark.parametrize(
+    'part, missing',
+    [
+        ('evaluation/run.json', set()),
+        ('dissection.json', {'dissection', 'load'}),
+        ('soundness.json', {'curves', 'soundness'}),
+        ('examples.npz', {'images', 'patches'}),
+        ('training.json', {'training'}),
+    ],
+)
+def test_a_damaged_file_leaves_the_rest_of_the_report_whole(tmp_path, part, missing, harm):
+    results(tmp_path, 'A', 'B', routing='token', num_experts=4)
+    harm(tmp_path / 'b' / part)
+    a, b = (read_results(tmp_path / name) for name in 'ab')
+    page = write_report(tmp_path, [a, b])
+    (sentence,) = b.damaged
+    assert ['B', sentence] in rows_of(page)
+    file = tmp_path / 'b' / part
+    cure = file.parent if part.startswith('evaluation') else 'it'
+    assert sentence.startswith(f'{file} is damaged') and sentence.endswith(f'remove {cure} to have it made anew')
+    assert {section.name for section in sections_of([b])} == SECTIONS - missing | {'damaged'}
+    assert {section.name for section in sections_of([a, b])} == SECTIONS | {'damaged'}
+    assert ['SA (clean)', '95.0', '95.0'] in rows_of(page)
+
+
+@pytest.mark.parametrize(
+    'part, change',
+    [
+        ('dissection.json', lambda content: content['attacks']['gate']['table'].pop('kept')),
+        ('dissection.json', lambda content: content['load'].pop('clean')),
+        ('soundness.json', lambda content: content['curves']['eps'][1].update(ra=None)),
+        ('training.json', lambda content: content.update(loss=5)),
+    ],
+)
+def test_a_number_that_is_missing_is_damage_too(tmp_path, part, change):
+    results(tmp_path, 'A')
+    content = json.loads((tmp_path / 'a' / part).read_text())
+    change(content)
+    (tmp_path / 'a' / part).write_text(json.dumps(content))
+    assert [Path(part).name in sentence for sentence in read_results(tmp_path / 'a').damaged] == [True]
+
+
+def test_without_its_description_a_model_is_left_out(tmp_path):
+    results(tmp_path, 'A')
+    _cut(tmp_path / 'a' / 'model.json')
+    with pytest.raises(DamagedFileError, match=f'model.json is damaged .*; remove {tmp_path / "a"} to have it made'):
+        read_results(tmp_path / 'a')
+
+
+def test_dollars_are_dollars(tmp_path):
+    model = results(tmp_path, r'$\frac{$ and $x_1$')[0]
+    content = json.loads((tmp_path / slug(model.name) / 'model.json').read_text())
+    content['class_names'] = [r'$\frac{$'] * 10
+    (tmp_path / slug(model.name) / 'model.json').write_text(json.dumps(content))
+    dissection = json.loads((tmp_path / slug(model.name) / 'dissection.json').read_text())
+    (tmp_path / slug(model.name) / 'dissection.json').write_text(
+        json.dumps(dissection | dict(class_names=['$^$'] * 10))
+    )
+    page = write_report(tmp_path, [read_results(tmp_path / slug(model.name))])
+    assert r'\$' not in html.unescape(page.read_text())
 
 
 @pytest.fixture(scope='module')
@@ -188,3 +268,25 @@ def test_two_models_need_two_names(trained, tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit):
         run_tool(monkeypatch, tmp_path, '--model', 'A!', *trained, '--model', 'a', *trained)
     assert "they give the folders ['a', 'a']" in capfd.readouterr().err
+
+
+def test_the_tool_goes_on_with_the_other_models(trained, tmp_path, monkeypatch, capfd):
+    write_model(tmp_path / 'a', 'A')
+    config, checkpoint = trained
+    log = tmp_path / 'run' / '20260101_000000' / 'vis_data' / 'scalars.json'
+    log.parent.mkdir(parents=True)
+    log.write_text('[]\n{"loss": 1.0, "iter": 1, "step": 1}\n')
+    (tmp_path / 'run' / 'epoch_1.pth').write_bytes(Path(checkpoint).read_bytes())
+    _cut(tmp_path / 'a' / 'model.json')
+    run_tool(
+        monkeypatch,
+        tmp_path,
+        '--measure',
+        *('--model', 'A', *trained),
+        *('--model', 'B', config, tmp_path / 'run' / 'epoch_1.pth'),
+    )
+    rows = rows_of(tmp_path / 'report.html')
+    (of_a,), (of_b,) = ([row[1] for row in rows if row[0] == name and len(row) == 2] for name in 'AB')
+    assert 'a/model.json is damaged' in of_a
+    assert of_b == f'{log}, line 1 is no record of scalars: []; remove the line to have the training shown'
+    assert ['', 'B'] in rows

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmadvmoe.report.training_log import read_training_log
+from mmadvmoe.report.collect import read_training_log
 
 
 def write(work_dir, start, *records, cut=''):

@@ -176,3 +176,22 @@ def test_files_are_the_same_each_time_whatever_the_user_has_set(tmp_path):
     pixels = save_png(figure(), tmp_path / 'new' / 'figure.png')
     assert (tmp_path / 'new' / 'figure.png').read_bytes() == plain
     assert pixels.shape == np.asarray(Image.open(io.BytesIO(plain)).convert('RGB')).shape
+
+
+def test_texts_from_data_are_no_formulas():
+    bad = r'$\frac{$'
+    line, load = Line(bad, [1, 20], [1, 900]), np.array([[0.5, 0.5]])
+    image = np.zeros((4, 4, 3))
+    choice = np.array([0, 1, 1, 0])
+    figures = [
+        draw_lines([line], bad, bad, bad, log=True, log_x=True),
+        draw_parts({bad: {bad: 1, 'other': 1}}, bad, bad),
+        draw_loads({bad: load}, [bad], bad),
+        draw_image_grid(examples([0], [0], [0]), [bad], bad),
+        draw_patch_routes(image, image, [choice], [choice], 2, [bad]),
+        draw_training(
+            {f'{bad}/accuracy/top1': [(1, 1.0)], f'{bad}.lr': [(1, 1.0)], f'{bad}/route_changed': [(1, 1.0)]}
+        ),
+    ]
+    for figure in [*figures[:-1], *figures[-1].values()]:
+        assert png_bytes(figure).startswith(b'\x89PNG')

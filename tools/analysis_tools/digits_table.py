@@ -1,4 +1,4 @@
-"""The results table of the README: every method on digits, over several seeds.
+"""Make the results tables of docs/results.md: every method on digits, over several seeds.
 
 Trains each method with each seed, tests the checkpoint that was the most robust one on held-out training images, and
 prints a table. Every finished run is one line of results.jsonl in the work directory and is not run again; a run that

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import torch
 
-from mmadvmoe.report import PARTS, describe_model, make_examples, read_results, slug, write_report
+from mmadvmoe.report import (
+    PARTS,
+    DamagedFileError,
+    ModelResults,
+    describe_model,
+    make_examples,
+    read_results,
+    slug,
+    write_report,
+)
 
 TOOLS = Path(__file__).resolve().parents[1]
 
@@ -76,19 +85,29 @@ def measure(part: str, folder: Path, config: str, checkpoint: str, args: argpars
         sys.exit(f'{part} of {folder.name} failed: {" ".join(map(str, command))}')
 
 
+def collect(name: str, config: str, checkpoint: str, args: argparse.Namespace) -> ModelResults:
+    """Measure what is missing of a model, and read what is there."""
+    folder = args.out_dir / slug(name)
+    try:
+        damaged = describe_model(folder, name, config, checkpoint)
+    except DamagedFileError as error:
+        # Nothing is measured into a folder of which nothing says whose it is.
+        return ModelResults(name, damaged=[str(error)])
+    for part in args.measure:
+        if (folder / PARTS[part]).is_file():
+            print(f'==> {name}: {part} is there', flush=True)
+        else:
+            print(f'==> {name}: {part}', flush=True)
+            measure(part, folder, config, checkpoint, args)
+    return read_results(folder, damaged)
+
+
 def main() -> None:
     args = parse_args()
-    models = []
-    for name, config, checkpoint in args.model:
-        folder = args.out_dir / slug(name)
-        describe_model(folder, name, config, checkpoint)
-        for part in args.measure:
-            if (folder / PARTS[part]).is_file():
-                print(f'==> {name}: {part} is there', flush=True)
-            else:
-                print(f'==> {name}: {part}', flush=True)
-                measure(part, folder, config, checkpoint, args)
-        models.append(read_results(folder))
+    models = [collect(*model, args) for model in args.model]
+    for model in models:
+        for sentence in model.damaged:
+            print(f'==> {model.name}: {sentence}')
     print(f'==> {write_report(args.out_dir, models)}')
 
 

@@ -1,0 +1,268 @@
+"""The sections of a report; those on routes and single images are in ``route_sections``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from mmadvmoe.visualization import Line, draw_lines, draw_training
+
+from .page import Listing, Picture, Section, Table, percent, share, slug, write_page
+from .results import ModelResults
+from .route_sections import dissection, images, loads, patches
+
+_PACKAGES = ('mmadvmoe', 'torch', 'mmengine', 'mmpretrain', 'torchattacks', 'numpy', 'matplotlib')
+_ABSENT = '–'
+_TOP1 = '/accuracy/top1'
+#: How the file of an analysis tool was made; the checkpoint too, for files can be put in place by hand.
+_OF_A_TOOL = ('config', 'checkpoint', 'num_images', 'seed', 'seconds', 'threat_model', 'routing', 'num_experts')
+_COSTS = {
+    'parameters': lambda cost: f'{cost["params_total"]:,}',
+    'active parameters': lambda cost: f'{cost["params_active"]:,}',
+    'pathway GFLOPs': lambda cost: f'{cost["pathway_gflops"]:.3g}',
+    'router GFLOPs': lambda cost: f'{cost["router_gflops"]:.3g}' if cost['router_gflops'] else _ABSENT,
+}
+_CHARTS = dict(
+    losses='the losses',
+    losses_experts="the losses in the experts' turn",
+    losses_router="the losses in the router's turn",
+    validation='accuracy on the validation images, clean and under attack',
+    route_changes='the share of the routes that the attack changed',
+    load='the share of the images that each expert got',
+    entropy='the entropy of the router, of single decisions and of the load',
+    logits='the largest absolute logit of the router',
+    learning_rates='the learning rate of each group',
+)
+
+
+def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
+    """Write ``report.html``, and its figures into ``figures/``.
+
+    Args:
+        out_dir (Path): Folder of the report.
+        models (Sequence[ModelResults]): The models, in the order of columns and colours.
+
+    Returns:
+        Path: The HTML file.
+
+    Raises:
+        ValueError: There is no model.
+    """
+    if not models:
+        raise ValueError('a report needs at least one model')
+    return write_page(out_dir, [model.name for model in models], sections_of(models))
+
+
+def sections_of(models: Sequence[ModelResults]) -> list[Section]:
+    """All sections that the results allow."""
+    found = [damaged(models)]
+    known = [model for model in models if model.model is not None]
+    if known:
+        makers = (summary, curves, dissection, loads, images, patches, soundness, training, settings)
+        found += [make(known) for make in makers]
+    return [section for section in found if section is not None]
+
+
+def damaged(models: Sequence[ModelResults]) -> Optional[Section]:
+    """The files that could not be read, and what to do about each."""
+    rows = [(model.name, sentence) for model in models for sentence in model.damaged]
+    if not rows:
+        return None
+    section = Section('damaged', 'Damaged files', 'These files could not be read. What they hold is missing below.')
+    section.items.append(Table('Damaged files and their cure', ('model', 'file, damage and cure'), rows, wide=True))
+    return section
+
+
+def summary(models: Sequence[ModelResults]) -> Section:
+    """The accuracies, routes and costs of all models in one table, a column for each."""
+    section = Section(
+        'summary',
+        'Summary',
+        'Accuracy on the test images, in percent. SA is the accuracy without an attack. An image counts as robust in '
+        'the worst case when it is classified rightly without an attack and under every one of them.',
+    )
+    runs = [model.run['settings'] for model in models if model.run]
+    # The number of an attack on the survivors of others is not its own alone.
+    after_others = {name for run in runs for name in run['survivors_only']}
+    attacks = dict.fromkeys(name for run in runs for name in run['attacks'])
+    groups = {name: members for run in runs for name, members in run['worst_of'].items()}
+    labels = {'clean': 'SA (clean)'}
+    labels |= {name: f'{name}, after those above' if name in after_others else name for name in attacks}
+    labels |= {name: f'worst of {", ".join(members)} ({name})' for name, members in groups.items()}
+    labels['worst'] = 'worst case of all'
+    rows = [(label, [_accuracy(model, name) for model in models]) for name, label in labels.items()]
+    rows.append(('routes changed, at most', [_routes_changed(model) for model in models]))
+    rows.append(('busiest expert, clean', [_busiest(model) for model in models]))
+    rows += [(label, [show(model.model['cost']) for model in models]) for label, show in _COSTS.items()]
+    images_of = [model.run and model.run['settings']['data']['num_images'] for model in models]
+    rows.append(('test images', [_ABSENT if count is None else f'{count:,}' for count in images_of]))
+    shown = [(label, *cells) for label, cells in rows if set(cells) != {_ABSENT}]
+    caption = 'Accuracy (%), routes and cost of each model. GFLOPs are 10⁹ multiply-adds per image.'
+    section.items.append(Table(caption, ('', *(model.name for model in models)), shown, wide=True))
+    return section
+
+
+def curves(models: Sequence[ModelResults]) -> Optional[Section]:
+    """Robust accuracy against the size of the ball and the steps of the attack."""
+    section = Section(
+        'curves',
+        'Robust accuracy against the attack',
+        'Robust accuracy must fall to zero as the ball grows, and must not rise with more steps. Where it does '
+        'otherwise, the attack is too weak, and the model is less robust than the numbers say. Of a mixture, the '
+        'dashed line is what PGD through the gate finds alone.',
+    )
+    for key, label, log_x in (('eps', 'radius eps of the ball', False), ('steps', 'steps', True)):
+        lines = [line for color, model in enumerate(models) for line in _curve_lines(model, key, color)]
+        if not lines:
+            continue
+        title = f'Robust accuracy against {key}'
+        said = '; '.join(
+            f'{line.label}: ' + ', '.join(f'{y:.0f} at {x:g}' for x, y in zip(line.x, line.y)) for line in lines
+        )
+        figure = draw_lines(lines, title, label, 'robust accuracy (%)', (0, 103), log_x=log_x)
+        threats = dict.fromkeys(_threat(model.soundness) for model in models if model.soundness)
+        caption = f'{title}; the other settings are {"; ".join(threats)}.'
+        section.items.append(Picture(f'accuracy_against_{key}', figure, caption, f'{title}, in percent. {said}.'))
+    return section if section.items else None
+
+
+def soundness(models: Sequence[ModelResults]) -> Optional[Section]:
+    """Whether the attacks behind the numbers can be trusted."""
+    section = Section(
+        'soundness',
+        'Can the attacks be trusted?',
+        'Checks for signs of attacks that fail for a wrong reason, such as a masked gradient. A warning comes with the '
+        'numbers that speak against the model.',
+    )
+    for model in models:
+        if model.soundness:
+            rows = [(check['title'], check['status'], check['message']) for check in model.soundness['checks']]
+            warnings = model.soundness['num_warnings']
+            said = f'{warnings or "no"} warning{"" if warnings == 1 else "s"}'
+            caption = f'{model.name}: {said}; {_scope(model.soundness)}'
+            section.items.append(Table(caption, ('check', 'result', 'numbers'), rows, wide=True))
+    return section if section.items else None
+
+
+def _accuracy(model: ModelResults, name: str) -> str:
+    value = (model.metrics or {}).get(name + _TOP1)
+    return _ABSENT if value is None else f'{value:.1f}'
+
+
+def _routes_changed(model: ModelResults) -> str:
+    changed = {
+        name.split('/')[0]: value
+        for name, value in (model.metrics or {}).items()
+        if name.endswith('/route_changed') and not name.startswith('worst/')
+    }
+    if not changed:
+        return _ABSENT
+    most = max(changed, key=changed.get)
+    return f'{share(changed[most])} ({most})'
+
+
+def _busiest(model: ModelResults) -> str:
+    loads = [value for name, value in (model.metrics or {}).items() if name.startswith('clean/expert_share/')]
+    return share(max(loads)) if loads else _ABSENT
+
+
+def _curve_lines(model: ModelResults, key: str, color: int) -> list[Line]:
+    """Robust accuracy over a setting; of a mixture also what PGD through the gate alone would say."""
+    points = model.soundness['curves'].get(key, ()) if model.soundness else ()
+    x = [point[key] for point in points]
+    lines = [Line(model.name, x, [point['ra'] for point in points], color)]
+    if any(point.get('gate', point['ra']) != point['ra'] for point in points):
+        lines.append(
+            Line(f'{model.name}, gate alone', x, [point.get('gate', point['ra']) for point in points], color, stroke=1)
+        )
+    return lines if points else []
+
+
+def _threat(result: Mapping) -> str:
+    threat = result['threat_model']
+    return f'{threat["norm"]}, eps {threat["eps"]:.4g}, step size {threat["alpha"]:.4g}, {threat["steps"]} steps'
+
+
+def _scope(result: Mapping) -> str:
+    return f'{result["num_images"]:,} images, SA {percent(result["sa"])}, {_threat(result)}'
+
+
+def training(models: Sequence[ModelResults]) -> Optional[Section]:
+    """Charts of the training runs, both turns."""
+    section = Section(
+        'training',
+        'Training',
+        'What the runs logged. In training by turns, experts and router each learn in their own turn, with losses and '
+        'a learning rate of their own.',
+    )
+    for model in models:
+        pictures = []
+        for name, figure in draw_training(model.scalars).items():
+            ends = '; '.join(
+                f'{line.get_label()} {line.get_ydata()[0]:.3g} to {line.get_ydata()[-1]:.3g}'
+                for line in figure.axes[0].get_lines()
+            )
+            # Labels in figures have their $ escaped.
+            ends = ends.replace(r'\$', '$')
+            caption = f'{model.name}, training: {_CHARTS[name]}.'
+            pictures.append(Picture(f'{slug(model.name)}_{name}', figure, caption, f'{caption} {ends}.'))
+        section.add_model(model.name, pictures)
+    return section if section.items else None
+
+
+def settings(models: Sequence[ModelResults]) -> Section:
+    """Everything that the numbers depend on."""
+    section = Section(
+        'settings',
+        'Settings and versions',
+        'What the numbers above depend on. Checkpoints are named by their content as well.',
+    )
+    rows = {model.name: _rows_of(model) for model in models}
+    shared = [row for row in rows[models[0].name] if all(row in of_model for of_model in rows.values())]
+    if len(models) > 1:
+        section.items.append(Table('All models', ('setting', 'value'), shared, wide=True))
+    for model in models:
+        own = [row for row in rows[model.name] if len(models) == 1 or row not in shared]
+        section.items.append(Table(model.name, ('setting', 'value'), own, wide=True))
+        section.items.append(Listing(f'Whole config of {model.name}', model.model['config_text']))
+    versions = [
+        ('python', platform.python_version()),
+        *((name, importlib.metadata.version(name)) for name in _PACKAGES),
+    ]
+    section.items.append(Table('Versions that made this page', ('', 'version'), versions))
+    return section
+
+
+def _rows_of(model: ModelResults) -> list[tuple[str, str]]:
+    rows = [(key, str(model.model[key])) for key in ('config', 'checkpoint', 'checkpoint_sha256', 'work_dir')]
+    for part, result in (('evaluation', model.run), ('dissection', model.dissection), ('soundness', model.soundness)):
+        rows += [(f'{part}: {key}', value) for key, value in _settings(result).items()]
+    return rows
+
+
+def _settings(result: Optional[Mapping[str, Any]]) -> dict[str, str]:
+    """Settings of a result as ``{name: text}``, nested ones with their path."""
+    if result is None:
+        return {}
+    if 'settings' in result:
+        wanted = {**result['settings'], 'versions': result['versions'], 'machine': result.get('machine', {})}
+        # The whole config is shown below the table.
+        wanted['model'] = {key: value for key, value in wanted['model'].items() if key != 'config'}
+    else:
+        wanted = {key: result[key] for key in _OF_A_TOOL}
+    return dict(_flat(wanted))
+
+
+def _flat(tree: Mapping[str, Any], path: str = '') -> list[tuple[str, str]]:
+    flat = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value and 'type' not in value:
+            flat += _flat(value, f'{path}{key}.')
+        elif isinstance(value, Mapping):
+            flat.append((path + key, ', '.join(f'{name}={content!r}' for name, content in value.items()) or 'none'))
+        else:
+            flat.append((path + key, str(value)))
+    return flat

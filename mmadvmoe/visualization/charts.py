@@ -1,0 +1,184 @@
+"""Line charts, stacked bars and heat maps, all readable without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .style import COLORMAP, MARKERS, PALETTE, new_figure, plain, single_axes, style
+
+_STROKES = ('-', '--', ':', '-.')
+_HATCHES = ('', '///', '...', 'xx')
+#: With more points than this, marks on a line would hide it.
+_MARKED_POINTS = 25
+#: Narrower parts of a bar have no room for their number.
+_LABELLED_SHARE = 0.06
+#: Heat maps with more columns or rows than this have no room for numbers and names.
+_LABELLED_COLUMNS, _LABELLED_ROWS = 8, 40
+#: Height of a heat map, in inches.
+_HIGHEST = 9.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        label: Its name in the legend.
+        x, y: Its points.
+        color: Index of its colour and mark; lines that belong together may share it.
+        stroke: Index of its kind of stroke.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: int = 0
+    stroke: int = 0
+
+
+def draw_lines(
+    lines: Sequence[Line],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    limits: Optional[tuple[float, float]] = None,
+    log: bool = False,
+    log_x: bool = False,
+) -> Figure:
+    """Draw a chart of lines, its x axis from 0, with the legend below it, where it hides no point.
+
+    Args:
+        lines (Sequence[Line]): The lines, in the order of the legend.
+        title, xlabel, ylabel (str): Texts.
+        limits (tuple, optional): Ends of the y axis. Defaults to what the lines need.
+        log (bool): Whether the y axis is logarithmic.
+        log_x (bool): Whether the x axis is logarithmic, with the x of the points as its ticks, rather than from 0.
+
+    Raises:
+        ValueError: There is no line.
+    """
+    if not lines:
+        raise ValueError(f'there is no line to draw in {title!r}')
+    with style():
+        legend_rows = (len(lines) + 1) // 2
+        figure, axes = single_axes(2.9 + 0.18 * legend_rows, title, xlabel, ylabel)
+        for line in lines:
+            axes.plot(
+                line.x,
+                line.y,
+                label=plain(line.label),
+                color=PALETTE[line.color % len(PALETTE)],
+                linestyle=_STROKES[line.stroke % len(_STROKES)],
+                marker=MARKERS[line.color % len(MARKERS)] if len(line.x) <= _MARKED_POINTS else None,
+                linewidth=1.6,
+            )
+        if log:
+            axes.set_yscale('log')
+        if log_x:
+            axes.set_xscale('log')
+            ticks = sorted({x for line in lines for x in line.x})
+            axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+            axes.set_xticks([], minor=True)
+        else:
+            axes.set_xlim(left=0)
+        if limits is not None:
+            axes.set_ylim(*limits)
+        figure.legend(loc='outside lower center', ncols=min(2, len(lines)))
+    return figure
+
+
+def draw_parts(parts: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> Figure:
+    """Draw a stacked bar for each model; its parts differ by colour and by pattern.
+
+    Args:
+        parts (Mapping): For each model, the count of each part; all models have the same parts.
+        title (str): Title of the figure.
+        xlabel (str): What is counted, in percent.
+
+    Raises:
+        ValueError: There is no model, or one without images.
+    """
+    if not parts or not all(sum(counts.values()) > 0 for counts in parts.values()):
+        raise ValueError(f'there is nothing to draw in {title!r}: {dict(parts)!r}')
+    with style():
+        names = list(next(iter(parts.values())))
+        figure, axes = single_axes(1.5 + 0.45 * len(parts) + 0.2 * len(names), title, xlabel)
+        for row, counts in enumerate(parts.values()):
+            whole, left = sum(counts.values()), 0.0
+            for index, name in enumerate(names):
+                share = counts[name] / whole
+                axes.barh(
+                    row,
+                    100 * share,
+                    left=100 * left,
+                    height=0.6,
+                    color=PALETTE[index % len(PALETTE)],
+                    hatch=_HATCHES[index % len(_HATCHES)],
+                    edgecolor='white',
+                    linewidth=0.5,
+                    label=plain(name) if row == 0 else None,
+                )
+                if share >= _LABELLED_SHARE:
+                    box = dict(facecolor='white', edgecolor='none', pad=1.5)
+                    middle = 100 * (left + share / 2)
+                    axes.text(middle, row, f'{share:.0%}', ha='center', va='center', fontsize=8, bbox=box)
+                left += share
+        axes.set_yticks(range(len(parts)), [plain(name) for name in parts])
+        axes.set_ylim(len(parts) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.grid(axis='y', visible=False)
+        figure.legend(loc='outside lower left', ncols=1)
+    return figure
+
+
+def draw_loads(
+    loads: Mapping[str, np.ndarray], rows: Sequence[str], title: str, row_kind: str = 'class', counted: str = 'images'
+) -> Figure:
+    """Draw heat maps of the share that each expert gets, row by row, side by side for several situations.
+
+    Args:
+        loads (Mapping): For each situation, such as ``'clean'`` and ``'under attack'``, the shares (R, N) in [0, 1];
+            each row sums to 1, or is NaN where there was nothing to share.
+        rows (Sequence[str]): Names of the R rows.
+        title (str): Title of the figure.
+        row_kind (str): What the rows are.
+        counted (str): What the shares are of.
+
+    Raises:
+        ValueError: There is no situation, or its shape does not fit the names of the rows.
+    """
+    if not loads:
+        raise ValueError(f'there are no loads to draw in {title!r}')
+    for name, load in loads.items():
+        if load.ndim != 2 or len(load) != len(rows):
+            raise ValueError(f'the load {name!r} has shape {load.shape}, but there are {len(rows)} rows')
+    with style():
+        figure = new_figure(height=min(max(2.4, 1.3 + 0.26 * len(rows)), _HIGHEST))
+        figure.suptitle(plain(title), fontsize=10)
+        panels = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
+        for axes, (name, load) in zip(panels, loads.items()):
+            picture = axes.imshow(load, cmap=COLORMAP, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
+            axes.set_title(plain(name), fontsize=9)
+            axes.set(xlabel='expert', xticks=range(load.shape[1]))
+            axes.grid(False)
+            if load.shape[1] * len(loads) <= _LABELLED_COLUMNS and len(rows) <= _LABELLED_ROWS:
+                _label_cells(axes, load)
+        if len(rows) <= _LABELLED_ROWS:
+            panels[0].set_yticks(range(len(rows)), [plain(name) for name in rows])
+        panels[0].set_ylabel(row_kind)
+        figure.colorbar(picture, ax=list(panels), label=f'share of {counted}', format='{x:.0%}', shrink=0.9)
+    return figure
+
+
+def _label_cells(axes: Axes, load: np.ndarray) -> None:
+    for (row, column), share in np.ndenumerate(load):
+        if np.isfinite(share):
+            # The upper half of the colour map is light.
+            color = 'black' if share > 0.5 else 'white'
+            axes.text(column, row, f'{share:.0%}', ha='center', va='center', color=color, fontsize=7)
