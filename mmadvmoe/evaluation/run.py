@@ -168,7 +168,7 @@ class RobustEvaluation:
             num_classes=victim.num_classes,
             num_experts=victim.num_experts,
             num_routers=victim.num_routers,
-            sha256=model_digest(victim),
+            sha256=model_digest(victim.classifier),
         )
         if model_cfg is not None:
             model['config'] = _plain(model_cfg)
