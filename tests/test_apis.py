@@ -1,3 +1,5 @@
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmadvmoe.apis import inference, load_robust_model
-from mmadvmoe.attacks import build_attack
+from mmadvmoe.attacks import NormalizedClassifier, build_attack
 from mmadvmoe.runtime.safe_load import CheckpointError
 
 MEAN, STD = [120.0, 110.0, 100.0], [60.0, 50.0, 40.0]
@@ -83,6 +85,21 @@ def test_it_can_be_attacked_and_moved(trained: tuple, images: Tensor) -> None:
     assert (adversarial - images).abs().max() <= 0.3 + 1e-6
     assert model.to(torch.float64)(images.double()).dtype == torch.float64
     assert all(p.dtype == torch.float64 for p in model.parameters())
+
+
+def test_it_is_an_ordinary_module(trained: tuple, images: Tensor) -> None:
+    config, checkpoint, classifier = trained
+    model, other = (load_robust_model(config, checkpoint) for _ in range(2))
+    expected = model(images)
+    assert isinstance(model, NormalizedClassifier) and 'MoEBackbone' in repr(model)
+    assert len(list(model.modules())) == len(list(classifier.modules())) + 1
+    assert set(model.state_dict()) == {f'classifier.{key}' for key in classifier.state_dict()}
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    assert not torch.allclose(other(images), expected)
+    assert not any(other.load_state_dict(model.state_dict()))
+    for same in (other, nn.Sequential(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same(images), expected)
 
 
 def test_inference_gives_probabilities_and_routes_in_order(trained: tuple, images: Tensor) -> None:

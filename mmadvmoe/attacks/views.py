@@ -92,6 +92,8 @@ class Victim:
 
     def decide_routes(self, images: Tensor) -> tuple[Routing, ...]:
         """See :meth:`NormalizedClassifier.decide_routes`."""
+        if not self.num_routers:
+            raise ValueError('there is no router, so there is no route to look at')
         return self._base.decide_routes(images)
 
     @contextmanager
@@ -192,14 +194,6 @@ class Pathway(Victim):
         if route is not None:
             raise ValueError('a route was given to a pathway, which is one already')
         return self(images), ()
-
-    def decide_routes(self, images: Tensor) -> tuple[Routing, ...]:
-        """Refuse, for there is no router.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError('a pathway has no router, so there is no route to look at')
 
 
 class Rescaled(Victim):
