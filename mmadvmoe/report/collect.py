@@ -116,7 +116,7 @@ def make_examples(folder: Path, device: str) -> None:
     """
     model = read_json(folder, MODEL)
     cfg = load_config(model['config'])
-    victim = load_robust_model(cfg, model['checkpoint'], device)
+    victim = Victim(load_robust_model(cfg, model['checkpoint'], device))
     images, labels = spread_images(as_dataset(cfg.test_dataloader.dataset), victim.classifier.data_preprocessor, _TRIED)
     attacks = cfg.test_cfg.attacks
     name = next((name for name in attacks if moves_routes(attacks[name])), next(iter(attacks)))
