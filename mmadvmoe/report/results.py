@@ -186,26 +186,6 @@ def _read_metrics(folder: Path, name: str) -> dict[str, float]:
     return {key: value for key, value in read_json(folder, name).items() if isinstance(value, Real)}
 
 
-def _fault(content: Any, shape: Any, path: str) -> Optional[str]:
-    """The first thing in which content is not of a shape; see ``_SHAPES``."""
-    if isinstance(shape, tuple):
-        return _fault(content, shape[0], path) if content else None
-    kind = type(shape) if isinstance(shape, (dict, list)) else shape
-    if not isinstance(content, kind):
-        return f'{path} is {type(content).__name__}, not {getattr(kind, "__name__", kind)}'
-    if isinstance(shape, list):
-        inner = ((f'{path}[{index}]', each, shape[0]) for index, each in enumerate(content))
-    elif isinstance(shape, dict):
-        names = content if '*' in shape else shape
-        missing = [name for name in names if name not in content]
-        if missing:
-            return f'{path} lacks {", ".join(missing)}'
-        inner = ((f'{path}, {name}', content[name], shape.get(name, shape.get('*'))) for name in names)
-    else:
-        return None
-    return next((fault for where, each, its in inner if (fault := _fault(each, its, where)) is not None), None)
-
-
 def save_examples(path: Path, saved: SavedExamples) -> None:
     """Write the file at once or not at all."""
     content = {name: getattr(saved.examples, name).numpy() for name in _ARRAYS}
