@@ -37,13 +37,8 @@ _COUNTERS = ('epoch', 'iter', 'step')
 def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> list[str]:
     """Write the description of a model, and what its training logged, into its folder.
 
-    The training log is looked for in the folder of the checkpoint, where training writes it.
-
-    Args:
-        folder (Path): Folder of the model.
-        name (str): Its name in the report.
-        config (str): Its config file, with ``test_dataloader`` and ``test_cfg.attacks``.
-        checkpoint (str): Its checkpoint file.
+    The config needs ``test_dataloader`` and ``test_cfg.attacks``. The training log is looked for in the folder of the
+    checkpoint, where training writes it.
 
     Returns:
         list[str]: What is damaged of its training log: a sentence that names the file and the cure, or none.
@@ -108,11 +103,7 @@ def _write_json(path: Path, content: Any) -> None:
 def make_examples(folder: Path, device: str) -> None:
     """Attack some test images, spread over the data set, and keep those that tell most.
 
-    The attack is the first of the config that moves routes, or else the first.
-
-    Args:
-        folder (Path): Folder of the model, with its description.
-        device (str): Where to attack.
+    The attack is the first of the config that moves routes, or else the first. The folder holds the description.
     """
     model = read_json(folder, MODEL)
     cfg = load_config(model['config'])
@@ -142,11 +133,8 @@ def read_training_log(work_dir: Union[str, Path]) -> dict[str, list[tuple[int, f
     one had logged for the same iterations. MMEngine counts validations in epochs; here they get the iteration that was
     logged last before them.
 
-    Args:
-        work_dir (str or Path): Work directory of the run.
-
     Returns:
-        dict: For each scalar its points ``(iteration, value)`` in order. Empty where the directory holds no log.
+        dict: For each scalar its points ``(iteration, value)`` in order. Empty where the work directory holds no log.
 
     Raises:
         DamagedFileError: A line of a log, other than a last one that was cut off, is not JSON or no record of scalars.
@@ -170,14 +158,14 @@ def _records(file: Path) -> list[dict]:
             if number == len(lines):
                 # A killed run may leave half a line.
                 break
-            raise _damaged_line(file, number, f'not JSON: {error}') from None
+            raise _damaged(file, number, f'not JSON: {error}') from None
         if not isinstance(record, dict) or not isinstance(record.get('step'), (int, float)):
-            raise _damaged_line(file, number, f'no record of scalars: {line.decode()}')
+            raise _damaged(file, number, f'no record of scalars: {line.decode()}')
         records.append(record)
     return records
 
 
-def _damaged_line(file: Path, number: int, why: str) -> DamagedFileError:
+def _damaged(file: Path, number: int, why: str) -> DamagedFileError:
     return DamagedFileError(f'{file}, line {number} is {why}; remove the line to have the training shown')
 
 

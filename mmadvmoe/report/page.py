@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Union
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -20,14 +21,7 @@ _FINENESS = 1.6
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its first column names the rows.
-
-    Attributes:
-        caption: What it shows, and in which units.
-        head: Names of the columns.
-        rows: Its cells, as texts.
-        wide: Whether it takes the whole width of a page.
-    """
+    """A table of texts, whose first column names the rows; ``wide`` if it takes the whole width of a page."""
 
     caption: str
     head: Sequence[str]
@@ -37,14 +31,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure.
-
-    Attributes:
-        name: Name of its file, without the ending.
-        figure: The figure.
-        caption: What it shows.
-        alt: What it shows to those who cannot see it, with its most important numbers.
-    """
+    """A figure, and the ``name`` of its file; ``alt`` tells its most important numbers to those who cannot see it."""
 
     name: str
     figure: Figure
@@ -67,23 +54,19 @@ class Listing:
     text: str
 
 
+Item = Union[Heading, Table, Picture, Listing]
+
+
 @dataclass
 class Section:
-    """A section of a report.
-
-    Attributes:
-        name: Its anchor.
-        title: Its heading.
-        intro: A paragraph on how to read it.
-        items: Headings, tables, pictures and listings, in order.
-    """
+    """A section of a page: its anchor, its heading, a paragraph on how to read it, and its items in order."""
 
     name: str
     title: str
     intro: str
-    items: list[Heading | Table | Picture | Listing] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
 
-    def add_model(self, name: str, items: Sequence[Heading | Table | Picture | Listing]) -> None:
+    def add_model(self, name: str, items: Sequence[Item]) -> None:
         """Add what there is of a model, under its name."""
         if items:
             self.items += [Heading(name), *items]
@@ -101,21 +84,11 @@ def share(value: float) -> str:
 
 def slug(name: str) -> str:
     """A name as part of a file name: ``'AT(MoE)'`` gives ``'at_moe'``."""
-    words = ''.join(letter if letter.isalnum() else ' ' for letter in name.lower()).split()
-    return '_'.join(words)
+    return '_'.join(''.join(letter if letter.isalnum() else ' ' for letter in name.lower()).split())
 
 
 def write_page(out_dir: Path, names: Sequence[str], sections: Sequence[Section]) -> Path:
-    """Write ``report.html``, and its figures into ``figures/``.
-
-    Args:
-        out_dir (Path): Folder of the page.
-        names (Sequence[str]): The models that it is on.
-        sections (Sequence[Section]): Its sections.
-
-    Returns:
-        Path: The HTML file.
-    """
+    """Write ``report.html`` on the models of these names, and its figures into ``figures/``; return the HTML file."""
     figures = out_dir / 'figures'
     figures.mkdir(parents=True, exist_ok=True)
     encoded = {}
@@ -124,17 +97,10 @@ def write_page(out_dir: Path, names: Sequence[str], sections: Sequence[Section])
         file.write_bytes(png_bytes(picture.figure))
         encoded[picture.name] = _encode(file)
     environment = Environment(loader=PackageLoader('mmadvmoe.report', '.'), autoescape=True, undefined=StrictUndefined)
-    environment.tests.update(
-        {
-            kind.__name__.lower(): lambda item, kind=kind: isinstance(item, kind)
-            for kind in (Heading, Table, Picture, Listing)
-        }
-    )
+    for kind in (Heading, Table, Picture, Listing):
+        environment.tests[kind.__name__.lower()] = lambda item, kind=kind: isinstance(item, kind)
     html = environment.get_template('report.html.jinja').render(
-        names=names,
-        created=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
-        sections=sections,
-        encoded=encoded,
+        names=names, created=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M UTC}', sections=sections, encoded=encoded
     )
     page = out_dir / 'report.html'
     page.write_text(html, encoding='utf-8')

@@ -38,49 +38,25 @@ PARTS = dict(
     examples='examples.npz',
 )
 MODEL, RUN, TRAINING = 'model.json', 'evaluation/run.json', 'training.json'
-_TOOL = dict(
-    config=str,
-    checkpoint=str,
-    num_images=int,
-    seed=int,
-    seconds=Real,
-    sa=Real,
-    threat_model=dict(norm=str, eps=Real, alpha=Real, steps=int),
-    routing=str | None,
-    num_experts=int,
+_TOOL = (
+    'config checkpoint num_images seed seconds sa routing? num_experts threat_model.norm threat_model.eps '
+    'threat_model.alpha threat_model.steps class_names.* '
 )
-_COUNTS = dict(kept=int, flipped=int)
-_LOAD = dict(per_class=[([Real],)], per_layer=[[Real]])
-#: What sections read of each file: under a key a type, an object or a list; in a tuple, what may be None or empty. The
-#: key ``*`` stands for all keys.
-_SHAPES = {
-    MODEL: dict.fromkeys(('name', 'config', 'checkpoint', 'checkpoint_sha256', 'work_dir', 'config_text'), str)
-    | dict(class_names=[str], num_experts=int, routers=[str])
-    | dict(cost=dict.fromkeys(('params_total', 'params_active', 'pathway_gflops', 'router_gflops'), Real)),
-    PARTS['evaluation']: dict,
-    RUN: dict(
-        settings=dict(
-            model=dict, data=dict(num_images=int), attacks={'*': dict}, survivors_only=[str], worst_of={'*': [str]}
-        ),
-        versions=dict,
-    ),
-    PARTS['dissection']: _TOOL
-    | dict(
-        class_names=[str],
-        routers=[str],
-        attacks={'*': dict(ra=Real, route_changed=Real, table=dict(kept=_COUNTS, changed=_COUNTS))},
-        failures=(dict(standing=int, experts=int, router=int),),
-        experts=[dict(expert=int, sa=Real, ra=Real)],
-        best_expert=(dict(sa=Real, ra=Real),),
-        load=(dict(clean=_LOAD, end_to_end=_LOAD),),
-    ),
-    PARTS['soundness']: _TOOL
-    | dict(
-        checks=[dict(title=str, status=str, message=str)],
-        num_warnings=int,
-        curves=dict(eps=[dict(eps=Real, ra=Real)], steps=[dict(steps=Real, ra=Real)]),
-    ),
-    TRAINING: {'*': [[Real]]},
+#: What sections read of each file, as paths of keys: ``*`` stands for all keys or items, and what is marked with ``?``
+#: may be None or empty.
+_CONTENT = {
+    MODEL: 'name config checkpoint checkpoint_sha256 work_dir config_text class_names.* num_experts routers.* '
+    'cost.params_total cost.params_active cost.pathway_gflops cost.router_gflops',
+    PARTS['evaluation']: '',
+    RUN: 'settings.model.sha256 settings.data.num_images settings.attacks.* settings.survivors_only.* '
+    'settings.worst_of.* versions.python',
+    PARTS['dissection']: _TOOL + 'routers.* attacks.*.ra attacks.*.route_changed attacks.*.table.kept.kept '
+    'attacks.*.table.kept.flipped attacks.*.table.changed.kept attacks.*.table.changed.flipped failures?.standing '
+    'failures?.experts failures?.router experts.*.expert experts.*.sa experts.*.ra best_expert?.sa best_expert?.ra '
+    'load?.clean.per_class load?.clean.per_layer load?.end_to_end.per_class load?.end_to_end.per_layer',
+    PARTS['soundness']: _TOOL + 'checks.*.title checks.*.status checks.*.message num_warnings curves.eps.*.eps '
+    'curves.eps.*.ra curves.steps.*.steps curves.steps.*.ra',
+    TRAINING: '*.*',
 }
 #: What NumPy raises on a file that is no archive of arrays, or a damaged one.
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, RuntimeError)
@@ -184,37 +160,30 @@ def read_json(folder: Path, name: str) -> dict:
     except ValueError as error:
         raise DamagedFileError(f'{file} is damaged ({error}); {cure}') from None
     kind = Path(name).stem if name in (PARTS['dissection'], PARTS['soundness']) else None
-    if kind is not None and isinstance(content, dict) and content.get('kind') != kind:
+    if isinstance(content, dict) and kind not in (None, content.get('kind')):
         raise DamagedFileError(f'{file} holds kind={content.get("kind")!r}, not {kind!r}; {cure}')
-    fault = _fault(content, _SHAPES[name], 'its content')
-    if fault is not None:
-        raise DamagedFileError(f'{file} is damaged ({fault}); {cure}')
+    lacking = [path for path in _CONTENT[name].split() if _lacks(content, path.split('.'))]
+    if lacking or not isinstance(content, dict):
+        raise DamagedFileError(f'{file} is damaged (it lacks {", ".join(lacking) or "an object"}); {cure}')
     return content
+
+
+def _lacks(content: Any, path: Sequence[str]) -> bool:
+    """Whether content has nothing at a path; see ``_CONTENT``."""
+    if not path:
+        return content is None
+    name, *rest = path
+    if name == '*' and isinstance(content, (dict, list)):
+        return any(_lacks(each, rest) for each in (content.values() if isinstance(content, dict) else content))
+    if not isinstance(content, dict) or name.rstrip('?') not in content:
+        return True
+    inner = content[name.rstrip('?')]
+    return bool(inner or not name.endswith('?')) and _lacks(inner, rest)
 
 
 def _read_metrics(folder: Path, name: str) -> dict[str, float]:
     """The metrics that are single numbers; others are not shown."""
     return {key: value for key, value in read_json(folder, name).items() if isinstance(value, Real)}
-
-
-def _fault(content: Any, shape: Any, path: str) -> Optional[str]:
-    """The first thing in which content is not of a shape; see ``_SHAPES``."""
-    if isinstance(shape, tuple):
-        return _fault(content, shape[0], path) if content else None
-    kind = type(shape) if isinstance(shape, (dict, list)) else shape
-    if not isinstance(content, kind):
-        return f'{path} is {type(content).__name__}, not {getattr(kind, "__name__", kind)}'
-    if isinstance(shape, list):
-        inner = ((f'{path}[{index}]', each, shape[0]) for index, each in enumerate(content))
-    elif isinstance(shape, dict):
-        names = content if '*' in shape else shape
-        missing = [name for name in names if name not in content]
-        if missing:
-            return f'{path} lacks {", ".join(missing)}'
-        inner = ((f'{path}, {name}', content[name], shape.get(name, shape.get('*'))) for name in names)
-    else:
-        return None
-    return next((fault for where, each, its in inner if (fault := _fault(each, its, where)) is not None), None)
 
 
 def save_examples(path: Path, saved: SavedExamples) -> None:

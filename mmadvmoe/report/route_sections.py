@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Optional
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -35,11 +34,8 @@ _ABREAST = 3
 _PATCHED = 2
 
 
-def dissection(models: Sequence[ModelResults]) -> Optional[Section]:
+def dissection(models: Sequence[ModelResults]) -> Section:
     """Who failed: the router or the experts."""
-    known = [model for model in models if model.dissection]
-    if not known:
-        return None
     section = Section(
         'dissection',
         'Router or expert: which one fails?',
@@ -47,6 +43,7 @@ def dissection(models: Sequence[ModelResults]) -> Optional[Section]:
         'count the images that are right without an attack: whether the attack changed their route, and whether it '
         'flipped their prediction.',
     )
+    known = [model for model in models if model.dissection]
     mixtures = [model for model in known if model.dissection['failures']]
     if mixtures:
         section.items.append(_failures(mixtures))
@@ -93,17 +90,14 @@ def _attack_table(model: ModelResults) -> Table:
 
 
 def _expert_table(model: ModelResults) -> Table:
-    rows = [
-        (f'expert {expert["expert"]}', percent(expert['sa']), percent(expert['ra']))
-        for expert in model.dissection['experts']
-    ]
-    best = model.dissection['best_expert']
-    rows.append(('best expert of each image', percent(best['sa']), percent(best['ra'])))
+    named = {f'expert {expert["expert"]}': expert for expert in model.dissection['experts']}
+    named['best expert of each image'] = model.dissection['best_expert']
+    rows = [(name, percent(numbers['sa']), percent(numbers['ra'])) for name, numbers in named.items()]
     caption = f'{model.name}: each expert on all images. The last row is the most that a perfect router could reach.'
     return Table(caption, ('', 'SA', 'RA'), rows)
 
 
-def loads(models: Sequence[ModelResults]) -> Optional[Section]:
+def loads(models: Sequence[ModelResults]) -> Section:
     """Which experts the images go to, clean and under attack."""
     section = Section(
         'load',
@@ -112,40 +106,32 @@ def loads(models: Sequence[ModelResults]) -> Optional[Section]:
         'routers, the mean over them, and each layer for itself.',
     )
     for model in models:
-        load = (model.dissection or {}).get('load')
-        if not load:
+        found = model.dissection
+        if not found or not found['load']:
             continue
-        counted = 'tokens' if PLACEMENTS[model.dissection['routing']].reads_tokens else 'images'
-        views = {'clean': load['clean'], 'under attack': load['end_to_end']}
-        rows = [('class', 'per_class', model.dissection['class_names'])]
-        if len(model.dissection['routers']) > 1:
-            rows.append(('layer', 'per_layer', model.dissection['routers']))
-        for kind, key, names in rows:
-            shares = {label: _matrix(view[key], model.dissection['num_experts']) for label, view in views.items()}
-            title = f'{model.name}: load per {kind}'
-            section.items.append(
-                Picture(
-                    f'{slug(model.name)}_load_per_{kind}',
-                    draw_loads(shares, names, title, kind, counted),
-                    f'{title}, as share of the {counted}.',
-                    f'{title}. Mean over all: {_mean_loads(shares)}.',
-                )
+        counted = 'tokens' if PLACEMENTS[found['routing']].reads_tokens else 'images'
+        rows = {'class': found['class_names']}
+        if len(found['routers']) > 1:
+            rows['layer'] = found['routers']
+        for kind, names in rows.items():
+            views = {'clean': found['load']['clean'], 'under attack': found['load']['end_to_end']}
+            idle = [np.nan] * found['num_experts']
+            shares = {
+                label: np.array([idle if row is None else row for row in view[f'per_{kind}']])
+                for label, view in views.items()
+            }
+            means = '; '.join(
+                f'{label} ' + ', '.join(f'expert {n} {mean:.0%}' for n, mean in enumerate(np.nanmean(load, axis=0)))
+                for label, load in shares.items()
             )
-    return section if section.items else None
+            title = f'{model.name}: load per {kind}'
+            figure = draw_loads(shares, names, title, kind, counted)
+            caption, alt = f'{title}, as share of the {counted}.', f'{title}. Mean over all: {means}.'
+            section.items.append(Picture(f'{slug(model.name)}_load_per_{kind}', figure, caption, alt))
+    return section
 
 
-def _matrix(rows: Sequence[Optional[Sequence[float]]], num_experts: int) -> np.ndarray:
-    return np.array([[np.nan] * num_experts if row is None else row for row in rows])
-
-
-def _mean_loads(shares: Mapping[str, np.ndarray]) -> str:
-    return '; '.join(
-        f'{label} ' + ', '.join(f'expert {n} {mean:.0%}' for n, mean in enumerate(np.nanmean(load, axis=0)))
-        for label, load in shares.items()
-    )
-
-
-def images(models: Sequence[ModelResults]) -> Optional[Section]:
+def images(models: Sequence[ModelResults]) -> Section:
     """Single images before and after an attack."""
     section = Section(
         'images',
@@ -156,24 +142,20 @@ def images(models: Sequence[ModelResults]) -> Optional[Section]:
     for model in models:
         if model.examples is None:
             continue
-        examples, names = model.examples.examples, model.model['class_names']
+        examples, attack = model.examples.examples, model.examples.attack
         pictures = []
         for number, rows in enumerate(torch.arange(len(examples)).split(_ABREAST)):
             part = examples.take(rows)
-            pictures.append(
-                Picture(
-                    f'{slug(model.name)}_images_{number}',
-                    draw_image_grid(part, names, model.examples.attack),
-                    f'{model.name} under {model.examples.attack}: clean, attacked, and the change.',
-                    f'{len(part)} images, clean, attacked by {model.examples.attack} and their difference; '
-                    f'{int(part.fooled.sum())} of them fool {model.name}.',
-                )
-            )
+            figure = draw_image_grid(part, model.model['class_names'], attack)
+            caption = f'{model.name} under {attack}: clean, attacked, and the change.'
+            fooled = f'{int(part.fooled.sum())} of them fool {model.name}'
+            alt = f'{len(part)} images, clean, attacked by {attack} and their difference; {fooled}.'
+            pictures.append(Picture(f'{slug(model.name)}_images_{number}', figure, caption, alt))
         section.add_model(model.name, pictures)
-    return section if section.items else None
+    return section
 
 
-def patches(models: Sequence[ModelResults]) -> Optional[Section]:
+def patches(models: Sequence[ModelResults]) -> Section:
     """Which patch goes where, for routers of tokens."""
     section = Section(
         'patches',
@@ -186,24 +168,17 @@ def patches(models: Sequence[ModelResults]) -> Optional[Section]:
         if saved is None or not saved.patches_before:
             continue
         pictures = []
+        layers = model.model['routers']
         for row in range(min(_PATCHED, len(saved.examples))):
             before, after = ([layer[row] for layer in view] for view in (saved.patches_before, saved.patches_after))
-            clean, attacked = (
-                view[row].permute(1, 2, 0).numpy() for view in (saved.examples.images, saved.examples.adversarial)
-            )
-            layers = model.model['routers']
+            views = (saved.examples.images[row], saved.examples.adversarial[row])
+            clean, attacked = (view.permute(1, 2, 0).numpy() for view in views)
             figure = draw_patch_routes(clean, attacked, before, after, model.model['num_experts'], layers)
             moved = '; '.join(
-                f'{name}: {int((old != new).sum())} of {len(old)} tokens'
-                for name, old, new in zip(layers, before, after)
+                f'{name}: {int((a != b).sum())} of {len(a)} tokens' for name, a, b in zip(layers, before, after)
             )
-            pictures.append(
-                Picture(
-                    f'{slug(model.name)}_patches_{row}',
-                    figure,
-                    f'{model.name}: experts of the patches, clean and under {saved.attack}.',
-                    f'Experts of the patches of one image. Moved by the attack, {moved}.',
-                )
-            )
+            caption = f'{model.name}: experts of the patches, clean and under {saved.attack}.'
+            alt = f'Experts of the patches of one image. Moved by the attack, {moved}.'
+            pictures.append(Picture(f'{slug(model.name)}_patches_{row}', figure, caption, alt))
         section.add_model(model.name, pictures)
-    return section if section.items else None
+    return section

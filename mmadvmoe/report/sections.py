@@ -39,14 +39,7 @@ _CHARTS = dict(
 
 
 def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
-    """Write ``report.html``, and its figures into ``figures/``.
-
-    Args:
-        out_dir (Path): Folder of the report.
-        models (Sequence[ModelResults]): The models, in the order of columns and colours.
-
-    Returns:
-        Path: The HTML file.
+    """Write ``report.html`` on the models, in the order of columns and colours, and its figures; return the HTML file.
 
     Raises:
         ValueError: There is no model.
@@ -58,21 +51,17 @@ def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
 
 def sections_of(models: Sequence[ModelResults]) -> list[Section]:
     """All sections that the results allow."""
-    found = [damaged(models)]
     known = [model for model in models if model.model is not None]
-    if known:
-        makers = (summary, curves, dissection, loads, images, patches, soundness, training, settings)
-        found += [make(known) for make in makers]
-    return [section for section in found if section is not None]
+    makers = (summary, curves, dissection, loads, images, patches, soundness, training, settings) if known else ()
+    return [section for section in (damaged(models), *(make(known) for make in makers)) if section.items]
 
 
-def damaged(models: Sequence[ModelResults]) -> Optional[Section]:
+def damaged(models: Sequence[ModelResults]) -> Section:
     """The files that could not be read, and what to do about each."""
-    rows = [(model.name, sentence) for model in models for sentence in model.damaged]
-    if not rows:
-        return None
     section = Section('damaged', 'Damaged files', 'These files could not be read. What they hold is missing below.')
-    section.items.append(Table('Damaged files and their cure', ('model', 'file, damage and cure'), rows, wide=True))
+    rows = [(model.name, sentence) for model in models for sentence in model.damaged]
+    if rows:
+        section.items.append(Table('Damaged files and their cure', ('model', 'file, damage and cure'), rows, wide=True))
     return section
 
 
@@ -105,7 +94,7 @@ def summary(models: Sequence[ModelResults]) -> Section:
     return section
 
 
-def curves(models: Sequence[ModelResults]) -> Optional[Section]:
+def curves(models: Sequence[ModelResults]) -> Section:
     """Robust accuracy against the size of the ball and the steps of the attack."""
     section = Section(
         'curves',
@@ -126,10 +115,10 @@ def curves(models: Sequence[ModelResults]) -> Optional[Section]:
         threats = dict.fromkeys(_threat(model.soundness) for model in models if model.soundness)
         caption = f'{title}; the other settings are {"; ".join(threats)}.'
         section.items.append(Picture(f'accuracy_against_{key}', figure, caption, f'{title}, in percent. {said}.'))
-    return section if section.items else None
+    return section
 
 
-def soundness(models: Sequence[ModelResults]) -> Optional[Section]:
+def soundness(models: Sequence[ModelResults]) -> Section:
     """Whether the attacks behind the numbers can be trusted."""
     section = Section(
         'soundness',
@@ -138,13 +127,14 @@ def soundness(models: Sequence[ModelResults]) -> Optional[Section]:
         'numbers that speak against the model.',
     )
     for model in models:
-        if model.soundness:
-            rows = [(check['title'], check['status'], check['message']) for check in model.soundness['checks']]
-            warnings = model.soundness['num_warnings']
-            said = f'{warnings or "no"} warning{"" if warnings == 1 else "s"}'
-            caption = f'{model.name}: {said}; {_scope(model.soundness)}'
+        found = model.soundness
+        if found:
+            rows = [(check['title'], check['status'], check['message']) for check in found['checks']]
+            said = f'{found["num_warnings"] or "no"} warning{"" if found["num_warnings"] == 1 else "s"}'
+            scope = f'{found["num_images"]:,} images, SA {percent(found["sa"])}, {_threat(found)}'
+            caption = f'{model.name}: {said}; {scope}'
             section.items.append(Table(caption, ('check', 'result', 'numbers'), rows, wide=True))
-    return section if section.items else None
+    return section
 
 
 def _accuracy(model: ModelResults, name: str) -> str:
@@ -158,10 +148,8 @@ def _routes_changed(model: ModelResults) -> str:
         for name, value in (model.metrics or {}).items()
         if name.endswith('/route_changed') and not name.startswith('worst/')
     }
-    if not changed:
-        return _ABSENT
-    most = max(changed, key=changed.get)
-    return f'{share(changed[most])} ({most})'
+    most = max(changed, key=changed.get, default=None)
+    return _ABSENT if most is None else f'{share(changed[most])} ({most})'
 
 
 def _busiest(model: ModelResults) -> str:
@@ -186,11 +174,7 @@ def _threat(result: Mapping) -> str:
     return f'{threat["norm"]}, eps {threat["eps"]:.4g}, step size {threat["alpha"]:.4g}, {threat["steps"]} steps'
 
 
-def _scope(result: Mapping) -> str:
-    return f'{result["num_images"]:,} images, SA {percent(result["sa"])}, {_threat(result)}'
-
-
-def training(models: Sequence[ModelResults]) -> Optional[Section]:
+def training(models: Sequence[ModelResults]) -> Section:
     """Charts of the training runs, both turns."""
     section = Section(
         'training',
@@ -210,7 +194,7 @@ def training(models: Sequence[ModelResults]) -> Optional[Section]:
             caption = f'{model.name}, training: {_CHARTS[name]}.'
             pictures.append(Picture(f'{slug(model.name)}_{name}', figure, caption, f'{caption} {ends}.'))
         section.add_model(model.name, pictures)
-    return section if section.items else None
+    return section
 
 
 def settings(models: Sequence[ModelResults]) -> Section:
@@ -247,13 +231,14 @@ def _settings(result: Optional[Mapping[str, Any]]) -> dict[str, str]:
     """Settings of a result as ``{name: text}``, nested ones with their path."""
     if result is None:
         return {}
-    if 'settings' in result:
-        wanted = {**result['settings'], 'versions': result['versions'], 'machine': result.get('machine', {})}
-        # The whole config is shown below the table.
-        wanted['model'] = {key: value for key, value in wanted['model'].items() if key != 'config'}
-    else:
-        wanted = {key: result[key] for key in _OF_A_TOOL}
-    return dict(_flat(wanted))
+    if 'settings' not in result:
+        return dict(_flat({key: result[key] for key in _OF_A_TOOL}))
+    settings = result['settings']
+    # The whole config is shown below the table.
+    model = {key: value for key, value in settings['model'].items() if key != 'config'}
+    return dict(
+        _flat({**settings, 'model': model, 'versions': result['versions'], 'machine': result.get('machine', {})})
+    )
 
 
 def _flat(tree: Mapping[str, Any], path: str = '') -> list[tuple[str, str]]:
@@ -261,8 +246,8 @@ def _flat(tree: Mapping[str, Any], path: str = '') -> list[tuple[str, str]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value and 'type' not in value:
             flat += _flat(value, f'{path}{key}.')
-        elif isinstance(value, Mapping):
-            flat.append((path + key, ', '.join(f'{name}={content!r}' for name, content in value.items()) or 'none'))
-        else:
-            flat.append((path + key, str(value)))
+            continue
+        if isinstance(value, Mapping):
+            value = ', '.join(f'{name}={content!r}' for name, content in value.items()) or 'none'
+        flat.append((path + key, str(value)))
     return flat

@@ -26,13 +26,9 @@ _HIGHEST = 9.0
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """One line of a chart: its name in the legend, its points, and the indices of colour (with its mark) and stroke.
 
-    Attributes:
-        label: Its name in the legend.
-        x, y: Its points.
-        color: Index of its colour and mark; lines that belong together may share it.
-        stroke: Index of its kind of stroke.
+    Lines that belong together may share a colour.
     """
 
     label: str
@@ -51,14 +47,10 @@ def draw_lines(
     log: bool = False,
     log_x: bool = False,
 ) -> Figure:
-    """Draw a chart of lines, its x axis from 0, with the legend below it, where it hides no point.
+    """Draw a chart of lines, in the order of the legend below it, where it hides no point.
 
-    Args:
-        lines (Sequence[Line]): The lines, in the order of the legend.
-        title, xlabel, ylabel (str): Texts.
-        limits (tuple, optional): Ends of the y axis. Defaults to what the lines need.
-        log (bool): Whether the y axis is logarithmic.
-        log_x (bool): Whether the x axis is logarithmic, with the x of the points as its ticks, rather than from 0.
+    ``limits`` are the ends of the y axis, which ``log`` makes logarithmic. The x axis begins at 0, or with ``log_x`` is
+    logarithmic and has the x of the points as its ticks.
 
     Raises:
         ValueError: There is no line.
@@ -94,12 +86,9 @@ def draw_lines(
 
 
 def draw_parts(parts: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> Figure:
-    """Draw a stacked bar for each model; its parts differ by colour and by pattern.
+    """Draw a stacked bar for each model, in percent of ``xlabel``; its parts differ by colour and by pattern.
 
-    Args:
-        parts (Mapping): For each model, the count of each part; all models have the same parts.
-        title (str): Title of the figure.
-        xlabel (str): What is counted, in percent.
+    ``parts`` holds, for each model, the count of each part; all models have the same parts.
 
     Raises:
         ValueError: There is no model, or one without images.
@@ -140,15 +129,12 @@ def draw_parts(parts: Mapping[str, Mapping[str, float]], title: str, xlabel: str
 def draw_loads(
     loads: Mapping[str, np.ndarray], rows: Sequence[str], title: str, row_kind: str = 'class', counted: str = 'images'
 ) -> Figure:
-    """Draw heat maps of the share that each expert gets, row by row, side by side for several situations.
+    """Draw heat maps of the share of what is ``counted`` that each expert gets, side by side for several situations.
 
     Args:
         loads (Mapping): For each situation, such as ``'clean'`` and ``'under attack'``, the shares (R, N) in [0, 1];
             each row sums to 1, or is NaN where there was nothing to share.
-        rows (Sequence[str]): Names of the R rows.
-        title (str): Title of the figure.
-        row_kind (str): What the rows are.
-        counted (str): What the shares are of.
+        rows (Sequence[str]): Names of the R rows, each a ``row_kind``.
 
     Raises:
         ValueError: There is no situation, or its shape does not fit the names of the rows.

@@ -55,11 +55,10 @@ def draw_image_grid(
         axes = figure.subplots(3, len(examples), squeeze=False)
         for column in range(len(examples)):
             right = examples.after[column] == examples.label[column]
+            old, new = examples.route_before[column], examples.route_after[column]
             titles = (
-                f'is {name(examples.label[column])}\nseen: {name(examples.before[column])}\n'
-                f'{_route(examples.route_before[column])}',
-                f'{"right" if right else "wrong"}\nseen: {name(examples.after[column])}\n'
-                f'{_route(examples.route_after[column], examples.route_before[column])}',
+                f'is {name(examples.label[column])}\nseen: {name(examples.before[column])}\n{_route(old)}',
+                f'{"right" if right else "wrong"}\nseen: {name(examples.after[column])}\n{_route(new, old)}',
                 '',
             )
             for row, (images, title) in enumerate(zip(pictures, titles)):
@@ -86,14 +85,10 @@ def _route(experts: Tensor, before: Optional[Tensor] = None) -> str:
 
 
 def patch_grid(num_tokens: int, height: int, width: int) -> tuple[int, int, int]:
-    """Find how tokens lie on an image: the number of tokens that are no patch, and rows and columns of patches.
-
-    Args:
-        num_tokens (int): T of one image.
-        height, width (int): Of the image, whose proportions the patches share.
+    """Find how the T tokens of an image lie on it: how many are no patch, and how many rows and columns of patches.
 
     Raises:
-        ValueError: So many tokens make no such grid.
+        ValueError: So many tokens make no grid with the proportions of the image.
     """
     for extra in _EXTRA_TOKENS:
         rows = round(((num_tokens - extra) * height / width) ** 0.5) if num_tokens > extra else 0
@@ -119,9 +114,7 @@ def draw_patch_routes(
 
     Args:
         image, adversarial (np.ndarray): (H, W, 3) in [0, 1].
-        before, after (Sequence[np.ndarray]): For each layer, the first choice of each token, (T,) whole numbers.
-        num_experts (int): N.
-        layers (Sequence[str]): Names of the layers.
+        before, after (Sequence[np.ndarray]): For each of the ``layers``, the first choice of each token, (T,) int.
 
     Raises:
         ValueError: The tokens of a layer make no grid of patches.

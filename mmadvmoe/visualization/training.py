@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -33,18 +33,19 @@ def draw_training(scalars: Mapping[str, Points]) -> dict[str, Figure]:
         ``losses`` in place of the first two. What a run did not log is left out.
     """
     percent = dict(limits=(0, 103))
-    accuracies = _matching(scalars, _ACCURACY, lambda found: found['attack'] or 'clean')
-    entropies = _lines(_known(scalars, {'router/load_entropy': 'of the load', 'router/entropy': 'of one decision'}))
-    logits = _lines(_known(scalars, {'router/max_logit': 'of all images'}))
-    log_logits = dict(log=_spans_decades(scalars.get('router/max_logit', ())))
-    rates = _matching(scalars, _RATE, lambda found: found['group'] or 'all')
+    entropies = {'of the load': 'router/load_entropy', 'of one decision': 'router/entropy'}
+    entropies = _lines({label: scalars.get(name, ()) for label, name in entropies.items()})
+    logits = scalars.get('router/max_logit', ())
+    sizes = [value for _, value in logits if value > 0]
+    log = dict(log=bool(sizes) and max(sizes) > 30 * min(sizes))
+    accuracies, rates = _matching(scalars, _ACCURACY, 'attack', 'clean'), _matching(scalars, _RATE, 'group', 'all')
     charts = {
         **_losses(scalars),
         'validation': (accuracies, 'Validation: accuracy, clean and under attack', 'accuracy (%)', percent),
         'route_changes': (_route_changes(scalars), 'Routes changed by the attack', 'images (%)', percent),
         'load': (_loads(scalars), 'Load of the experts in training', 'share (%)', percent),
         'entropy': (entropies, 'Entropy of the router', 'nats', {}),
-        'logits': (logits, 'Largest absolute logit of the router', 'logit', log_logits),
+        'logits': (_lines({'of all images': logits}), 'Largest absolute logit of the router', 'logit', log),
         'learning_rates': (rates, 'Learning rates', 'learning rate', {}),
     }
     return {
@@ -56,19 +57,14 @@ def draw_training(scalars: Mapping[str, Points]) -> dict[str, Figure]:
 
 def _losses(scalars: Mapping[str, Points]) -> dict[str, tuple]:
     """One chart of losses for each turn, with the terms of its objective."""
-    titles = dict(experts="Experts' turn: losses", router="Router's turn: losses")
-    terms: dict[str, dict[str, Points]] = {}
-    for name, points in scalars.items():
-        found = _LOSS.match(name)
-        if found:
-            terms.setdefault(found['turn'] or '', {})[found['term'].removeprefix('loss_').replace('_', ' ')] = points
     charts = {}
-    for turn, of_turn in terms.items():
-        name = f'losses_{turn}' if turn else 'losses'
+    for turn, title in ((None, 'Losses'), ('experts', "Experts' turn: losses"), ('router', "Router's turn: losses")):
+        found = [match for name in scalars if (match := _LOSS.match(name)) and match['turn'] == turn]
+        terms = {match['term'].removeprefix('loss_').replace('_', ' '): scalars[match[0]] for match in found}
         # A sum of one term says nothing that the term does not.
-        if len(of_turn) == 2:
-            of_turn.pop('loss', None)
-        charts[name] = (_lines(of_turn), titles.get(turn, 'Losses'), 'loss', {})
+        if len(terms) == 2:
+            terms.pop('loss', None)
+        charts[f'losses_{turn}' if turn else 'losses'] = (_lines(terms), title, 'loss', {})
     return charts
 
 
@@ -84,31 +80,20 @@ def _route_changes(scalars: Mapping[str, Points]) -> list[Line]:
 
 def _loads(scalars: Mapping[str, Points]) -> list[Line]:
     lines = []
-    for name, points in scalars.items():
-        found = _SHARE.match(name)
-        if found:
-            adversarial = found['view'] == 'adversarial'
-            label = f'expert {found["expert"]}, {"attacked" if adversarial else "clean"}'
-            lines += _lines({label: points}, scale=100, first=int(found['expert']), stroke=int(adversarial))
+    for found in filter(None, map(_SHARE.match, scalars)):
+        view, expert = dict(clean='clean', adversarial='attacked')[found['view']], int(found['expert'])
+        points = {f'expert {expert}, {view}': scalars[found[0]]}
+        lines += _lines(points, scale=100, first=expert, stroke=int(view == 'attacked'))
     return lines
 
 
-def _spans_decades(points: Points) -> bool:
-    values = [value for _, value in points if value > 0]
-    return bool(values) and max(values) > 30 * min(values)
-
-
-def _matching(scalars: Mapping[str, Points], pattern: re.Pattern, label) -> list[Line]:
-    return _lines({label(found): scalars[name] for name in scalars if (found := pattern.match(name))})
-
-
-def _known(scalars: Mapping[str, Points], labels: Mapping[str, str]) -> dict[str, Points]:
-    return {label: scalars[name] for name, label in labels.items() if name in scalars}
+def _matching(scalars: Mapping[str, Points], pattern: re.Pattern, group: str, otherwise: str) -> list[Line]:
+    """The scalars whose name matches, labelled by a group of the match."""
+    return _lines({found[group] or otherwise: scalars[name] for name in scalars if (found := pattern.match(name))})
 
 
 def _lines(points: Mapping[str, Points], scale: float = 1.0, first: int = 0, stroke: int = 0) -> list[Line]:
-    drawn: Iterable = ((label, of_label) for label, of_label in points.items() if len(of_label))
     return [
-        Line(label, [x for x, _ in of_label], [scale * y for _, y in of_label], color=first + i, stroke=stroke)
-        for i, (label, of_label) in enumerate(drawn)
+        Line(label, [x for x, _ in drawn], [scale * y for _, y in drawn], color=color, stroke=stroke)
+        for color, (label, drawn) in enumerate(((label, each) for label, each in points.items() if each), first)
     ]

@@ -123,29 +123,37 @@ def _garbled(file):
 
 
 @pytest.mark.parametrize('harm', [_cut, _empty, _binary, _garbled])
-@pytest.mark.parametrize(
-    'part, missing',
-    [
-        ('evaluation/run.json', set()),
-        ('dissection.json', {'dissection', 'load'}),
-        ('soundness.json', {'curves', 'soundness'}),
-        ('examples.npz', {'images', 'patches'}),
-        ('training.json', {'training'}),
-    ],
-)
-def test_a_damaged_file_leaves_the_rest_of_the_report_whole(tmp_path, part, missing, harm):
-    results(tmp_path, 'A', 'B', routing='token', num_experts=4)
-    harm(tmp_path / 'b' / part)
-    a, b = (read_results(tmp_path / name) for name in 'ab')
-    page = write_report(tmp_path, [a, b])
-    (sentence,) = b.damaged
-    assert ['B', sentence] in rows_of(page)
-    file = tmp_path / 'b' / part
-    cure = file.parent if part.startswith('evaluation') else 'it'
-    assert sentence.startswith(f'{file} is damaged') and sentence.endswith(f'remove {cure} to have it made anew')
-    assert {section.name for section in sections_of([b])} == SECTIONS - missing | {'damaged'}
-    assert {section.name for section in sections_of([a, b])} == SECTIONS | {'damaged'}
-    assert ['SA (clean)', '95.0', '95.0'] in rows_of(page)
+def test_damaged_files_are_named_with_their_cure(tmp_path, harm):
+    results(tmp_path, 'A')
+    parts = ('evaluation/run.json', 'dissection.json', 'soundness.json', 'examples.npz', 'training.json')
+    files = [tmp_path / 'a' / part for part in parts]
+    for file in files:
+        harm(file)
+    for file, sentence in zip(files, read_results(tmp_path / 'a').damaged, strict=True):
+        cure = file.parent if file.name == 'run.json' else 'it'
+        assert sentence.startswith(f'{file} is damaged (') and sentence.endswith(
+            f'; remove {cure} to have it made anew'
+        )
+
+
+def test_a_damaged_file_leaves_the_rest_of_the_report_whole(tmp_path):
+    results(tmp_path, 'A', 'B')
+    a, whole = read_results(tmp_path / 'a'), SECTIONS - {'patches'}
+    for part, missing in {
+        'evaluation/run.json': set(),
+        'dissection.json': {'dissection', 'load'},
+        'soundness.json': {'curves', 'soundness'},
+        'examples.npz': {'images'},
+        'training.json': {'training'},
+    }.items():
+        write_model(tmp_path / 'b', 'B')
+        _cut(tmp_path / 'b' / part)
+        b = read_results(tmp_path / 'b')
+        assert {section.name for section in sections_of([b])} == whole - missing | {'damaged'}
+        assert {section.name for section in sections_of([a, b])} == whole | {'damaged'}
+    rows = rows_of(write_report(tmp_path, [b]))
+    assert [['B', sentence] in rows for sentence in b.damaged] == [True]
+    assert ['SA (clean)', '95.0'] in rows
 
 
 @pytest.mark.parametrize(
