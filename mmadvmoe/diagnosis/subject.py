@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.evaluation.data import as_dataset, unit_chunks
+from mmadvmoe.evaluation.data import as_dataset, read_chunks
 from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
@@ -126,7 +126,7 @@ def _test_images(cfg: Config, victim: Victim, args: argparse.Namespace) -> tuple
     # Data sets are often sorted by class.
     spread = Subset(dataset, [i * len(dataset) // count for i in range(count)])
     chunk_size = cfg.test_cfg.get('chunk_size', 128)
-    chunks = list(unit_chunks(spread, ChunkSampler(spread, chunk_size), victim))
+    chunks = list(read_chunks(spread, ChunkSampler(spread, chunk_size), victim))
     images, labels = (torch.cat([chunk[part] for chunk in chunks]) for part in (1, 2))
     names = dataset.metainfo.get('classes') or range(victim.num_classes)
     return Images(images, labels, chunk_size, args.seed), [str(name) for name in names]

@@ -1,11 +1,10 @@
-"""Single images, what an attack makes of them, and what the model makes of both.
+"""Images before and after an attack, and the predictions of a model on both.
 
 Dimension letters: B images, K classes, D decisions of the routers for one image (0 for a dense model).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 
-from .chunks import classify
+from .chunks import Attack, classify
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +67,8 @@ class Examples:
         return self.take(rows[:count])
 
 
-def attack_examples(
-    victim: Victim, attack: Callable[..., Tensor], images: Tensor, labels: Tensor, seed: int = 0
-) -> Examples:
-    """Attack images, and note what the model makes of them before and after.
+def attack_examples(victim: Victim, attack: Attack, images: Tensor, labels: Tensor, seed: int = 0) -> Examples:
+    """Attack images, and note predictions and routes before and after.
 
     Args:
         victim: The attacked model.

@@ -5,28 +5,28 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Optional
 
 from mmengine.logging import print_log
 
 from mmadvmoe.attacks import (
     STANDARD_ATTACKS,
+    BoundAttack,
     RoutePGD,
     Victim,
+    attack_class,
     attack_norm,
     build_attack,
     is_standard_attack,
     standard_attack,
 )
 from mmadvmoe.moe import placement_of
-from mmadvmoe.registry import ATTACKS
+from mmadvmoe.utils import did_you_mean
 
 from .outcomes import CLEAN, WORST
-from .robust_evaluation import Attack
 
 
-def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, Attack]:
+def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, BoundAttack]:
     """Build named attacks, and warn where they cannot judge an MoE.
 
     Args:
@@ -35,16 +35,15 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
         key: Config key of ``attacks``, for errors.
 
     Raises:
-        TypeError: If ``attacks`` does not map names to configs.
-        ValueError: If there is no attack, or a name cannot be the prefix of a metric.
+        TypeError: ``attacks`` does not map names to configs.
+        ValueError: There is no attack, or a name cannot be the prefix of a metric.
     """
     _check_configs(attacks, key)
     built = {name: build_attack(cfg, victim) for name, cfg in attacks.items()}
-    if victim.num_routers and not any(moves_routes(cfg) for cfg in attacks.values()):
+    if victim.num_routers and not any(map(moves_routes, attacks.values())):
         print_log(
-            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: '
-            f'{WORST}/ is only an upper bound of its robust accuracy, and can be far too high. '
-            "Add dict(type='RoutePGD', ...).",
+            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: {WORST}/ is only an '
+            "upper bound of its robust accuracy, and can be far too high. Add dict(type='RoutePGD', ...).",
             logger='current',
             level=logging.WARNING,
         )
@@ -54,8 +53,8 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
 def _check_configs(attacks: Mapping[str, Mapping], key: str) -> None:
     if not isinstance(attacks, Mapping):
         raise TypeError(
-            f"{key} must map names to attack configs, such as dict(pgd10=dict(type='PGD', "
-            f'eps=8 / 255, alpha=2 / 255, steps=10)), but got {attacks!r}.'
+            f"{key} must map names to attack configs, such as dict(pgd10=dict(type='PGD', eps=8 / 255, alpha=2 / 255, "
+            f'steps=10)), but got {attacks!r}.'
         )
     if not attacks:
         raise ValueError(
@@ -65,9 +64,8 @@ def _check_configs(attacks: Mapping[str, Mapping], key: str) -> None:
     for name, cfg in attacks.items():
         if name in (CLEAN, WORST) or not name or '/' in name:
             raise ValueError(
-                f'{key}: an attack cannot be called {name!r}. Its metrics are logged as '
-                f"'<name>/accuracy/top1', so the name must not be empty nor contain '/'; "
-                f'{CLEAN!r} and {WORST!r} are taken by the loop.'
+                f"{key}: an attack cannot be called {name!r}. Its metrics are logged as '<name>/accuracy/top1', so the "
+                f"name must not be empty nor contain '/'; {CLEAN!r} and {WORST!r} are taken by the loop."
             )
         if not isinstance(cfg, Mapping) or 'type' not in cfg:
             raise TypeError(f'{key}.{name} must be the config of an attack, a dict with a type, but got {cfg!r}.')
@@ -84,8 +82,8 @@ def check_groups(
         mode: ``'val'`` or ``'test'``, for errors.
 
     Raises:
-        TypeError: If attacks are not given as a list of names.
-        ValueError: If there is no such attack, or a group has a name that is taken.
+        TypeError: Attacks are not given as a list of names.
+        ValueError: There is no such attack, or a group has a name that is taken.
     """
     keys = {f'{mode}_cfg.survivors_only': survivors_only}
     for group, members in worst_of.items():
@@ -101,28 +99,22 @@ def check_groups(
             raise TypeError(f'{key} must be a list of names of attacks, but got {names!r}.')
         for name in names:
             if name not in attacks:
-                near = get_close_matches(str(name), attacks, n=1)
-                hint = f' (did you mean {near[0]!r}?)' if near else ''
+                hint = did_you_mean(name, attacks)
                 raise ValueError(f'{key}: there is no attack {name!r}{hint}; allowed: {", ".join(attacks)}.')
 
 
 def moves_routes(cfg: Mapping) -> bool:
     """Whether the config is that of an attack that knows of the routes of a mixture of experts."""
-    kind = _attack_class(cfg)
-    return isinstance(kind, type) and issubclass(kind, RoutePGD)
-
-
-def _attack_class(cfg: Mapping) -> Optional[type]:
-    return ATTACKS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+    return issubclass(attack_class(cfg['type']), RoutePGD)
 
 
 def choose_attacks(
     names: Sequence[str],
-    known: Mapping[str, Mapping] | None = None,
+    known: Optional[Mapping[str, Mapping]] = None,
     eps: Optional[float] = None,
     norm: Optional[str] = None,
 ) -> dict[str, dict]:
-    """Configs of attacks by name: those of a config, and the standard ones.
+    """Look attacks up by name: those of a config, and the standard ones.
 
     Args:
         names: The names, in the order in which they are to run.
@@ -158,7 +150,7 @@ def choose_attacks(
 
 
 def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str = 'attacks') -> dict[str, dict]:
-    """Put what knows of routes beside attacks on a mixture of experts: ``RoutePGD``, and each with the route held.
+    """Put attacks on the routes beside those on a mixture of experts: ``RoutePGD``, and each with the route held.
 
     ``RoutePGD`` with 50 steps is added where there is none. It comes after the first attack, because a cascade is fast
     when what fools most images for its price comes early. Its radius is the largest of the attacks; of attacks in
@@ -180,7 +172,7 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         return attacks
     if placement_of(victim.classifier).one_route_per_image:
         attacks = _with_held_routes(attacks)
-    if any(moves_routes(cfg) for cfg in attacks.values()):
+    if any(map(moves_routes, attacks.values())):
         return attacks
     radii: dict[str, float] = {}
     for cfg in attacks.values():
@@ -202,7 +194,7 @@ def _with_held_routes(attacks: Mapping[str, dict]) -> dict[str, dict]:
     both = {}
     for name, cfg in attacks.items():
         both[name] = cfg
-        if 'route' not in cfg and not getattr(_attack_class(cfg), 'own_routes', False):
+        if 'route' not in cfg and not getattr(attack_class(cfg['type']), 'own_routes', False):
             both[held_name(name)] = dict(cfg, route='held')
     return both
 
@@ -213,9 +205,7 @@ def held_name(name: str) -> str:
 
 
 def _with_radius(cfg: dict, eps: float) -> dict:
-    kind = _attack_class(cfg)
-    # What is no attack is told when it is built.
-    if kind is None or 'eps' not in inspect.signature(kind).parameters:
+    if 'eps' not in inspect.signature(attack_class(cfg['type'])).parameters:
         return cfg
     scaled = {'alpha': cfg['alpha'] * eps / cfg['eps']} if 'alpha' in cfg and cfg.get('eps') else {}
     return cfg | {'eps': eps} | scaled
