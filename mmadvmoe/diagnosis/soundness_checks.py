@@ -1,4 +1,4 @@
-"""The verdicts on a robust accuracy: what speaks against it, in numbers."""
+"""The verdicts on a robust accuracy, with the numbers that speak against it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .soundness import NOISE_DRAWS, Measured, Point
-from .trials import percent
+from .subject import percent
 
 PASS, WARN, SKIP = 'PASS', 'WARN', 'SKIP'
 
-#: What may be chance whatever the number of images, in points.
+#: Differences up to this, in points, may be chance whatever the number of images.
 CHANCE = 1.0
 #: An attack that misses more than this, in points, is too weak to be reported alone.
 GAP = 2.0
@@ -29,8 +29,8 @@ class Check:
     """One verdict.
 
     Attributes:
-        name: What it is called in files.
-        title: What should hold.
+        name: Its name in files.
+        title: The property that should hold.
         status: ``'PASS'``, ``'WARN'``, or ``'SKIP'`` where there is nothing to check.
         message: The numbers that decided, in words.
         numbers: The same numbers.
@@ -44,7 +44,7 @@ class Check:
 
 
 def judge(measured: Measured) -> list[Check]:
-    """All checks, in the order in which they are printed."""
+    """Make all checks, in the order in which they are printed."""
     return [
         _eps_zero(measured),
         _falls('eps_curve', 'RA falls as eps grows', 'eps', measured.eps_curve),
@@ -76,7 +76,7 @@ def _eps_zero(m: Measured) -> Check:
 def _falls(name: str, title: str, what: str, curve: Sequence[Point]) -> Check:
     """RA may not rise from one point of a curve to the next, neither that of PGD nor that of RoutePGD.
 
-    By chance it may: if about as many images stand at the later point alone as at the earlier one alone.
+    By chance it may: if about as many images are robust at the later point alone as at the earlier one alone.
     """
     rises = []
     for before, after in pairwise(curve):
@@ -150,7 +150,7 @@ def _surrogate_words(m: Measured) -> str:
 def _black_box(m: Measured, name: str, words: str) -> Check:
     """White-box attacks must find what an attack without gradients of the model finds, but for a few images."""
     title = f'white-box attacks are not weaker than {name}'
-    if name not in m.stands:
+    if name not in m.robust:
         return Check(name, title, SKIP, f'{words} does not exist in this norm', {})
     white, black = m.ra(*m.white_box), m.ra(name)
     missed = white - m.ra(*m.white_box, name)
@@ -166,7 +166,7 @@ def _routes(m: Measured) -> Check:
     title = 'the gate hides no gradient'
     if not m.is_moe:
         return Check('routes', title, SKIP, 'a dense model has no routes', {})
-    ra = {name: m.ra(name) for name in m.stands if name in (*m.white_box, 'square')}
+    ra = {name: m.ra(name) for name in m.robust if name in (*m.white_box, 'square')}
     # RoutePGD has the runs of all the others together.
     worst = min((name for name in ra if name != 'route_pgd'), key=ra.get)
     message = f'RA by attack: {", ".join(f"{name} {value:.1f}" for name, value in ra.items())}'

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.attacks import steps as ball
+from mmadvmoe.runtime.seeding import preserve_rng_state
 
-from .threat_model import ThreatModel
-from .trials import percent, seeded
+from .subject import ThreatModel, percent
 
 #: Rounds of training; after each but the last, its own adversarial images are put to the model as further questions.
 _ROUNDS = 3
@@ -57,7 +57,8 @@ def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: 
     Returns:
         The substitute, and on how many of ``images`` its prediction is that of the model, in percent.
     """
-    with seeded(images.device, seed):
+    with preserve_rng_state():
+        torch.manual_seed(seed)
         network = _Network(images.shape[1:], victim.num_classes).to(images.device)
         substitute = Victim(network, num_classes=victim.num_classes)
         pool, answers = images, predict(victim, images)

@@ -81,8 +81,9 @@ class OutcomeFolder:
             more = f'; and {len(differences) - _SHOWN} more' if len(differences) > _SHOWN else ''
             raise ValueError(
                 f'{str(self.path)!r} holds the outcomes of another evaluation: {"; ".join(differences[:_SHOWN])}{more}'
-                '. To go on with that one, start it with its own settings (they are in run.json); to delete its outcomes '
-                'and begin anew, overwrite it (--overwrite, or overwrite=True); to keep both, choose another folder.'
+                '. To go on with that one, start it with its own settings (they are in run.json); to delete its '
+                'outcomes and begin anew, overwrite it (--overwrite, or overwrite=True); to keep both, choose another '
+                'folder.'
             )
 
     def part(self, chunk_number: int, name: str) -> Path:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from mmadvmoe.diagnosis.dissection import dissect
-from mmadvmoe.diagnosis.dissection_summary import summarize
+from mmadvmoe.diagnosis.dissection import dissect, summarize
 from mmadvmoe.diagnosis.dissection_tables import dissection_tables
 from mmadvmoe.diagnosis.subject import add_arguments, check_arguments, load_subject, write_json
 
