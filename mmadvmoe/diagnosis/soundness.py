@@ -112,15 +112,7 @@ class _Bench:
     def attack(
         self, name: str, threat: ThreatModel, kind: Any = 'PGD', model: Optional[Victim] = None, **others: Any
     ) -> Tensor:
-        """Find the images (B,) that are robust under an attack; one kind has the same random starts.
-
-        Args:
-            name: Name of the attack, for the log.
-            threat: The threat model.
-            kind: Type of the attack.
-            model: What is attacked in place of the model.
-            **others: Further arguments of the attack.
-        """
+        """Find the images (B,) that are robust under an attack on ``model``; one kind has the same random starts."""
         return self.robust(self.adversarial(name, threat, kind, model, **others), threat)
 
     def adversarial(self, name: str, threat: ThreatModel, kind: Any, model: Optional[Victim], **others: Any) -> Tensor:
@@ -131,10 +123,7 @@ class _Bench:
     def robust(self, adversarial: Tensor, threat: ThreatModel, frozen: bool = False) -> Tensor:
         """Find the images that are right without an attack and right in ``adversarial``, (B,) bool.
 
-        Args:
-            adversarial: (B, C, H, W); how far they go beyond the threat model is noted.
-            threat: The threat model.
-            frozen: Predict with the route of the clean images.
+        How far these go beyond the threat model is noted. ``frozen`` predicts with the routes of the clean images.
         """
         distance = threat.distance(adversarial, self.data.images).max() - threat.eps
         self.outside = max(self.outside, *map(float, (distance, -adversarial.min(), adversarial.max() - 1)))
@@ -143,18 +132,13 @@ class _Bench:
 
 
 def measure(
-    victim: Victim,
-    data: Images,
-    threat: ThreatModel,
-    surrogate: Optional[Victim] = None,
-    num_queries: int = 1000,
+    victim: Victim, data: Images, threat: ThreatModel, surrogate: Optional[Victim] = None, num_queries: int = 1000
 ) -> Measured:
     """Attack a model in all the ways that the checks compare.
 
     Args:
         victim: The model, a mixture with any level of routing, or a dense one.
-        data: The images.
-        threat: The threat model in which robust accuracy is claimed.
+        data, threat: The images, and the threat model in which robust accuracy is claimed.
         surrogate: Model to make transferred adversarial images on. Defaults to one that is trained on the answers
             of ``victim``, see :func:`~mmadvmoe.diagnosis.substitute.train_substitute`.
         num_queries: Queries of Square for each image.
@@ -165,7 +149,6 @@ def measure(
     """
     bench = _Bench(victim, data)
     measured = Measured(percent(bench.right), victim.num_routers > 0)
-    _measure_at_zero(bench, threat, measured)
     _measure_white_box(bench, threat, measured)
     _measure_curves(bench, threat, measured)
     _measure_gradients(bench, threat, measured)
@@ -174,14 +157,11 @@ def measure(
     return measured
 
 
-def _measure_at_zero(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
+def _measure_white_box(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
     nothing = replace(threat.scaled(0.0), steps=2)
     for kind in ('PGD', 'RoutePGD') if measured.is_moe else ('PGD',):
         robust = bench.attack(f'{kind} at eps 0', nothing, kind)
         measured.changed_at_zero += int((robust != bench.right).sum())
-
-
-def _measure_white_box(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
     measured.robust['gate'] = bench.attack('PGD', threat)
     if not measured.is_moe:
         return
@@ -261,19 +241,17 @@ def _noise(bench: _Bench, threat: ThreatModel) -> Tensor:
 
 
 def gradients(victim: Victim, data: Images, route: Optional[Tensor] = None) -> Tensor:
-    """Compute the gradient of the cross entropy at each image, (B, C, H, W), with the routes given: without a gate.
+    """Compute the gradient of the cross entropy at each image, (B, C, H, W), without a gate.
 
     Args:
-        victim: The model.
-        data: The images.
-        route: (B, D), or None for a dense model.
+        victim, data: The model and the images.
+        route: Experts to take, (B, D), or None for a dense model.
     """
     parts = []
     with torch.enable_grad(), victim.frozen():
-        for rows in data.chunks():
-            points = data.images[rows].detach().clone().requires_grad_()
-            logits = _logits(victim, points, route, rows)
-            loss = F.cross_entropy(logits, data.labels[rows], reduction='sum')
+        for chunk, given in zip(data.chunks(), data.split(route)):
+            points = chunk.images.detach().clone().requires_grad_()
+            loss = F.cross_entropy(_logits(victim, points, given), chunk.labels, reduction='sum')
             parts.append(torch.autograd.grad(loss, points)[0])
     return torch.cat(parts)
 
@@ -282,47 +260,40 @@ def gradients(victim: Victim, data: Images, route: Optional[Tensor] = None) -> T
 def ascents(
     victim: Victim, data: Images, threat: ThreatModel, grad: Tensor, route: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
-    """Measure what a small step along the gradient gains, and what the best of some random steps of that length gains.
+    """Measure what a small step along the gradient gains, and the best of some random steps of that length.
 
     Gained is the margin of the best wrong class over the true one, which, unlike the cross entropy, does not saturate.
 
     Args:
-        victim: The model.
-        data: The images.
-        threat: For norm and eps.
-        grad: Of :func:`gradients`.
-        route: As there.
+        victim, data, threat: The model, the images, and norm and eps.
+        grad, route: Of :func:`gradients`.
 
     Returns:
         The gains along the gradient, (B,), and the largest ones along random directions, (B,).
     """
     along, best = [], []
     generator = torch.Generator(data.images.device).manual_seed(data.seed)
+
+    def margin(points: Tensor, labels: Tensor, given: Optional[Tensor]) -> Tensor:
+        logits = _logits(victim, points, given)
+        true = logits.gather(1, labels[:, None]).squeeze(1)
+        return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - true
+
     with victim.frozen():
-        for rows in data.chunks():
-            images, labels = data.images[rows], data.labels[rows]
-            before = _margin(_logits(victim, images, route, rows), labels)
-
-            def gain(direction: Tensor, images=images, labels=labels, before=before, rows=rows) -> Tensor:
-                points = ball.ascend(images, direction, _STEP * threat.eps, threat.norm)
-                # Not cut to [0, 1]: that would take another part of each step away.
-                return _margin(_logits(victim, points, route, rows), labels) - before
-
-            along.append(gain(grad[rows]))
-            noise = (torch.randn(images.shape, generator=generator, device=images.device) for _ in range(_DIRECTIONS))
-            best.append(torch.stack([gain(direction) for direction in noise]).amax(0))
+        for chunk, given, uphill in zip(data.chunks(), data.split(route), data.split(grad)):
+            images, labels = chunk.images, chunk.labels
+            noise = [torch.randn(images.shape, generator=generator, device=images.device) for _ in range(_DIRECTIONS)]
+            # Not cut to [0, 1]: that would take another part of each step away.
+            stepped = [ball.ascend(images, way, _STEP * threat.eps, threat.norm) for way in (uphill, *noise)]
+            before = margin(images, labels, given)
+            gains = torch.stack([margin(points, labels, given) - before for points in stepped])
+            along.append(gains[0])
+            best.append(gains[1:].amax(0))
     return torch.cat(along), torch.cat(best)
 
 
-def _logits(victim: Victim, images: Tensor, route: Optional[Tensor], rows: slice) -> Tensor:
-    if route is None:
-        return victim(images)
-    return victim.forward_routed(images, route[rows].to(images.device), with_logits=False)[0]
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    true = logits.gather(1, labels[:, None]).squeeze(1)
-    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - true
+def _logits(victim: Victim, images: Tensor, route: Optional[Tensor]) -> Tensor:
+    return victim(images) if route is None else victim.forward_routed(images, route, with_logits=False)[0]
 
 
 def ra_of_each(measured: Measured) -> dict[str, float]:

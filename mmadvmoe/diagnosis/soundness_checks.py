@@ -18,10 +18,8 @@ CHANCE = 1.0
 GAP = 2.0
 #: By how much rounding may bring an image out of its ball.
 ROUNDING = 1e-6
-#: Share of images without any gradient from which on something hides it.
-ZERO_SHARE = 0.01
-#: Share of images on which the gradient must beat random directions.
-ASCENT_SHARE = 0.9
+#: Share of images without any gradient from which on something hides it, and on which it must beat random directions.
+ZERO_SHARE, ASCENT_SHARE = 0.01, 0.9
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ def _falls(name: str, title: str, what: str, curve: Sequence[Point]) -> Check:
             by_chance = max(CHANCE / 100 * len(old), 2 * math.sqrt(gained + lost))
             rises.append((gained - lost - by_chance, before, after, key))
     excess, before, after, key = max(rises, key=lambda each: each[0])
-    path = ', '.join(f'{percent(each.judge):.1f} at {what} {each.at:.4g}' for each in curve)
-    message = f'RA is {path}'
+    message = 'RA is ' + ', '.join(f'{percent(each.judge):.1f} at {what} {each.at:.4g}' for each in curve)
     old, new = (percent(getattr(each, key)) for each in (before, after))
     if excess > 0:
         attack = 'RA by PGD' if key == 'gate' else 'RA'

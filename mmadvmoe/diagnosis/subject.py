@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from typing import Any, Optional
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, attack_norm
-from mmadvmoe.evaluation.chunks import Attack, chunk_seed, classify
-from mmadvmoe.evaluation.data import as_dataset, class_names, spread_images
+from mmadvmoe.evaluation.chunks import Attack, chunk_seed, classify, run_attack
+from mmadvmoe.evaluation.data import Chunk, as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
@@ -59,11 +60,7 @@ class ThreatModel:
 
     @classmethod
     def from_attacks(cls, attacks: Mapping[str, Mapping], name: Optional[str] = None) -> ThreatModel:
-        """Read the threat model of one of the attacks that a config tests with.
-
-        Args:
-            attacks: ``test_cfg.attacks``: the config of each attack under its name.
-            name: Which of them. Defaults to the first one that has eps, alpha and steps.
+        """Read the threat model of an attack of ``test_cfg.attacks``; by default, the first that has a complete one.
 
         Raises:
             ValueError: There is no such attack, or none that tells eps, alpha and steps above 0.
@@ -120,57 +117,41 @@ class Images:
     def __len__(self) -> int:
         return len(self.images)
 
-    def chunks(self) -> Iterator[slice]:
-        """The rows of each chunk."""
-        for start in range(0, len(self), self.chunk_size):
-            yield slice(start, min(start + self.chunk_size, len(self)))
+    def chunks(self) -> Iterator[Chunk]:
+        """The images as they are attacked."""
+        for number, (images, labels) in enumerate(zip(self.split(self.images), self.split(self.labels))):
+            start = number * self.chunk_size
+            yield Chunk(number, range(start, start + len(images)), images, labels)
+
+    def split(self, values: Optional[Tensor]) -> Iterable[Optional[Tensor]]:
+        """Split what belongs to the images as they are in :meth:`chunks`; None for each where there is nothing."""
+        return repeat(None) if values is None else values.to(self.images.device).split(self.chunk_size)
 
     def attacked(self, name: str, attack: Attack, draw: Optional[str] = None) -> Tensor:
-        """Attack all images.
+        """Attack all images: (B, 3, H, W).
 
         Args:
             name: Name of the attack, for the log.
             attack: The attack.
             draw: Name for its seeds; attacks of one name draw the same. Defaults to ``name``.
 
-        Returns:
-            Adversarial images, (B, 3, H, W).
-
         Raises:
             RuntimeError: The attack fails; the message names it and the images.
         """
         parts = []
-        for number, rows in enumerate(self.chunks()):
+        for chunk in self.chunks():
             started = time.monotonic()
-            try:
-                part = attack(self.images[rows], self.labels[rows], seed=chunk_seed(self.seed, draw or name, number))
-            except Exception as error:
-                raise RuntimeError(
-                    f'attack {name!r} failed on images {rows.start} to {rows.stop - 1}: {type(error).__name__}: {error}'
-                ) from error
-            parts.append(part)
-            seconds = time.monotonic() - started
-            print_log(f'{name}: {rows.stop} of {len(self)} images, {seconds:.1f} s', 'current', logging.INFO)
+            parts.append(run_attack(name, attack, chunk, chunk_seed(self.seed, draw or name, chunk.number)))
+            done, seconds = chunk.indices[-1] + 1, time.monotonic() - started
+            print_log(f'{name}: {done} of {len(self)} images, {seconds:.1f} s', 'current', logging.INFO)
         return torch.cat(parts)
 
     def classified(self, victim: Victim, images: Tensor, name: str = CLEAN, route: Optional[Tensor] = None) -> Outcome:
-        """Classify all images, or what an attack made of them.
-
-        Args:
-            victim: The model.
-            images: Attacked ones, (B, 3, H, W), or ``self.images``.
-            name: Name of the attack, or ``'clean'``.
-            route: Experts to take in place of the routers' choice, (B,) or (B, D).
-
-        Raises:
-            FloatingPointError: A logit is not finite.
-        """
-        parts = []
-        for rows in self.chunks():
-            given = None if route is None else route[rows].to(images.device)
-            indices = range(rows.start, rows.stop)
-            parts.append(classify(victim, images[rows], self.images[rows], name, indices, given))
-        return Outcome.cat(parts)
+        """Classify all images, or what the attack ``name`` made of them; see :func:`classify`."""
+        parts = zip(self.chunks(), self.split(images), self.split(route))
+        return Outcome.cat(
+            [classify(victim, part, chunk.images, name, chunk.indices, given) for chunk, part, given in parts]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,12 +172,7 @@ class Subject:
 
 
 def add_arguments(parser: argparse.ArgumentParser, num_images: int) -> None:
-    """Add the arguments that say what to analyse.
-
-    Args:
-        parser: The parser of a tool.
-        num_images: Default of ``--num-images``.
-    """
+    """Add the arguments that say what to analyse, with ``num_images`` as the default of ``--num-images``."""
     parser.add_argument('config', help='config file, with test_dataloader and test_cfg.attacks')
     parser.add_argument('checkpoint', help='checkpoint file or address')
     parser.add_argument(
@@ -226,11 +202,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def load_subject(args: argparse.Namespace, kind: str) -> Subject:
-    """Load the model and the images that the arguments name.
-
-    Args:
-        args: As :func:`add_arguments` has them parsed.
-        kind: The kind of results, as the file says it.
+    """Load the model and the images that the arguments name, for results of a kind.
 
     Raises:
         FileNotFoundError: There is no such config or checkpoint.

@@ -16,13 +16,9 @@ from mmadvmoe.runtime.seeding import preserve_rng_state
 from .subject import ThreatModel, percent
 
 #: Rounds of training; after each but the last, its own adversarial images are put to the model as further questions.
-_ROUNDS = 3
-_STEPS = 120
-_BATCH = 128
-_LEARNING_RATE = 2e-3
+_ROUNDS, _ATTACK_STEPS = 3, 5
+_STEPS, _BATCH, _LEARNING_RATE = 120, 128, 2e-3
 _CHANNELS = 32
-#: Steps of the attacks that make the further questions.
-_ATTACK_STEPS = 5
 
 
 class _Network(nn.Module):
@@ -49,9 +45,8 @@ def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: 
     The model is asked for predicted classes only, so whatever hides its gradient hides nothing here.
 
     Args:
-        victim: The model.
+        victim, threat: The model and the balls.
         images: (B, C, H, W) in [0, 1].
-        threat: The balls.
         seed: Seed of the training; the random state of the caller is left as it is.
 
     Returns:
@@ -79,8 +74,7 @@ def _fit(network: nn.Module, victim: Victim, pool: Tensor, answers: Tensor, thre
     for _ in range(_STEPS):
         rows = torch.randint(len(pool), (min(_BATCH, len(pool)),), device=pool.device)
         images, target = pool[rows], answers[rows]
-        half = len(rows) // 2
-        moved = ball.random_start(images[:half], threat.eps, threat.norm)
+        moved = ball.random_start(images[: len(rows) // 2], threat.eps, threat.norm)
         images, target = torch.cat([images, moved]), torch.cat([target, predict(victim, moved)])
         loss = F.cross_entropy(network(images), target)
         optimizer.zero_grad()

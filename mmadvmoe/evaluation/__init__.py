@@ -4,11 +4,10 @@ from .data import Chunk
 from .examples import Examples, attack_examples
 from .folder import OutcomeFolder, SavedEvaluation, read_evaluation
 from .loops import RobustTestLoop, RobustValLoop
-from .outcomes import CLEAN, NORMS, WORST, Outcome, RobustOutcomes, compute_metrics, gather_outcomes, route_metrics
+from .outcomes import CLEAN, WORST, Outcome, RobustOutcomes, compute_metrics, gather_outcomes, route_metrics
 
 __all__ = [
     'CLEAN',
-    'NORMS',
     'WORST',
     'Chunk',
     'Examples',

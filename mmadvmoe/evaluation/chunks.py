@@ -22,7 +22,6 @@ from .outcomes import CLEAN, Outcome, RobustOutcomes
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
-
 #: ``report(name, outcomes of the chunk so far, seconds that this attack took, None where its outcome was on disk)``
 Report = Callable[[str, RobustOutcomes, Optional[float]], None]
 
@@ -46,18 +45,12 @@ def evaluate_chunk(
     """Classify one chunk of images without an attack and under each attack.
 
     Args:
-        victim: The model as the attacks see it.
-        attacks: Built attacks under their names.
-        chunk: The images.
-        seed: Seed of the evaluation; with the number of the chunk and the name of an attack it decides what the attack
-            draws.
+        victim, attacks, chunk: The model, built attacks under their names, and the images.
+        seed: Seed of the evaluation; see :func:`chunk_seed`.
         survivors_only: Names of the attacks that get only the images which are right so far, without an attack and
             under all attacks before. The others keep the outcome in which they went wrong first.
         folder: Where each outcome is kept as soon as it is known, and taken from if it is there.
         report: Called after each attack.
-
-    Returns:
-        The outcomes, on the CPU.
 
     Raises:
         ValueError: A label is not a class, or an attack gives images that are not in [0, 1].
@@ -77,7 +70,9 @@ def evaluate_chunk(
             rows = outcomes.robust.nonzero().squeeze(1) if name in survivors_only else torch.arange(len(chunk))
             outcome = replace(outcomes.worst(), attacked=torch.zeros(len(chunk), dtype=torch.bool))
             if len(rows):
-                outcome = outcome.put(rows, _attack(victim, name, attacks[name], chunk.take(rows), seed))
+                part = chunk.take(rows)
+                adversarial = run_attack(name, attacks[name], part, chunk_seed(seed, name, chunk.number))
+                outcome = outcome.put(rows, classify(victim, adversarial, part.images, name, part.indices))
         if folder is not None and saved is None:
             folder.write(chunk, name, outcome)
         outcomes = replace(outcomes, by_name={**outcomes.by_name, name: outcome})
@@ -86,16 +81,32 @@ def evaluate_chunk(
     return outcomes
 
 
-def _attack(victim: Victim, name: str, attack: Attack, chunk: Chunk, seed: int) -> Outcome:
-    """Attack all images of a chunk, and classify what comes out."""
+def run_attack(name: str, attack: Attack, chunk: Chunk, seed: int) -> Tensor:
+    """Attack the images of a chunk, and check what comes out: a faulty attack must not pass for a strong one.
+
+    Raises:
+        RuntimeError: The attack fails.
+        ValueError: It gives images that are not in [0, 1].
+    """
     try:
-        adversarial = attack(chunk.images, chunk.labels, seed=chunk_seed(seed, name, chunk.number))
+        adversarial = attack(chunk.images, chunk.labels, seed=seed)
     except Exception as error:
         raise RuntimeError(
             f'attack {name!r} failed on images {span(chunk.indices)} of the data set: {type(error).__name__}: {error}'
         ) from error
-    _check_adversarial(adversarial, chunk, name)
-    return classify(victim, adversarial, chunk.images, name, chunk.indices)
+    if adversarial.shape != chunk.images.shape:
+        raise ValueError(
+            f'attack {name!r} made images of shape {tuple(adversarial.shape)} from images of shape '
+            f'{tuple(chunk.images.shape)}.'
+        )
+    # Written so that NaN fails it.
+    inside = ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(dim=1)
+    if not inside.all():
+        bad = [chunk.indices[int(row)] for row in (~inside).nonzero()]
+        raise ValueError(
+            f'attack {name!r} left [0, 1] or made pixels that are not finite, in images {bad[:10]} of the data set.'
+        )
+    return adversarial
 
 
 @torch.no_grad()
@@ -111,10 +122,8 @@ def classify(
 
     Args:
         victim: The model.
-        images: (B, 3, H, W) in [0, 1].
-        clean: The images without an attack, of the same shape.
-        name: Name of the attack, or ``'clean'``.
-        indices: Index of each image in the data set, for errors. Defaults to 0, 1, ...
+        images, clean: Images and the same without an attack, (B, 3, H, W) in [0, 1].
+        name, indices: Name of the attack, and index of each image in the data set (default 0, 1, ...), for errors.
         route: Experts to take in place of the routers' choice, (B,) or (B, D).
 
     Raises:
@@ -127,13 +136,11 @@ def classify(
         rows = (~finite).nonzero().squeeze(1).tolist()
         bad = rows if indices is None else [indices[row] for row in rows]
         raise FloatingPointError(
-            f'the logits of {len(bad)} of {len(images)} images are not finite in {name!r} '
-            f'(images {bad[:10]} of the data set).'
+            f'the logits of {len(bad)} of {len(images)} images are not finite in {name!r} (images {bad[:10]} of the '
+            'data set).'
         )
-    if routings:
-        expert = torch.cat([routing.decisions for routing in routings], dim=1)
-    else:
-        expert = torch.empty(len(images), 0, dtype=torch.int64)
+    none = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
+    expert = torch.cat([none, *(routing.decisions for routing in routings)], dim=1)
     change = (images - clean).flatten(1).float()
     distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1)
     attacked = torch.full((len(images),), name != CLEAN)
@@ -145,22 +152,6 @@ def _check_labels(chunk: Chunk, num_classes: int) -> None:
     if foreign.any():
         row = int(foreign.nonzero()[0])
         raise ValueError(
-            f'image {chunk.indices[row]} of the data set has label {int(chunk.labels[row])}, but the model has '
-            f'classes 0 to {num_classes - 1}; set num_classes of the head to that of the data set.'
-        )
-
-
-def _check_adversarial(adversarial: Tensor, chunk: Chunk, name: str) -> None:
-    """Keep a faulty attack from passing for a strong one."""
-    if adversarial.shape != chunk.images.shape:
-        raise ValueError(
-            f'attack {name!r} made images of shape {tuple(adversarial.shape)} '
-            f'from images of shape {tuple(chunk.images.shape)}.'
-        )
-    # Written so that NaN fails it.
-    inside = ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(dim=1)
-    if not inside.all():
-        bad = [chunk.indices[int(row)] for row in (~inside).nonzero()]
-        raise ValueError(
-            f'attack {name!r} left [0, 1] or made pixels that are not finite, in images {bad[:10]} of the data set.'
+            f'image {chunk.indices[row]} of the data set has label {int(chunk.labels[row])}, but the model has classes '
+            f'0 to {num_classes - 1}; set num_classes of the head to that of the data set.'
         )

@@ -60,9 +60,9 @@ def as_dataset(data: Data) -> Dataset:
     """Build the data set that robust evaluation goes through.
 
     Args:
-        data: Config of a data set of MMPretrain; a data set whose samples are as MMPretrain packs them
-            (``inputs``, ``data_samples``) or pairs of an image in [0, 1] and a label; or the tensors
-            ``(images, labels)``, (B, C, H, W) in [0, 1] or uint8, and (B,) int64.
+        data: Config of a data set of MMPretrain; a data set whose samples are as MMPretrain packs them (``inputs``,
+            ``data_samples``) or pairs of an image in [0, 1] and a label; or the tensors ``(images, labels)``,
+            (B, C, H, W) in [0, 1] or uint8, and (B,) int64.
 
     Raises:
         TypeError: It is something else.
@@ -95,10 +95,7 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
 def read_chunks(dataset: Dataset, sampler: ChunkSampler, victim: Victim) -> Iterator[Chunk]:
     """Read a data set chunk by chunk, onto the device of the model.
 
-    Args:
-        dataset: From :func:`as_dataset`.
-        sampler: Which chunks to read.
-        victim: The model; packed samples go through the data preprocessor of its classifier.
+    Packed samples go through the data preprocessor of the classifier.
 
     Raises:
         ValueError: Images have several sizes or are not in [0, 1], or an image has not exactly one label.
@@ -118,7 +115,7 @@ def spread_images(
 
     Args:
         dataset: From :func:`as_dataset`.
-        data_preprocessor: The preprocessor of the classifier, for packed samples.
+        data_preprocessor: That of the classifier, for packed samples.
         count: How many, or all if there are fewer.
 
     Returns:
@@ -139,7 +136,7 @@ def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: 
 
     Args:
         data_preprocessor: The preprocessor of the classifier.
-        batch: ``inputs`` and ``data_samples``, as the pipeline and the loader give them.
+        batch: ``inputs`` and ``data_samples``.
         indices: Index of each image in the data set, for errors.
 
     Returns:
@@ -167,9 +164,10 @@ def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: 
     if hasattr(data_preprocessor, 'to_unit'):
         images = data_preprocessor.to_unit(images)
     else:
-        if data_preprocessor._enable_normalize:
-            images = images * data_preprocessor.std + data_preprocessor.mean
-        images = images / 255
+        pixels = (
+            images * data_preprocessor.std + data_preprocessor.mean if data_preprocessor._enable_normalize else images
+        )
+        images = pixels / 255
     if exact and images.shape[1:] in sizes:
         # Undo the rounding of the way through normalisation and back.
         images = (images * 255).round() / 255

@@ -20,13 +20,10 @@ class Examples:
     """B images before and after an attack. All tensors are on the CPU.
 
     Attributes:
-        images: Clean images, (B, 3, H, W) in [0, 1].
-        adversarial: The attacked images, of the same shape.
+        images, adversarial: Clean and attacked images, (B, 3, H, W) in [0, 1].
         label: True class, (B,) int64.
-        before: Class predicted for the clean image, (B,) int64.
-        after: Class predicted for the attacked image, (B,) int64.
-        route_before: Experts chosen for the clean image, (B, D) int64, as :attr:`Routing.decisions` has them.
-        route_after: Experts chosen for the attacked image, (B, D) int64.
+        before, after: Class predicted for the clean and for the attacked image, (B,) int64.
+        route_before, route_after: Experts chosen for them, (B, D) int64, as :attr:`Routing.decisions` has them.
     """
 
     images: Tensor
@@ -71,10 +68,8 @@ def attack_examples(victim: Victim, attack: Attack, images: Tensor, labels: Tens
     """Attack images, and note predictions and routes before and after.
 
     Args:
-        victim: The attacked model.
-        attack: As :func:`mmadvmoe.attacks.build_attack` makes it.
-        images: (B, 3, H, W) in [0, 1].
-        labels: True classes, (B,) int64.
+        victim, attack: The model, and an attack as :func:`mmadvmoe.attacks.build_attack` makes it.
+        images, labels: (B, 3, H, W) in [0, 1], and true classes, (B,) int64.
         seed: Seed of the attack; the random state of the caller is left as it is.
     """
     adversarial = attack(images, labels, seed=seed)

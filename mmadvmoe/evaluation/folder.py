@@ -45,7 +45,7 @@ class OutcomeFolder:
         """Begin an evaluation in the folder, or go on with one.
 
         Args:
-            run: What the outcomes depend on, ``format``, ``settings`` and ``versions``; and what else is good to know.
+            run: ``format``, ``settings`` and ``versions``, on which the outcomes depend, and whatever is good to know.
             overwrite: Delete the outcomes that are there and begin anew.
 
         Raises:
@@ -103,23 +103,15 @@ class OutcomeFolder:
         if part['digest'] != chunk.digest:
             raise ValueError(
                 f'{str(path)!r} holds outcomes of other images or labels than those of chunk {chunk.number} of the '
-                'data set. Evaluate the same data set, choose another folder, or begin anew (--overwrite, or '
-                'overwrite=True).'
+                'data set. Evaluate that data set, choose another folder, or begin anew (--overwrite, overwrite=True).'
             )
         return Outcome(**part['outcome'])
 
     def write(self, chunk: Chunk, name: str, outcome: Outcome) -> None:
         """Keep the outcome of a chunk under an attack."""
-        part = dict(
-            index=chunk.number,
-            name=name,
-            place=torch.as_tensor(chunk.indices),
-            label=chunk.labels.cpu(),
-            digest=chunk.digest,
-            outcome=vars(outcome),
-        )
+        part = dict(index=chunk.number, name=name, place=torch.as_tensor(chunk.indices), label=chunk.labels.cpu())
         buffer = io.BytesIO()
-        torch.save(part, buffer)
+        torch.save(dict(part, digest=chunk.digest, outcome=vars(outcome)), buffer)
         self._write(self.part(chunk.number, name).relative_to(self.path), buffer.getvalue())
 
     def finish(self, outcomes: RobustOutcomes, metrics: Mapping[str, Any]) -> None:
@@ -132,12 +124,12 @@ class OutcomeFolder:
         try:
             write_atomically(self.path / name, content.encode() if isinstance(content, str) else content)
         except OSError as error:
-            raise OSError(
-                error.errno,
+            message = (
                 f'{str(self.path / name)!r} could not be written ({error.strerror}). The outcomes in '
                 f'{str(self.path)!r} are intact: make room there and start the same evaluation again, and it goes on '
-                'where it stopped',
-            ) from error
+                'where it stopped'
+            )
+            raise OSError(error.errno, message) from error
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,6 @@ class RobustTestLoop(_RobustLoop, TestLoop):
     """Test under named attacks; see :class:`RobustValLoop`, whose arguments and metrics it has.
 
     Args:
-        runner, dataloader, evaluator, attacks: As in :class:`RobustValLoop`.
         cascade: Whether every attack gets only the images that are right without an attack and under all attacks before
             it, as with all names in ``survivors_only``.
         add_route_attack: Whether attacks that know of routes are put beside the attacks on a mixture of experts; see
@@ -176,7 +175,6 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         out_dir: Folder that gets the outcome of each image as it becomes known, and in which a killed test goes on
             where it stopped; see docs/evaluation.md. None to write nothing.
         overwrite: Delete the outcomes in ``out_dir`` and begin anew, instead of going on or refusing to.
-        kwargs: The other arguments of :class:`RobustValLoop`.
 
     Raises:
         ValueError: ``out_dir`` holds the outcomes of an evaluation with other settings.

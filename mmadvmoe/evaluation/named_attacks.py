@@ -77,8 +77,7 @@ def check_groups(
     """Check that the settings which refer to attacks name attacks.
 
     Args:
-        attacks: The names of the attacks.
-        survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
+        attacks, survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
         mode: ``'val'`` or ``'test'``, for errors.
 
     Raises:
@@ -109,10 +108,7 @@ def moves_routes(cfg: Mapping) -> bool:
 
 
 def choose_attacks(
-    names: Sequence[str],
-    known: Optional[Mapping[str, Mapping]] = None,
-    eps: Optional[float] = None,
-    norm: Optional[str] = None,
+    names: Sequence[str], known: Optional[Mapping] = None, eps: Optional[float] = None, norm: Optional[str] = None
 ) -> dict[str, dict]:
     """Look attacks up by name: those of a config, and the standard ones.
 
@@ -158,10 +154,7 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
     the same with ``route='held'``; with a route for each layer or token, nearly every image has a route of its own and
     would have to be attacked by itself, so there the held route is left to ``RoutePGD``.
 
-    Args:
-        attacks: Configs of the attacks.
-        victim: The attacked model; nothing is added for one without routers.
-        key: Config key of ``attacks``, for errors.
+    Nothing is added for a model without routers.
 
     Raises:
         TypeError, ValueError: As :func:`build_attacks`.
@@ -180,17 +173,16 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         eps = build_attack(cfg, victim).eps
         if eps is not None:
             radii[attack_norm(cfg)] = max(eps, radii.get(attack_norm(cfg), 0.0))
-    name = 'routepgd50'
-    added = {
-        name if len(radii) == 1 else f'{name}-{norm.lower()}': standard_attack(name, eps, norm)
-        for norm, eps in radii.items()
-    }
     first, *others = attacks
-    return {first: attacks[first], **added, **{other: attacks[other] for other in others}}
+    completed = {first: attacks[first]}
+    for norm, eps in radii.items():
+        suffix = '' if len(radii) == 1 else f'-{norm.lower()}'
+        completed[f'routepgd50{suffix}'] = standard_attack('routepgd50', eps, norm)
+    return completed | {name: attacks[name] for name in others}
 
 
 def _with_held_routes(attacks: Mapping[str, dict]) -> dict[str, dict]:
-    """Each attack that does not choose routes by itself, followed by the same with the route held."""
+    """Put behind each attack that does not choose routes by itself the same with the route held."""
     both = {}
     for name, cfg in attacks.items():
         both[name] = cfg

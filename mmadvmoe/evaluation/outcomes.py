@@ -118,7 +118,7 @@ def gather_outcomes(parts: Sequence[RobustOutcomes], num_images: int) -> RobustO
     """Collect the outcomes of all processes; every process gets all of them.
 
     Args:
-        parts: The outcomes of the chunks of this process, possibly none.
+        parts: Those of this process, by chunk; possibly none.
         num_images: Size of the data set.
 
     Raises:
@@ -146,12 +146,11 @@ def compute_metrics(
 
     Args:
         evaluator: Evaluator with any metrics.
-        outcomes: The outcomes of the whole data set.
+        outcomes: Those of the whole data set.
         worst_of: Names of further worst cases, each over the attacks it names.
 
     Returns:
-        Each metric under the name of the attack, such as ``'pgd50/accuracy/top1'``, under the names of ``worst_of``,
-        and under ``'clean/'`` and ``'worst/'``.
+        Each metric under ``'clean/'``, ``'worst/'``, the names of attacks (``'pgd50/accuracy/top1'``) and of groups.
     """
     num_images = len(outcomes.index)
     rank, world_size = get_dist_info()
@@ -180,10 +179,6 @@ def as_data_samples(outcome: Outcome, index: Tensor, label: Tensor) -> list[Data
 
 def route_metrics(outcomes: RobustOutcomes, num_experts: int) -> dict[str, float]:
     """Summarise the routes of an MoE: how experts share the images, and what attacks change.
-
-    Args:
-        outcomes: The outcomes of the whole data set.
-        num_experts: N.
 
     Returns:
         Shares in [0, 1]: ``'<name>/expert_share/<n>'`` of the decisions that went to expert n, without an attack and

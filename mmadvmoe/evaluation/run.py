@@ -40,10 +40,8 @@ class RobustEvaluation:
 
     Args:
         victim: The model as the attacks see it.
-        attacks: Config of each attack under its name.
         key: Config key of ``attacks``, for errors.
-        chunk_size: Images attacked at a time.
-        seed, survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
+        attacks, chunk_size, seed, survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
 
     Raises:
         TypeError, ValueError: An attack cannot be built; see :func:`~mmadvmoe.evaluation.named_attacks.build_attacks`.
@@ -72,12 +70,7 @@ class RobustEvaluation:
         self.outcomes: Optional[RobustOutcomes] = None
 
     def keep_in(self, out_dir: Union[str, Path], overwrite: bool = False) -> None:
-        """Write outcomes to a folder as they become known, and take from it what is there.
-
-        Args:
-            out_dir: The folder.
-            overwrite: Delete the outcomes that are there and begin anew, instead of going on or refusing to.
-        """
+        """Write outcomes to a folder as they become known, and take from it what is there, or ``overwrite`` that."""
         self._folder = OutcomeFolder(out_dir, list(self.attacks))
         self._overwrite = overwrite
 
@@ -85,7 +78,7 @@ class RobustEvaluation:
         """Begin with a data set, in all processes.
 
         Args:
-            sampler: What decides which chunks this process attacks.
+            sampler: Deals the chunks out to the processes.
             model_cfg: Config of the model, by which an output folder tells models apart that have the same weights.
 
         Raises:
@@ -136,14 +129,7 @@ class RobustEvaluation:
         return part
 
     def finish(self, evaluator: Evaluator) -> dict:
-        """Bring the outcomes of all processes together, compute the metrics and complete the output folder.
-
-        Args:
-            evaluator: With any metrics.
-
-        Returns:
-            As :meth:`mmadvmoe.evaluation.RobustValLoop.run`.
-        """
+        """Bring the outcomes of all processes together, compute the metrics and complete the output folder."""
         self.outcomes = gather_outcomes(self._parts, self._num_images)
         metrics = compute_metrics(evaluator, self.outcomes, self._worst_of)
         metrics.update(route_metrics(self.outcomes, self.victim.num_experts))
@@ -213,8 +199,7 @@ class EvaluationProgress:
 
     Args:
         names: The names of the attacks.
-        num_images: Images of this process.
-        num_chunks: Chunks of this process.
+        num_images, num_chunks: Of this process.
         clock: Where the time comes from, in seconds.
     """
 
@@ -234,9 +219,8 @@ class EvaluationProgress:
         """Take note of the outcome of one chunk under one attack, and log if it is time.
 
         Args:
-            name: Of the attack.
+            name, seconds: Of the attack, which took None where its outcome was on disk.
             outcomes: Those of the chunk so far.
-            seconds: How long the attack took; None where its outcome was on disk.
         """
         self._chunks[name] += 1
         if seconds is not None:
