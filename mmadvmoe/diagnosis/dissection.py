@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -59,8 +58,7 @@ def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
 
     Args:
         victim: The model, a mixture with any level of routing, or a dense one.
-        data: The images.
-        threat: Ball and steps of all attacks.
+        data, threat: The images, and ball and steps of all attacks.
 
     Raises:
         RuntimeError: An attack fails.
@@ -119,19 +117,15 @@ def summarize(dissection: Dissection) -> dict:
     clean = outcomes[CLEAN]
     is_moe = bool(dissection.widths)
     right = [[outcome.prediction == label for outcome in pair] for pair in dissection.pathways]
-    best = None
-    if is_moe:
-        # An expert that is wrong without an attack is no answer to one.
-        both = torch.stack([before & after for before, after in right]).any(dim=0)
-        best = dict(sa=percent(torch.stack([before for before, _ in right]).any(dim=0)), ra=percent(both))
+    # An expert that is wrong without an attack is no answer to one.
+    right = [(before, before & after) for before, after in right]
+    best = [percent(torch.stack(masks).any(dim=0)) for masks in zip(*right)]
     return dict(
         sa=percent(clean.prediction == label),
         attacks={name: attack_summary(clean, o, label) for name, o in outcomes.items() if name != CLEAN},
         failures=failures(dissection) if is_moe else None,
-        experts=[
-            dict(expert=n, sa=percent(before), ra=percent(before & after)) for n, (before, after) in enumerate(right)
-        ],
-        best_expert=best,
+        experts=[dict(expert=n, sa=percent(before), ra=percent(both)) for n, (before, both) in enumerate(right)],
+        best_expert=dict(zip(('sa', 'ra'), best)) if is_moe else None,
         # With the route frozen the load is that without an attack.
         load={name: expert_load(dissection, o) for name, o in outcomes.items() if name != 'experts'} if is_moe else {},
     )
@@ -187,14 +181,12 @@ def expert_load(dissection: Dissection, outcome: Outcome) -> dict[str, list]:
         ``per_class``: for each of the K classes, N shares of the decisions for its images that sum to 1; None for a
         class without images. ``per_layer``: for each of the L routers, N shares of its decisions.
     """
-    experts = range(dissection.num_experts)
-    per_class: list[Optional[list[float]]] = []
-    for c in range(dissection.num_classes):
-        mine = outcome.expert[dissection.label == c]
-        per_class.append(_shares(mine, experts) if len(mine) else None)
-    per_layer = [_shares(part, experts) for part in outcome.expert.split(list(dissection.widths), dim=1)]
-    return dict(per_class=per_class, per_layer=per_layer)
 
+    def shares(decisions: Tensor) -> list[float]:
+        return [float((decisions == n).double().mean()) for n in range(dissection.num_experts)]
 
-def _shares(decisions: Tensor, experts: Sequence[int]) -> list[float]:
-    return [float((decisions == n).double().mean()) for n in experts]
+    of_classes = [outcome.expert[dissection.label == c] for c in range(dissection.num_classes)]
+    return dict(
+        per_class=[shares(decisions) if len(decisions) else None for decisions in of_classes],
+        per_layer=[shares(decisions) for decisions in outcome.expert.split(list(dissection.widths), dim=1)],
+    )

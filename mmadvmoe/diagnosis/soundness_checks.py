@@ -43,6 +43,8 @@ class Check:
 
 def judge(measured: Measured) -> list[Check]:
     """Make all checks, in the order in which they are printed."""
+    surrogate = 'a substitute trained on its answers' if measured.substitute else 'the given surrogate'
+    transfer = f'PGD on {surrogate} (same prediction on {measured.agreement:.0f} % of the images)'
     return [
         _eps_zero(measured),
         _falls('eps_curve', 'RA falls as eps grows', 'eps', measured.eps_curve),
@@ -55,7 +57,7 @@ def judge(measured: Measured) -> list[Check]:
         _ascent(measured),
         _logit_scale(measured),
         _black_box(measured, 'noise', f'the best of {NOISE_DRAWS} random points of the ball'),
-        _black_box(measured, 'transfer', _surrogate_words(measured)),
+        _black_box(measured, 'transfer', transfer),
         _black_box(measured, 'square', 'Square'),
         _routes(measured),
     ]
@@ -135,13 +137,7 @@ def _logit_scale(m: Measured) -> Check:
         f'PGD with the route held: RA {m.unscaled:.1f}, and {m.rescaled:.1f} with the logits divided by their median '
         f'margin of {m.margin:.3g}'
     )
-    numbers = dict(margin=m.margin, ra=m.unscaled, rescaled=m.rescaled)
-    return _verdict('logit_scale', title, drop <= GAP, message, **numbers)
-
-
-def _surrogate_words(m: Measured) -> str:
-    which = 'a substitute trained on its answers' if m.substitute else 'the given surrogate'
-    return f'PGD on {which} (same prediction on {m.agreement:.0f} % of the images)'
+    return _verdict('logit_scale', title, drop <= GAP, message, margin=m.margin, ra=m.unscaled, rescaled=m.rescaled)
 
 
 def _black_box(m: Measured, name: str, words: str) -> Check:
@@ -154,8 +150,7 @@ def _black_box(m: Measured, name: str, words: str) -> Check:
     message = (
         f'RA {white:.1f} by white-box attacks, {black:.1f} by {words}, which fools {missed:.1f} % that they do not'
     )
-    numbers = dict(white_box=white, black_box=black, missed=missed)
-    return _verdict(name, title, missed <= GAP, message, **numbers)
+    return _verdict(name, title, missed <= GAP, message, white_box=white, black_box=black, missed=missed)
 
 
 def _routes(m: Measured) -> Check:

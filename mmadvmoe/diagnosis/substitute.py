@@ -21,22 +21,15 @@ _STEPS, _BATCH, _LEARNING_RATE = 120, 128, 2e-3
 _CHANNELS = 32
 
 
-class _Network(nn.Module):
+def _network(shape: torch.Size, num_classes: int) -> nn.Module:
     """Convolutions down to 8x8 or less, and a linear layer: (B, C, H, W) -> (B, K)."""
-
-    def __init__(self, shape: torch.Size, num_classes: int) -> None:
-        super().__init__()
-        channels, size = shape[0], min(shape[1:])
-        layers = [nn.Conv2d(channels, _CHANNELS, 3, 1, 1), nn.ReLU()]
-        while size > 8:
-            layers += [nn.Conv2d(_CHANNELS, _CHANNELS, 3, 2, 1), nn.ReLU()]
-            size = (size + 1) // 2
-        layers += [nn.Conv2d(_CHANNELS, 2 * _CHANNELS, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
-        self.features = nn.Sequential(*layers)
-        self.fc = nn.Linear(2 * _CHANNELS * 16, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x))
+    channels, size = shape[0], min(shape[1:])
+    layers = [nn.Conv2d(channels, _CHANNELS, 3, 1, 1), nn.ReLU()]
+    while size > 8:
+        layers += [nn.Conv2d(_CHANNELS, _CHANNELS, 3, 2, 1), nn.ReLU()]
+        size = (size + 1) // 2
+    layers += [nn.Conv2d(_CHANNELS, 2 * _CHANNELS, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(2 * _CHANNELS * 16, num_classes))
 
 
 def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: int = 0) -> tuple[Victim, float]:
@@ -54,7 +47,7 @@ def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: 
     """
     with preserve_rng_state():
         torch.manual_seed(seed)
-        network = _Network(images.shape[1:], victim.num_classes).to(images.device)
+        network = _network(images.shape[1:], victim.num_classes).to(images.device)
         substitute = Victim(network, num_classes=victim.num_classes)
         pool, answers = images, predict(victim, images)
         attack_cfg = ThreatModel(threat.norm, threat.eps, threat.eps / 2, _ATTACK_STEPS).attack('PGD')

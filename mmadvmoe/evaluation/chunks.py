@@ -22,8 +22,6 @@ from .outcomes import CLEAN, Outcome, RobustOutcomes
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
-#: ``report(name, outcomes of the chunk so far, seconds that this attack took, None where its outcome was on disk)``
-Report = Callable[[str, RobustOutcomes, Optional[float]], None]
 
 
 def chunk_seed(seed: int, attack: str, chunk_number: int) -> int:
@@ -40,7 +38,7 @@ def evaluate_chunk(
     seed: int = 0,
     survivors_only: Collection[str] = (),
     folder: Optional[OutcomeFolder] = None,
-    report: Optional[Report] = None,
+    report: Optional[Callable[[str, RobustOutcomes, Optional[float]], None]] = None,
 ) -> RobustOutcomes:
     """Classify one chunk of images without an attack and under each attack.
 
@@ -50,7 +48,8 @@ def evaluate_chunk(
         survivors_only: Names of the attacks that get only the images which are right so far, without an attack and
             under all attacks before. The others keep the outcome in which they went wrong first.
         folder: Where each outcome is kept as soon as it is known, and taken from if it is there.
-        report: Called after each attack.
+        report: Called after each attack, with its name, the outcomes so far, and the seconds it took (None where its
+            outcome was on disk).
 
     Raises:
         ValueError: A label is not a class, or an attack gives images that are not in [0, 1].

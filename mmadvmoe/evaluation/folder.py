@@ -23,7 +23,6 @@ FORMAT = 1
 RUN, PARTS, OUTCOMES, METRICS = 'run.json', 'parts', 'outcomes.jsonl', 'metrics.json'
 
 _MUST_AGREE = ('format', 'settings', 'versions')
-_SHOWN = 5
 
 
 class OutcomeFolder:
@@ -58,8 +57,8 @@ class OutcomeFolder:
             partial.unlink()
         results = [path for path in (self.path / METRICS, self.path / OUTCOMES) if path.exists()]
         results += sorted(self.path.glob(f'{PARTS}/*.pt'))
-        # As JSON would give it back.
-        run = json.loads(json.dumps(run))
+        # As JSON gives it back.
+        run = json.loads(json.dumps(run, default=_jsonable))
         before = _read_json(self.path / RUN)
         if not overwrite:
             if before is None and results:
@@ -78,9 +77,9 @@ class OutcomeFolder:
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differences = _differences(*({key: run.get(key) for key in _MUST_AGREE} for run in (before, now)))
         if differences:
-            more = f'; and {len(differences) - _SHOWN} more' if len(differences) > _SHOWN else ''
+            more = f'; and {len(differences) - 5} more' if len(differences) > 5 else ''
             raise ValueError(
-                f'{str(self.path)!r} holds the outcomes of another evaluation: {"; ".join(differences[:_SHOWN])}{more}'
+                f'{str(self.path)!r} holds the outcomes of another evaluation: {"; ".join(differences[:5])}{more}'
                 '. To go on with that one, start it with its own settings (they are in run.json); to delete its '
                 'outcomes and begin anew, overwrite it (--overwrite, or overwrite=True); to keep both, choose another '
                 'folder.'
@@ -209,6 +208,13 @@ def _differences(before: Any, now: Any, key: str = '') -> list[str]:
         return found
     there, here = ('not set' if value is None else json.dumps(value) for value in (before, now))
     return [] if before == now else [f'{key} is {there} there and {here} here']
+
+
+def _jsonable(value: Any) -> Any:
+    """A stand-in for what JSON cannot hold of a config."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.__name__ if isinstance(value, type) else repr(value)
 
 
 def _read_json(path: Path) -> Optional[dict]:

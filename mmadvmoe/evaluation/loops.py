@@ -17,7 +17,7 @@ from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import bare_model
 
 from .data import Chunk, unit_batch
-from .named_attacks import check_groups, held_name, with_route_attack
+from .named_attacks import check_groups, with_route_attack
 from .outcomes import CLEAN, as_data_samples
 from .run import RobustEvaluation
 
@@ -87,12 +87,7 @@ class _RobustLoop:
         return dict(dataloader, batch_size=chunk_size, sampler=sampler)
 
     def run(self) -> dict:
-        """Attack the whole data set and compute all metrics.
-
-        Returns:
-            Metrics under ``'clean/'``, under the name of each attack and of each group of ``worst_of``, and under
-            ``'worst/'``.
-        """
+        """Attack the whole data set, and compute all metrics as :func:`compute_metrics` names them."""
         call_hook = self.runner.call_hook
         call_hook(f'before_{self.mode}')
         call_hook(f'before_{self.mode}_epoch')
@@ -133,9 +128,7 @@ class RobustValLoop(_RobustLoop, ValLoop):
     state of training is left as it was.
 
     Args:
-        runner: The runner.
-        dataloader: Config of the data loader.
-        evaluator: Evaluator, or the config of its metrics.
+        runner, dataloader, evaluator: As in MMEngine's loops; the loader as a config.
         attacks: Config of each attack under its name; names may not be ``'clean'`` or ``'worst'``.
         chunk_size: Images attacked at a time by one process.
         seed: Seed of the attacks.
@@ -210,7 +203,7 @@ class RobustTestLoop(_RobustLoop, TestLoop):
             kwargs['survivors_only'] = list(attacks)
         elif add_route_attack:
             few = kwargs.get('survivors_only', ())
-            kwargs['survivors_only'] = [name for each in few for name in (each, held_name(each)) if name in attacks]
+            kwargs['survivors_only'] = [name for each in few for name in (each, f'{each}-held') if name in attacks]
         super().__init__(runner, dataloader, evaluator, attacks, **kwargs)
         if out_dir is not None:
             self.evaluation.keep_in(out_dir, overwrite)

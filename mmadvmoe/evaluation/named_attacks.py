@@ -31,7 +31,7 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
 
     Args:
         attacks: Config of each attack under the name that its metrics get.
-        victim: The model as the attacks see it.
+        victim: The model.
         key: Config key of ``attacks``, for errors.
 
     Raises:
@@ -58,8 +58,8 @@ def _check_configs(attacks: Mapping[str, Mapping], key: str) -> None:
         )
     if not attacks:
         raise ValueError(
-            f"{key} holds no attack. To measure accuracy without attacks, use MMEngine's loop "
-            "(dict(type='ValLoop') or dict(type='TestLoop'))."
+            f"{key} holds no attack. To measure accuracy without attacks, use MMEngine's loop (dict(type='ValLoop') or "
+            "dict(type='TestLoop'))."
         )
     for name, cfg in attacks.items():
         if name in (CLEAN, WORST) or not name or '/' in name:
@@ -138,10 +138,9 @@ def choose_attacks(
         elif is_standard_attack(name):
             chosen[name] = standard_attack(name, *_common_ball(name, known, eps, norm))
         else:
-            allowed = ', '.join((*known, *(each for each in STANDARD_ATTACKS if each not in known)))
-            raise ValueError(
-                f'there is no attack {name!r}' + (f' in norm {norm}' if cfg else '') + f'; allowed: {allowed}'
-            )
+            where = f' in norm {norm}' if cfg else ''
+            allowed = ', '.join(dict.fromkeys((*known, *STANDARD_ATTACKS)))
+            raise ValueError(f'there is no attack {name!r}{where}; allowed: {allowed}')
     return chosen
 
 
@@ -164,7 +163,12 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
     if not victim.num_routers:
         return attacks
     if placement_of(victim.classifier).one_route_per_image:
-        attacks = _with_held_routes(attacks)
+        both = {}
+        for name, cfg in attacks.items():
+            both[name] = cfg
+            if 'route' not in cfg and not getattr(attack_class(cfg['type']), 'own_routes', False):
+                both[f'{name}-held'] = dict(cfg, route='held')
+        attacks = both
     if any(map(moves_routes, attacks.values())):
         return attacks
     radii: dict[str, float] = {}
@@ -179,21 +183,6 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         suffix = '' if len(radii) == 1 else f'-{norm.lower()}'
         completed[f'routepgd50{suffix}'] = standard_attack('routepgd50', eps, norm)
     return completed | {name: attacks[name] for name in others}
-
-
-def _with_held_routes(attacks: Mapping[str, dict]) -> dict[str, dict]:
-    """Put behind each attack that does not choose routes by itself the same with the route held."""
-    both = {}
-    for name, cfg in attacks.items():
-        both[name] = cfg
-        if 'route' not in cfg and not getattr(attack_class(cfg['type']), 'own_routes', False):
-            both[held_name(name)] = dict(cfg, route='held')
-    return both
-
-
-def held_name(name: str) -> str:
-    """The name of an attack with the route held, beside the attack ``name``."""
-    return f'{name}-held'
 
 
 def _with_radius(cfg: dict, eps: float) -> dict:

@@ -118,12 +118,11 @@ class RobustEvaluation:
                 )
         except Exception:
             if self._folder is not None:
-                print_log(
-                    f'The outcomes until now are kept in {str(self._folder.path)!r}: the same evaluation started again '
-                    'goes on from there.',
-                    logger='current',
-                    level=logging.ERROR,
+                where = repr(str(self._folder.path))
+                message = (
+                    f'The outcomes until now are kept in {where}: the same evaluation started again goes on there.'
                 )
+                print_log(message, logger='current', level=logging.ERROR)
             raise
         self._parts.append(part)
         return part
@@ -148,13 +147,13 @@ class RobustEvaluation:
             sha256=model_digest(victim.classifier),
         )
         if model_cfg is not None:
-            model['config'] = _plain(model_cfg)
+            model['config'] = model_cfg
         settings = dict(
             model=model,
             data=dict(type=type(dataset).__name__, num_images=len(dataset)),
-            attacks=_plain(self._configs),
+            attacks=self._configs,
             survivors_only=list(self._survivors_only),
-            worst_of=_plain(self._worst_of),
+            worst_of=self._worst_of,
             chunk_size=self._chunk_size,
             seed=self._seed,
         )
@@ -179,17 +178,6 @@ def model_digest(model: nn.Module) -> str:
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """A config as JSON can hold it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, type):
-        return value.__name__
-    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
 
 
 class EvaluationProgress:
