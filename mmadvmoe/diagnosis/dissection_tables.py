@@ -44,7 +44,8 @@ def dissection_tables(report: Mapping) -> str:
     if report['routing'] is None:
         parts.append('This model is dense: it has no routers and experts to attack apart, so this is all there is.')
         return '\n\n'.join(parts)
-    return '\n\n'.join([*parts, _failures(report), _experts(report), _loads(report), _layers(report)])
+    parts += [_failures(report), _experts(report), _loads(report, 'class', 'per_class', report['class_names'])]
+    return '\n\n'.join([*parts, _loads(report, 'router', 'per_layer', report['routers'])])
 
 
 def _attacks(report: Mapping) -> str:
@@ -85,28 +86,16 @@ def _experts(report: Mapping) -> str:
     return f'Each expert on all images, attacked as a network of its own\n{text_table(["", "SA %", "RA %"], rows)}'
 
 
-def _loads(report: Mapping) -> str:
-    """Share of each expert per class, without an attack and under two."""
-    loads = [report['load'][key]['per_class'] for key in _LOADS]
-    rows = [[name, *_cells(shares)] for name, *shares in zip(report['class_names'], *loads) if None not in shares]
-    table = text_table(['class', *_columns(report)], rows)
-    return f'Load of the experts per class, in % of the decisions\n{table}'
-
-
-def _layers(report: Mapping) -> str:
-    """Share of each expert per router."""
-    loads = [report['load'][key]['per_layer'] for key in _LOADS]
-    table = text_table(
-        ['router', *_columns(report)], [[name, *_cells(shares)] for name, *shares in zip(report['routers'], *loads)]
-    )
-    return f'Load of the experts per router, in % of the decisions\n{table}'
-
-
-def _columns(report: Mapping) -> list[str]:
+def _loads(report: Mapping, of: str, key: str, names: Sequence[str]) -> str:
+    """Share of each expert per class or router, without an attack and under two."""
     experts = range(report['num_experts'])
     if len(experts) > _MOST_EXPERTS:
-        return [f'{words}: busiest' for words in _LOADS.values()]
-    return [f'{words}: {n}' if n == 0 else str(n) for words in _LOADS.values() for n in experts]
+        columns = [f'{words}: busiest' for words in _LOADS.values()]
+    else:
+        columns = [f'{words}: {n}' if n == 0 else str(n) for words in _LOADS.values() for n in experts]
+    loads = zip(names, *(report['load'][attack][key] for attack in _LOADS))
+    rows = [[name, *_cells(shares)] for name, *shares in loads if None not in shares]
+    return f'Load of the experts per {of}, in % of the decisions\n{text_table([of, *columns], rows)}'
 
 
 def _cells(loads: Sequence[Sequence[float]]) -> list[str]:

@@ -27,11 +27,9 @@ class Check:
     """One verdict.
 
     Attributes:
-        name: Its name in files.
-        title: The property that should hold.
+        name, title: Its name in files, and the property that should hold.
         status: ``'PASS'``, ``'WARN'``, or ``'SKIP'`` where there is nothing to check.
-        message: The numbers that decided, in words.
-        numbers: The same numbers.
+        message, numbers: The numbers that decided, in words and by name.
     """
 
     name: str
@@ -41,36 +39,40 @@ class Check:
     numbers: dict[str, float]
 
 
-def judge(measured: Measured) -> list[Check]:
+def judge(m: Measured) -> list[Check]:
     """Make all checks, in the order in which they are printed."""
-    surrogate = 'a substitute trained on its answers' if measured.substitute else 'the given surrogate'
-    transfer = f'PGD on {surrogate} (same prediction on {measured.agreement:.0f} % of the images)'
+    widest, usual, doubled = m.eps_curve[-1], *m.steps_curve[-2:]
+    ra_widest, ra_usual, ra_doubled = (percent(each.judge) for each in (widest, usual, doubled))
+    at_zero = f'SA is {m.sa:.1f}; attacks at eps 0 changed the outcome of {m.changed_at_zero} images'
+    at_most = f'in the ball of eps {widest.at:.4g}, which holds every image, RA is {ra_widest:.1f}'
+    twice = f'RA is {ra_usual:.1f} at {usual.at} steps and {ra_doubled:.1f} at {doubled.at}'
+    inside, outside = 'adversarial images are in the ball and in [0, 1]', max(m.outside, 0.0)
+    beyond = f'adversarial images are at most {outside:.1e} outside'
+    zero = f'{100 * m.zero_gradient:.1f} % of the images have a gradient of exactly zero'
+    uphill = f'a small step along the gradient gains more than random ones on {100 * m.ascent:.1f} % of the images'
+    surrogate = 'a substitute trained on its answers' if m.substitute else 'the given surrogate'
+    transfer = f'PGD on {surrogate} (same prediction on {m.agreement:.0f} % of the images)'
+    changed, drop, share = m.changed_at_zero, ra_usual - ra_doubled, m.zero_gradient
     return [
-        _eps_zero(measured),
-        _falls('eps_curve', 'RA falls as eps grows', 'eps', measured.eps_curve),
-        _large_eps(measured),
-        _falls('steps', 'more steps do not help the defender', 'steps', measured.steps_curve),
-        _falls('restarts', 'more restarts do not help the defender', 'restarts', measured.restarts_curve),
-        _converged(measured),
-        _inside(measured),
-        _zero_gradient(measured),
-        _ascent(measured),
-        _logit_scale(measured),
-        _black_box(measured, 'noise', f'the best of {NOISE_DRAWS} random points of the ball'),
-        _black_box(measured, 'transfer', transfer),
-        _black_box(measured, 'square', 'Square'),
-        _routes(measured),
+        _verdict('eps_zero', 'RA at eps 0 equals SA', changed == 0, at_zero, sa=m.sa, changed=changed),
+        _falls('eps_curve', 'RA falls as eps grows', 'eps', m.eps_curve),
+        _verdict('large_eps', 'RA reaches 0 at large eps', ra_widest <= CHANCE, at_most, eps=widest.at, ra=ra_widest),
+        _falls('steps', 'more steps do not help the defender', 'steps', m.steps_curve),
+        _falls('restarts', 'more restarts do not help the defender', 'restarts', m.restarts_curve),
+        _verdict('converged', 'twice the steps find nothing new', drop <= GAP, twice, drop=drop),
+        _verdict('inside', inside, m.outside <= ROUNDING, beyond, outside=m.outside),
+        _verdict('zero_gradient', 'images have a gradient', share <= ZERO_SHARE, zero, share=share),
+        _verdict('ascent', 'the gradient leads upwards', m.ascent >= ASCENT_SHARE, uphill, share=m.ascent),
+        _logit_scale(m),
+        _black_box(m, 'noise', f'the best of {NOISE_DRAWS} random points of the ball'),
+        _black_box(m, 'transfer', transfer),
+        _black_box(m, 'square', 'Square'),
+        _routes(m),
     ]
 
 
 def _verdict(name: str, title: str, good: bool, message: str, **numbers: float) -> Check:
     return Check(name, title, PASS if good else WARN, message, numbers)
-
-
-def _eps_zero(m: Measured) -> Check:
-    changed = m.changed_at_zero
-    message = f'SA is {m.sa:.1f}; attacks at eps 0 changed the outcome of {changed} images'
-    return _verdict('eps_zero', 'RA at eps 0 equals SA', changed == 0, message, sa=m.sa, changed=changed)
 
 
 def _falls(name: str, title: str, what: str, curve: Sequence[Point]) -> Check:
@@ -94,38 +96,6 @@ def _falls(name: str, title: str, what: str, curve: Sequence[Point]) -> Check:
             f'from {what} {before.at:.4g} to {after.at:.4g}, {attack} rises from {old:.1f} to {new:.1f}; {message}'
         )
     return _verdict(name, title, excess <= 0, message, **{'from': old, 'to': new})
-
-
-def _large_eps(m: Measured) -> Check:
-    last = m.eps_curve[-1]
-    ra = percent(last.judge)
-    message = f'in the ball of eps {last.at:.4g}, which holds every image, RA is {ra:.1f}'
-    return _verdict('large_eps', 'RA reaches 0 at large eps', ra <= CHANCE, message, eps=last.at, ra=ra)
-
-
-def _converged(m: Measured) -> Check:
-    usual, doubled = m.steps_curve[-2:]
-    drop = percent(usual.judge) - percent(doubled.judge)
-    message = f'RA is {percent(usual.judge):.1f} at {usual.at} steps and {percent(doubled.judge):.1f} at {doubled.at}'
-    return _verdict('converged', 'twice the steps find nothing new', drop <= GAP, message, drop=drop)
-
-
-def _inside(m: Measured) -> Check:
-    message = f'adversarial images are at most {max(m.outside, 0.0):.1e} outside'
-    good = m.outside <= ROUNDING
-    return _verdict('inside', 'adversarial images are in the ball and in [0, 1]', good, message, outside=m.outside)
-
-
-def _zero_gradient(m: Measured) -> Check:
-    message = f'{100 * m.zero_gradient:.1f} % of the images have a gradient of exactly zero'
-    good = m.zero_gradient <= ZERO_SHARE
-    return _verdict('zero_gradient', 'images have a gradient', good, message, share=m.zero_gradient)
-
-
-def _ascent(m: Measured) -> Check:
-    message = f'a small step along the gradient gains more than random ones on {100 * m.ascent:.1f} % of the images'
-    good = m.ascent >= ASCENT_SHARE
-    return _verdict('ascent', 'the gradient leads upwards', good, message, share=m.ascent)
 
 
 def _logit_scale(m: Measured) -> Check:

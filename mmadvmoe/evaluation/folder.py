@@ -136,8 +136,7 @@ class SavedEvaluation:
     """An output folder, as :func:`read_evaluation` reads it.
 
     Attributes:
-        settings: What was evaluated and how; see ``run.json`` in docs/evaluation.md.
-        versions: Of what the outcomes depend on.
+        settings, versions: See ``run.json`` in docs/evaluation.md.
         metrics: All metrics; None while the evaluation is unfinished.
         outcomes: The outcomes of all images, or of those that are done under all attacks.
     """

@@ -194,13 +194,11 @@ class EvaluationProgress:
     def __init__(
         self, names: Sequence[str], num_images: int, num_chunks: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._names = (CLEAN, *names)
         self._num_images = num_images
-        self._num_chunks = num_chunks
-        self._clock = clock
-        self._last = clock()
-        self._chunks = dict.fromkeys(self._names, 0)
-        self._seconds: dict[str, list[float]] = {name: [] for name in self._names}
+        self._clock, self._last = clock, clock()
+        self._chunks_left = dict.fromkeys((CLEAN, *names), num_chunks)
+        self._seconds: dict[str, list[float]] = {name: [] for name in self._chunks_left}
+        self._last_name = (CLEAN, *names)[-1]
         self._done = self._robust = 0
 
     def report(self, name: str, outcomes: RobustOutcomes, seconds: Optional[float]) -> None:
@@ -210,11 +208,11 @@ class EvaluationProgress:
             name, seconds: Of the attack, which took None where its outcome was on disk.
             outcomes: Those of the chunk so far.
         """
-        self._chunks[name] += 1
+        self._chunks_left[name] -= 1
         if seconds is not None:
             self._seconds[name].append(seconds)
         robust, size = int(outcomes.robust.sum()), len(outcomes.label)
-        if name == self._names[-1]:
+        if name == self._last_name:
             self._done += size
             self._robust += robust
         if self._done == self._num_images or self._clock() - self._last >= _INTERVAL:
@@ -223,20 +221,17 @@ class EvaluationProgress:
 
     def seconds_left(self) -> Optional[float]:
         """Estimate from the attacks on the chunks done; None while some attack has never run."""
-        left = 0.0
-        for name, seconds in self._seconds.items():
-            chunks = self._num_chunks - self._chunks[name]
-            if chunks and not seconds:
-                return None
-            left += chunks * sum(seconds) / max(len(seconds), 1)
-        return left
+        left = [(chunks, self._seconds[name]) for name, chunks in self._chunks_left.items() if chunks]
+        if not all(seconds for _, seconds in left):
+            return None
+        return sum((chunks * sum(seconds) / len(seconds) for chunks, seconds in left), 0.0)
 
     def _message(self, name: str, robust: int, size: int) -> str:
         share = f' of process 0 of {get_world_size()}' if get_world_size() > 1 else ''
         parts = [f'Robust evaluation: {self._done} of {self._num_images} images{share}']
         if self._done:
             parts.append(f'robust accuracy so far {100 * self._robust / self._done:.2f}')
-        if name != self._names[-1]:
+        if name != self._last_name:
             parts.append(f'in the next {size} images {robust} stand after {name!r}')
         left = self.seconds_left()
         if left:
