@@ -171,34 +171,29 @@ class Subject:
     header: Mapping
 
 
-def add_arguments(parser: argparse.ArgumentParser, num_images: int) -> None:
-    """Add the arguments that say what to analyse, with ``num_images`` as the default of ``--num-images``."""
+def parse_arguments(parser: argparse.ArgumentParser, num_images: int) -> argparse.Namespace:
+    """Parse the arguments of a tool and those that say what to analyse; refuse what cannot work.
+
+    Args:
+        parser: The parser, with the tool's own arguments.
+        num_images: Default of ``--num-images``.
+    """
     parser.add_argument('config', help='config file, with test_dataloader and test_cfg.attacks')
     parser.add_argument('checkpoint', help='checkpoint file or address')
-    parser.add_argument(
-        '--num-images',
-        type=int,
-        default=num_images,
-        metavar='M',
-        help='test images to attack, evenly spread over the test set [%(default)s, or all if there are fewer]',
-    )
-    parser.add_argument(
-        '--attack',
-        metavar='NAME',
-        help='attack of test_cfg.attacks whose norm, eps, alpha and steps are used [the first that has them]',
-    )
+    many = 'test images to attack, evenly spread over the test set [%(default)s, or all if there are fewer]'
+    parser.add_argument('--num-images', type=int, default=num_images, metavar='M', help=many)
+    which = 'attack of test_cfg.attacks whose norm, eps, alpha and steps are used [the first that has them]'
+    parser.add_argument('--attack', metavar='NAME', help=which)
     parser.add_argument('--seed', type=int, default=0, help='where random starts come from [%(default)s]')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='[%(default)s]')
     parser.add_argument('--out', metavar='FILE.json', help='file to write all numbers to')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything is loaded."""
+    args = parser.parse_args()
     if args.num_images < 1:
         parser.error(f'--num-images {args.num_images} must be at least 1')
     if args.out is not None and not args.out.endswith('.json'):
         parser.error(f'--out {args.out!r} must end in .json')
+    return args
 
 
 def load_subject(args: argparse.Namespace, kind: str) -> Subject:

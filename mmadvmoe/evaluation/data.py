@@ -115,14 +115,11 @@ def spread_images(
 
     Args:
         dataset: From :func:`as_dataset`.
-        data_preprocessor: That of the classifier, for packed samples.
+        data_preprocessor: The preprocessor of the classifier, for packed samples.
         count: How many, or all if there are fewer.
 
     Returns:
         Images (B, 3, H, W) in [0, 1] and labels (B,).
-
-    Raises:
-        ValueError: As :func:`read_chunks`.
     """
     count = min(count, len(dataset))
     indices = [number * len(dataset) // count for number in range(count)]

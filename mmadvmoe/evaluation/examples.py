@@ -56,9 +56,8 @@ class Examples:
 
         Images that are wrong without an attack come last, and only where there are too few others.
         """
-        fooled, robust, wrong = (
-            mask.nonzero().squeeze(1) for mask in (self.fooled, self.robust, self.before != self.label)
-        )
+        masks = (self.fooled, self.robust, self.before != self.label)
+        fooled, robust, wrong = (mask.nonzero().squeeze(1) for mask in masks)
         num_fooled = max(min(len(fooled), count // 2), min(count - len(robust), len(fooled)))
         rows = torch.cat([fooled[:num_fooled], robust[: count - num_fooled], wrong])
         return self.take(rows[:count])
@@ -70,7 +69,7 @@ def attack_examples(victim: Victim, attack: Attack, images: Tensor, labels: Tens
     Args:
         victim, attack: The model, and an attack as :func:`mmadvmoe.attacks.build_attack` makes it.
         images, labels: (B, 3, H, W) in [0, 1], and true classes, (B,) int64.
-        seed: Seed of the attack; the random state of the caller is left as it is.
+        seed: Seed of the attack.
     """
     adversarial = attack(images, labels, seed=seed)
     before, after = classify(victim, images, images), classify(victim, adversarial, images)

@@ -158,8 +158,7 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
     run = _read_json(path / RUN)
     if run is None:
         raise FileNotFoundError(f'{str(path)!r} holds no evaluation: there is no {RUN}')
-    names = (CLEAN, *run['settings']['attacks'])
-    folder = OutcomeFolder(path, names[1:])
+    folder, names = OutcomeFolder(path, list(run['settings']['attacks'])), (CLEAN, *run['settings']['attacks'])
     parts = []
     for file in sorted(path.glob(f'{PARTS}/*.00-{CLEAN}.pt')):
         clean = _read_part(file)

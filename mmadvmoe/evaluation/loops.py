@@ -65,9 +65,9 @@ class _RobustLoop:
         """Rewrite the config of a loader so that each of its batches is one chunk."""
         key = f'{self.mode}_dataloader'
         if not isinstance(dataloader, Mapping):
+            kind = type(dataloader).__name__
             raise TypeError(
-                f'{key} must be a config for robust evaluation, which brings its own sampler, but got a '
-                f'{type(dataloader).__name__}.'
+                f'{key} must be a config for robust evaluation, which brings its own sampler, not a {kind}.'
             )
         if dataloader.get('drop_last'):
             raise ValueError(f'{key}.drop_last=True leaves images out of the result; remove it.')

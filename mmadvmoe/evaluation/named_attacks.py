@@ -115,14 +115,12 @@ def choose_attacks(
     Args:
         names: The names, in the order in which they are to run.
         known: Configs of attacks under their names. One whose norm is not ``norm`` is not taken.
-        eps: Radius; of a known attack it takes the place of its own, and the step size goes with it. Defaults to
-            that of the known attacks.
-        norm: Norm of the ball. Defaults to that of the known attacks, or else ``'Linf'``.
+        eps: Radius, in place of those of known attacks (the step size goes with it). Defaults to theirs.
+        norm: Norm of the ball. Defaults to that of the known attacks, else ``'Linf'``.
 
     Raises:
         TypeError: ``names`` is not a list of names.
-        ValueError: A name is neither known nor standard or occurs twice, or the known attacks have no radius in common
-            and ``eps`` is not given.
+        ValueError: A name is unknown or occurs twice, or there is no ``eps`` and known attacks have none in common.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f'attacks={names!r} must be a list of names, or map names to configs of attacks')
@@ -153,10 +151,7 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
     the same with ``route='held'``; with a route for each layer or token, nearly every image has a route of its own and
     would have to be attacked by itself, so there the held route is left to ``RoutePGD``.
 
-    Nothing is added for a model without routers.
-
-    Raises:
-        TypeError, ValueError: As :func:`build_attacks`.
+    Nothing is added for a model without routers. Raises as :func:`build_attacks`.
     """
     _check_configs(attacks, key)
     attacks = {name: dict(cfg) for name, cfg in attacks.items()}

@@ -183,12 +183,7 @@ def model_digest(model: nn.Module) -> str:
 class EvaluationProgress:
     """Log images done, robust accuracy so far and time left, every few seconds and at the end.
 
-    Of several processes the first one logs, and what it says is about its own share of the images.
-
-    Args:
-        names: The names of the attacks.
-        num_images, num_chunks: Of this process.
-        clock: Where the time comes from, in seconds.
+    Of several processes the first one logs, about its own share of images and chunks. ``clock`` gives seconds.
     """
 
     def __init__(
