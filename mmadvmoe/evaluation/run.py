@@ -120,7 +120,7 @@ class RobustEvaluation:
             if self._folder is not None:
                 where = repr(str(self._folder.path))
                 message = (
-                    f'The outcomes until now are kept in {where}: the same evaluation started again goes on there.'
+                    f'The outcomes until now are kept in {where}: the same evaluation started again goes on from there.'
                 )
                 print_log(message, logger='current', level=logging.ERROR)
             raise
