@@ -20,7 +20,7 @@ import mmadvmoe  # noqa: F401  # registers the components
 from mmadvmoe.attacks import NormalizedClassifier, Victim
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.evaluation import CLEAN, WORST, RobustOutcomes
-from mmadvmoe.evaluation.data import Data, as_dataset, unit_chunks
+from mmadvmoe.evaluation.data import Data, as_dataset, read_chunks
 from mmadvmoe.evaluation.named_attacks import choose_attacks, with_route_attack
 from mmadvmoe.evaluation.run import RobustEvaluation
 from mmadvmoe.runtime.preflight import check_data
@@ -186,7 +186,7 @@ def evaluate_robustness(
     sampler = ChunkSampler(dataset, chunk_size)
     with preserve_rng_state():
         evaluation.begin(sampler)
-        for index, images, labels in unit_chunks(dataset, sampler, victim):
-            evaluation.evaluate(index, images, labels)
+        for chunk in read_chunks(dataset, sampler, victim):
+            evaluation.evaluate(chunk)
         metrics = evaluation.finish(Evaluator(Accuracy()))
     return RobustnessResult(metrics, evaluation.outcomes)

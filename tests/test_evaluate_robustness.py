@@ -271,7 +271,7 @@ BAD = {
     'L2 eps of 0..255': (
         dict(attacks=dict(pgd=dict(type='PGDL2', eps=128))),
         ValueError,
-        r"attack 'pgd': eps=128 in L2 is above 13\.86, .* write eps=128 / 255",
+        r"attack 'pgd': eps=128 in L2 is above 13\.86, .*; .* write eps=128 / 255",
     ),
     'images of 0..255': (
         dict(data=(torch.full((4, 3, 8, 8), 200.0), torch.zeros(4, dtype=torch.int64))),

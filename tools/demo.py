@@ -20,8 +20,7 @@ from mmengine.config import Config
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.evaluation import attack_examples
-from mmadvmoe.evaluation.data import as_dataset
-from mmadvmoe.evaluation.robust_evaluation import spread_images
+from mmadvmoe.evaluation.data import as_dataset, spread_images
 from mmadvmoe.runtime.launch import complete_loaders
 from mmadvmoe.visualization import draw_image_grid, save_png
 

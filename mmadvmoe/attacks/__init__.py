@@ -1,7 +1,7 @@
 """How a model is attacked."""
 
 from .autoattack import APGD, APGDT, AutoAttack
-from .builder import BoundAttack, NonFiniteImagesError, build_attack
+from .builder import BoundAttack, NonFiniteImagesError, attack_class, build_attack
 from .library import JSMA, register_torchattacks
 from .model import NormalizedClassifier
 from .pgd import PGD
@@ -32,6 +32,7 @@ __all__ = [
     'RouterAttack',
     'TRADESAttack',
     'Victim',
+    'attack_class',
     'attack_norm',
     'build_attack',
     'is_standard_attack',

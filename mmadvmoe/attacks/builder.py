@@ -68,7 +68,9 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
     if 'type' not in arguments:
         raise ValueError(f"attack={dict(cfg)} has no type; for example type='PGD'")
     victim = model if isinstance(model, Victim) else Victim(model)
-    name, cls = _attack_class(arguments.pop('type'))
+    kind = arguments.pop('type')
+    cls = attack_class(kind)
+    name = kind.split('.')[-1] if isinstance(kind, str) else cls.__name__
     parameters = dict(inspect.signature(cls).parameters)
     parameters.pop('model', None)
     hold_routes = _takes_held_routes(name, arguments, parameters, cls) and victim.num_routers > 0
@@ -93,13 +95,19 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
     )
 
 
-def _attack_class(kind: Any) -> tuple[str, type]:
+def attack_class(kind: Union[str, type]) -> type[Attack]:
+    """The class of an attack, by its name in ``ATTACKS`` or itself.
+
+    Raises:
+        TypeError: It is no attack.
+        ValueError: There is no attack of that name.
+    """
     cls = ATTACKS.get(kind) if isinstance(kind, str) else kind
     if cls is None:
         choose(kind, sorted(ATTACKS.module_dict), 'attack type')
     if not (isinstance(cls, type) and issubclass(cls, Attack)):
         raise TypeError(f'attack type={kind!r} must be a subclass of torchattacks.attack.Attack')
-    return kind.split('.')[-1] if isinstance(kind, str) else cls.__name__, cls
+    return cls
 
 
 def _takes_held_routes(name: str, arguments: dict, parameters: Mapping, cls: type) -> bool:

@@ -1,5 +1,7 @@
 """Why a mixture of experts fails under attack: attack the whole of it, its routers alone, its experts alone.
 
+:func:`dissect` attacks; :func:`summarize` counts: accuracies in percent, shares in [0, 1], and numbers of images.
+
 Dimension letters: B images, K classes, N experts, L routers, D decisions of the routers for one image.
 """
 
@@ -14,15 +16,14 @@ from torch import Tensor
 from mmadvmoe.attacks import Pathway, Victim, build_attack
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 
-from .threat_model import ThreatModel
-from .trials import Images
+from .subject import Images, ThreatModel, percent
 
 END_TO_END = 'end_to_end'
 
 
 @dataclass(frozen=True, eq=False)
 class Dissection:
-    """What became of B images under attacks on the parts of a model.
+    """The outcomes of B images under attacks on the parts of a model.
 
     Attributes:
         label: True classes, (B,) int64.
@@ -57,8 +58,7 @@ def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
 
     Args:
         victim: The model, a mixture with any level of routing, or a dense one.
-        data: The images.
-        threat: Ball and steps of all attacks.
+        data, threat: The images, and ball and steps of all attacks.
 
     Raises:
         RuntimeError: An attack fails.
@@ -92,7 +92,7 @@ def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
 
 
 def worse_of(clean: Outcome, first: Outcome, second: Outcome, label: Tensor) -> Outcome:
-    """Of each image the outcome that is worse for the model.
+    """Choose for each image the outcome that is worse for the model.
 
     That is the one in which it is wrong. If it is wrong in both, the one in which the route is the clean one, for then
     it was not the route that failed; if it is right in both, the one in which the route changed.
@@ -103,3 +103,90 @@ def worse_of(clean: Outcome, first: Outcome, second: Outcome, label: Tensor) -> 
         changed = (outcome.expert != clean.expert).any(dim=1)
         damage.append(2 * wrong.int() + (wrong ^ changed).int())
     return second.where(damage[1] > damage[0], first)
+
+
+def summarize(dissection: Dissection) -> dict:
+    """Put everything that a dissection shows into numbers that JSON can hold.
+
+    Returns:
+        ``sa``; ``attacks`` with the :func:`attack_summary` of each; ``failures``, see :func:`failures`; for each of
+        the ``experts`` its ``sa`` and ``ra`` when it computes all images, and those of the ``best_expert`` of each
+        image; ``load`` with the :func:`expert_load` without an attack and under each.
+    """
+    outcomes, label = dissection.outcomes, dissection.label
+    clean = outcomes[CLEAN]
+    is_moe = bool(dissection.widths)
+    right = [[outcome.prediction == label for outcome in pair] for pair in dissection.pathways]
+    # An expert that is wrong without an attack is no answer to one.
+    right = [(before, before & after) for before, after in right]
+    best = [percent(torch.stack(masks).any(dim=0)) for masks in zip(*right)]
+    return dict(
+        sa=percent(clean.prediction == label),
+        attacks={name: attack_summary(clean, o, label) for name, o in outcomes.items() if name != CLEAN},
+        failures=failures(dissection) if is_moe else None,
+        experts=[dict(expert=n, sa=percent(before), ra=percent(both)) for n, (before, both) in enumerate(right)],
+        best_expert=dict(zip(('sa', 'ra'), best)) if is_moe else None,
+        # With the route frozen the load is that without an attack.
+        load={name: expert_load(dissection, o) for name, o in outcomes.items() if name != 'experts'} if is_moe else {},
+    )
+
+
+def attack_summary(clean: Outcome, attacked: Outcome, label: Tensor) -> dict:
+    """Count what one attack did.
+
+    Returns:
+        ``ra``: right without the attack and under it, in percent of all images. ``route_changed``: share of all images
+        with any decision changed. ``decisions_changed``: share of all decisions. ``table``: over the images that are
+        right without the attack, ``table[route][prediction]`` images whose route was ``'kept'`` or ``'changed'`` and
+        whose prediction was ``'kept'`` or ``'flipped'``.
+    """
+    right = clean.prediction == label
+    robust = right & (attacked.prediction == label)
+    decisions = attacked.expert != clean.expert
+    changed = decisions.any(dim=1)
+
+    def row(among: Tensor) -> dict[str, int]:
+        return dict(kept=int((among & robust).sum()), flipped=int((among & right & ~robust).sum()))
+
+    return dict(
+        ra=percent(robust),
+        route_changed=float(changed.double().mean()),
+        decisions_changed=float(decisions.double().mean()) if decisions.numel() else 0.0,
+        table=dict(kept=row(~changed), changed=row(changed)),
+    )
+
+
+def failures(dissection: Dissection) -> dict[str, int]:
+    """Count who fails: of the images that are right without an attack, how many ...
+
+    Returns:
+        ``standing``: are right end to end. ``experts``: are not, and fell to an attack that left the route as it was,
+        on the whole model or with the route frozen. ``router``: fell only to attacks that changed the route.
+    """
+    label, outcomes = dissection.label, dissection.outcomes
+    right, whole, frozen = (outcomes[name].prediction == label for name in (CLEAN, END_TO_END, 'experts'))
+    kept = (outcomes[END_TO_END].expert == outcomes[CLEAN].expert).all(dim=1)
+    fooled, by_experts = right & ~whole, ~frozen | kept
+    return dict(
+        standing=int((right & whole).sum()),
+        experts=int((fooled & by_experts).sum()),
+        router=int((fooled & ~by_experts).sum()),
+    )
+
+
+def expert_load(dissection: Dissection, outcome: Outcome) -> dict[str, list]:
+    """Measure how experts share the decisions.
+
+    Returns:
+        ``per_class``: for each of the K classes, N shares of the decisions for its images that sum to 1; None for a
+        class without images. ``per_layer``: for each of the L routers, N shares of its decisions.
+    """
+
+    def shares(decisions: Tensor) -> list[float]:
+        return [float((decisions == n).double().mean()) for n in range(dissection.num_experts)]
+
+    of_classes = [outcome.expert[dissection.label == c] for c in range(dissection.num_classes)]
+    return dict(
+        per_class=[shares(decisions) if len(decisions) else None for decisions in of_classes],
+        per_layer=[shares(decisions) for decisions in outcome.expert.split(list(dissection.widths), dim=1)],
+    )

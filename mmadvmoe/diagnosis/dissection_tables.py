@@ -21,14 +21,11 @@ _MOST_EXPERTS = 4
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need to be; the first one flush left, the others flush right."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = [
-        '  '.join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
-        ).rstrip()
-        for line in lines
-    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    text = []
+    for first, *others in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        text.append('  '.join([first.ljust(widths[0]), *cells]).rstrip())
     return '\n'.join([text[0], '-' * max(map(len, text)), *text[1:]])
 
 
@@ -42,16 +39,13 @@ def threat_text(report: Mapping) -> str:
 
 
 def dissection_tables(report: Mapping) -> str:
-    """All tables of a dissection.
-
-    Args:
-        report: As :func:`~mmadvmoe.diagnosis.dissection_summary.summarize` gives it, with the header of the tool.
-    """
+    """All tables of a dissection: of :func:`~mmadvmoe.diagnosis.dissection.summarize`, and the header of its file."""
     parts = [f'{report["config"]}: {threat_text(report)}\nSA {report["sa"]:.1f} %', _attacks(report)]
     if report['routing'] is None:
         parts.append('This model is dense: it has no routers and experts to attack apart, so this is all there is.')
         return '\n\n'.join(parts)
-    return '\n\n'.join([*parts, _failures(report), _experts(report), _loads(report), _layers(report)])
+    parts += [_failures(report), _experts(report), _loads(report, 'class', 'per_class', report['class_names'])]
+    return '\n\n'.join([*parts, _loads(report, 'router', 'per_layer', report['routers'])])
 
 
 def _attacks(report: Mapping) -> str:
@@ -92,30 +86,16 @@ def _experts(report: Mapping) -> str:
     return f'Each expert on all images, attacked as a network of its own\n{text_table(["", "SA %", "RA %"], rows)}'
 
 
-def _loads(report: Mapping) -> str:
-    """Share of each expert per class, without an attack and under two."""
-    rows = []
-    for c, name in enumerate(report['class_names']):
-        loads = [report['load'][key]['per_class'][c] for key in _LOADS]
-        if None not in loads:
-            rows.append([name, *_cells(loads)])
-    table = text_table(['class', *_columns(report, _LOADS)], rows)
-    return f'Load of the experts per class, in % of the decisions\n{table}'
-
-
-def _layers(report: Mapping) -> str:
-    """Share of each expert per router."""
-    loads = zip(*(report['load'][key]['per_layer'] for key in _LOADS))
-    rows = [[name, *_cells(of_router)] for name, of_router in zip(report['routers'], loads)]
-    table = text_table(['router', *_columns(report, _LOADS)], rows)
-    return f'Load of the experts per router, in % of the decisions\n{table}'
-
-
-def _columns(report: Mapping, loads: Mapping[str, str]) -> list[str]:
+def _loads(report: Mapping, of: str, key: str, names: Sequence[str]) -> str:
+    """Share of each expert per class or router, without an attack and under two."""
     experts = range(report['num_experts'])
     if len(experts) > _MOST_EXPERTS:
-        return [f'{words}: busiest' for words in loads.values()]
-    return [f'{words}: {n}' if n == 0 else str(n) for words in loads.values() for n in experts]
+        columns = [f'{words}: busiest' for words in _LOADS.values()]
+    else:
+        columns = [f'{words}: {n}' if n == 0 else str(n) for words in _LOADS.values() for n in experts]
+    loads = zip(names, *(report['load'][attack][key] for attack in _LOADS))
+    rows = [[name, *_cells(shares)] for name, *shares in loads if None not in shares]
+    return f'Load of the experts per {of}, in % of the decisions\n{text_table([of, *columns], rows)}'
 
 
 def _cells(loads: Sequence[Sequence[float]]) -> list[str]:

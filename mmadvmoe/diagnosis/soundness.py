@@ -1,7 +1,7 @@
-"""Whether a robust accuracy can be believed: what attacks of all kinds find, to be held against each other.
+"""Measure what attacks of all kinds find, to be held against each other: can a robust accuracy be believed?
 
-After Carlini et al., On evaluating adversarial robustness, arXiv:1902.06705, and Croce & Hein,
-arXiv:2003.01690. This file measures; :mod:`mmadvmoe.diagnosis.soundness_checks` judges.
+After Carlini et al., On evaluating adversarial robustness, arXiv:1902.06705, and Croce & Hein, arXiv:2003.01690. This
+file measures; :mod:`mmadvmoe.diagnosis.soundness_checks` judges.
 
 Dimension letters: B images, K classes.
 """
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmadvmoe.attacks import ForcedRoutePGD, Rescaled, Victim, build_attack
 from mmadvmoe.attacks import steps as ball
+from mmadvmoe.runtime.seeding import preserve_rng_state
 
-from .gradient_checks import ascents, gradients, median_margin
+from .subject import Images, ThreatModel, percent
 from .substitute import predict, train_substitute
-from .threat_model import ThreatModel
-from .trials import Images, percent, seeded
 
 #: Radii at which robust accuracy is measured, in units of eps; the ball that holds every image comes on top.
 EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -31,6 +31,8 @@ RESTARTS = 4
 SQUARE_NORMS = ('Linf', 'L2')
 #: Random points of each ball that count as one attack.
 NOISE_DRAWS = 20
+#: Length of the step that is tried along the gradient, as a part of eps, and the random directions it is compared with.
+_STEP, _DIRECTIONS = 0.05, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +41,8 @@ class Point:
 
     Attributes:
         at: eps, steps or restarts.
-        gate: Images that stand under plain PGD, (B,) bool.
-        judge: Images that stand under RoutePGD, which on a dense model is PGD, (B,) bool.
+        gate: Images that are robust under plain PGD, (B,) bool.
+        judge: Images that are robust under RoutePGD, which on a dense model is PGD, (B,) bool.
     """
 
     at: float
@@ -50,14 +52,14 @@ class Point:
 
 @dataclass(eq=False)
 class Measured:
-    """What attacks found. Robust accuracies count images that are right without an attack and under it, in percent.
+    """The findings of attacks. An image is robust if it is right without an attack and under it; RA is in percent.
 
     Attributes:
         sa: Standard accuracy, in percent.
-        stands: Under the name of each attack at the threat model, the images that stand, (B,) bool: ``'gate'`` (PGD
-            on the model as it is), ``'noise'``, ``'transfer'`` and, where it exists, ``'square'``; of a mixture also
-            ``'held'``, ``'forced_<n>'`` and ``'route_pgd'``.
         is_moe: Whether the model is a mixture.
+        robust: Under the name of each attack at the threat model, the robust images, (B,) bool: ``'gate'`` (PGD on the
+            model as it is), ``'noise'``, ``'transfer'`` and, where it exists, ``'square'``; of a mixture also
+            ``'held'``, ``'forced_<n>'`` and ``'route_pgd'``.
         eps_curve, steps_curve, restarts_curve: Points in ascending order, the first two from the same random starts.
             Restarts are of plain PGD.
         changed_at_zero: Predictions that attacks at eps 0 changed.
@@ -73,7 +75,7 @@ class Measured:
 
     sa: float
     is_moe: bool
-    stands: dict[str, Tensor] = field(default_factory=dict)
+    robust: dict[str, Tensor] = field(default_factory=dict)
     eps_curve: list[Point] = field(default_factory=list)
     steps_curve: list[Point] = field(default_factory=list)
     restarts_curve: list[Point] = field(default_factory=list)
@@ -89,16 +91,16 @@ class Measured:
 
     def ra(self, *names: str) -> float:
         """RA in the worst case over some attacks, in percent."""
-        return percent(torch.stack([self.stands[name] for name in names]).all(dim=0))
+        return percent(torch.stack([self.robust[name] for name in names]).all(dim=0))
 
     @property
     def white_box(self) -> list[str]:
         """Names of the attacks that use the gradient of the model itself."""
-        return [name for name in self.stands if name not in ('square', 'noise', 'transfer')]
+        return [name for name in self.robust if name not in ('square', 'noise', 'transfer')]
 
 
 class _Bench:
-    """Runs attacks on one model, and notes how far outside the threat model they went."""
+    """One model under attacks; notes how far outside the threat model they went."""
 
     def __init__(self, victim: Victim, data: Images) -> None:
         self.victim, self.data = victim, data
@@ -110,40 +112,33 @@ class _Bench:
     def attack(
         self, name: str, threat: ThreatModel, kind: Any = 'PGD', model: Optional[Victim] = None, **others: Any
     ) -> Tensor:
-        """Adversarial images of an attack on the model, or on another one; one kind has the same random starts."""
+        """Find the images (B,) that are robust under an attack on ``model``; one kind has the same random starts."""
+        return self.robust(self.adversarial(name, threat, kind, model, **others), threat)
+
+    def adversarial(self, name: str, threat: ThreatModel, kind: Any, model: Optional[Victim], **others: Any) -> Tensor:
+        """The images that an attack makes; see :meth:`attack`."""
         attack = build_attack(threat.attack(kind, **others), model or self.victim)
-        draw = kind if isinstance(kind, str) else kind.__name__
-        return self.made(self.data.attacked(name, attack, draw), threat)
+        return self.data.attacked(name, attack, kind if isinstance(kind, str) else kind.__name__)
 
-    def made(self, adversarial: Tensor, threat: ThreatModel) -> Tensor:
-        """Note how far ``adversarial`` goes beyond the threat model, and give it back."""
-        beyond = [
-            threat.distance(adversarial, self.data.images).max() - threat.eps,
-            -adversarial.min(),
-            adversarial.max() - 1,
-        ]
-        self.outside = max(self.outside, *map(float, beyond))
-        return adversarial
+    def robust(self, adversarial: Tensor, threat: ThreatModel, frozen: bool = False) -> Tensor:
+        """Find the images that are right without an attack and right in ``adversarial``, (B,) bool.
 
-    def stands(self, adversarial: Tensor, frozen: bool = False) -> Tensor:
-        """Images that are right without an attack and right in ``adversarial``, (B,) bool."""
+        How far these go beyond the threat model is noted. ``frozen`` predicts with the routes of the clean images.
+        """
+        distance = threat.distance(adversarial, self.data.images).max() - threat.eps
+        self.outside = max(self.outside, *map(float, (distance, -adversarial.min(), adversarial.max() - 1)))
         outcome = self.data.classified(self.victim, adversarial, 'an attack', self.route if frozen else None)
         return self.right & (outcome.prediction.to(self.right.device) == self.data.labels)
 
 
 def measure(
-    victim: Victim,
-    data: Images,
-    threat: ThreatModel,
-    surrogate: Optional[Victim] = None,
-    num_queries: int = 1000,
+    victim: Victim, data: Images, threat: ThreatModel, surrogate: Optional[Victim] = None, num_queries: int = 1000
 ) -> Measured:
     """Attack a model in all the ways that the checks compare.
 
     Args:
         victim: The model, a mixture with any level of routing, or a dense one.
-        data: The images.
-        threat: The threat model in which robust accuracy is claimed.
+        data, threat: The images, and the threat model in which robust accuracy is claimed.
         surrogate: Model to make transferred adversarial images on. Defaults to one that is trained on the answers
             of ``victim``, see :func:`~mmadvmoe.diagnosis.substitute.train_substitute`.
         num_queries: Queries of Square for each image.
@@ -154,7 +149,6 @@ def measure(
     """
     bench = _Bench(victim, data)
     measured = Measured(percent(bench.right), victim.num_routers > 0)
-    _measure_at_zero(bench, threat, measured)
     _measure_white_box(bench, threat, measured)
     _measure_curves(bench, threat, measured)
     _measure_gradients(bench, threat, measured)
@@ -163,32 +157,28 @@ def measure(
     return measured
 
 
-def _measure_at_zero(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
+def _measure_white_box(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
     nothing = replace(threat.scaled(0.0), steps=2)
     for kind in ('PGD', 'RoutePGD') if measured.is_moe else ('PGD',):
-        stands = bench.stands(bench.attack(f'{kind} at eps 0', nothing, kind))
-        measured.changed_at_zero += int((stands != bench.right).sum())
-
-
-def _measure_white_box(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
-    measured.stands['gate'] = bench.stands(bench.attack('PGD', threat))
+        robust = bench.attack(f'{kind} at eps 0', nothing, kind)
+        measured.changed_at_zero += int((robust != bench.right).sum())
+    measured.robust['gate'] = bench.attack('PGD', threat)
     if not measured.is_moe:
         return
-    measured.stands['held'] = bench.stands(bench.attack('PGD, route held', threat, route='held'))
+    measured.robust['held'] = bench.attack('PGD, route held', threat, route='held')
     for n in range(bench.victim.num_experts):
-        adversarial = bench.attack(f'PGD, route {n} forced', threat, ForcedRoutePGD, expert=n)
-        measured.stands[f'forced_{n}'] = bench.stands(adversarial)
-    measured.stands['route_pgd'] = bench.stands(bench.attack('RoutePGD', threat, 'RoutePGD'))
+        measured.robust[f'forced_{n}'] = bench.attack(f'PGD, route {n} forced', threat, ForcedRoutePGD, expert=n)
+    measured.robust['route_pgd'] = bench.attack('RoutePGD', threat, 'RoutePGD')
 
 
 def _measure_curves(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
-    def point(at: float, where: str, ball_at: ThreatModel) -> Point:
-        gate = bench.stands(bench.attack(f'PGD at {where}', ball_at))
-        judge = bench.stands(bench.attack(f'RoutePGD at {where}', ball_at, 'RoutePGD')) if measured.is_moe else gate
+    def point(at: float, where: str, threat_there: ThreatModel) -> Point:
+        gate = bench.attack(f'PGD at {where}', threat_there)
+        judge = bench.attack(f'RoutePGD at {where}', threat_there, 'RoutePGD') if measured.is_moe else gate
         return Point(at, gate, judge)
 
-    gate = measured.stands['gate']
-    judge = measured.stands.get('route_pgd', gate)
+    gate = measured.robust['gate']
+    judge = measured.robust.get('route_pgd', gate)
     everything = threat.everything(bench.data.images.shape[1:])
     radii = {factor * threat.eps for factor in EPS_FACTORS if factor * threat.eps < everything} | {everything}
     measured.eps_curve = [Point(0.0, bench.right, bench.right), Point(threat.eps, gate, judge)]
@@ -199,8 +189,8 @@ def _measure_curves(bench: _Bench, threat: ThreatModel, measured: Measured) -> N
         measured.steps_curve.append(point(steps, f'{steps} steps', replace(threat, steps=steps)))
     for curve in (measured.eps_curve, measured.steps_curve):
         curve.sort(key=lambda each: each.at)
-    stands = bench.stands(bench.attack(f'PGD with {RESTARTS} restarts', threat, restarts=RESTARTS))
-    measured.restarts_curve = [Point(1, gate, gate), Point(RESTARTS, stands, stands)]
+    restarted = bench.attack(f'PGD with {RESTARTS} restarts', threat, restarts=RESTARTS)
+    measured.restarts_curve = [Point(1, gate, gate), Point(RESTARTS, restarted, restarted)]
 
 
 def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
@@ -210,47 +200,105 @@ def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -
     # Of images that are wrong as they are, nothing is left to gain.
     gains = (along > best.clamp(min=0))[bench.right]
     measured.ascent = float(gains.double().mean()) if len(gains) else 1.0
-    measured.margin = median_margin(bench.logits)
-    if measured.margin > 0:
-        rescaled = Rescaled(bench.victim, measured.margin)
-        as_is = bench.attack('PGD, logits as they are', threat, route='held')
-        measured.unscaled = percent(bench.stands(as_is, frozen=True))
-        adversarial = bench.attack('PGD, logits rescaled', threat, model=rescaled, route='held')
-        measured.rescaled = percent(bench.stands(adversarial, frozen=True))
+    first, second = bench.logits.topk(2, dim=1).values.unbind(1)
+    measured.margin = float((first - second).median())
+    if measured.margin <= 0:
+        return
+
+    def frozen_ra(name: str, model: Optional[Victim]) -> float:
+        adversarial = bench.adversarial(name, threat, 'PGD', model, route='held')
+        return percent(bench.robust(adversarial, threat, frozen=True))
+
+    measured.unscaled = frozen_ra('PGD, logits as they are', None)
+    measured.rescaled = frozen_ra('PGD, logits rescaled', Rescaled(bench.victim, measured.margin))
 
 
 def _measure_black_box(
     bench: _Bench, threat: ThreatModel, measured: Measured, surrogate: Optional[Victim], num_queries: int
 ) -> None:
     data = bench.data
-    measured.stands['noise'] = _noise(bench, threat)
+    measured.robust['noise'] = _noise(bench, threat)
     measured.substitute = surrogate is None
     if surrogate is None:
         surrogate, measured.agreement = train_substitute(bench.victim, data.images, threat, data.seed)
     else:
-        same = predict(surrogate, data.images) == predict(bench.victim, data.images)
-        measured.agreement = percent(same)
-    measured.stands['transfer'] = bench.stands(bench.attack('PGD on the surrogate', threat, model=surrogate))
-    if threat.norm not in SQUARE_NORMS:
-        return
-    square = build_attack(dict(type='Square', norm=threat.norm, eps=threat.eps, n_queries=num_queries), bench.victim)
-    adversarial = data.attacked(f'Square, {num_queries} queries', square)
-    measured.stands['square'] = bench.stands(bench.made(adversarial, threat))
+        measured.agreement = percent(predict(surrogate, data.images) == predict(bench.victim, data.images))
+    measured.robust['transfer'] = bench.attack('PGD on the surrogate', threat, model=surrogate)
+    if threat.norm in SQUARE_NORMS:
+        cfg = dict(type='Square', norm=threat.norm, eps=threat.eps, n_queries=num_queries)
+        adversarial = data.attacked(f'Square, {num_queries} queries', build_attack(cfg, bench.victim))
+        measured.robust['square'] = bench.robust(adversarial, threat)
 
 
 def _noise(bench: _Bench, threat: ThreatModel) -> Tensor:
-    """Images that stand at some random points of the ball, (B,) bool."""
-    images, stands = bench.data.images, bench.right
-    with seeded(images.device, bench.data.seed):
+    """Find the images that are right at some random points of the ball, (B,) bool."""
+    robust = bench.right
+    with preserve_rng_state():
+        torch.manual_seed(bench.data.seed)
         for _ in range(NOISE_DRAWS):
-            points = bench.made(ball.random_start(images, threat.eps, threat.norm), threat)
-            stands = stands & bench.stands(points)
-    return stands
+            robust = robust & bench.robust(ball.random_start(bench.data.images, threat.eps, threat.norm), threat)
+    return robust
+
+
+def gradients(victim: Victim, data: Images, route: Optional[Tensor] = None) -> Tensor:
+    """Compute the gradient of the cross entropy at each image, (B, C, H, W), without a gate.
+
+    Args:
+        victim, data: The model and the images.
+        route: Experts to take, (B, D), or None for a dense model.
+    """
+    parts = []
+    with torch.enable_grad(), victim.frozen():
+        for chunk, given in zip(data.chunks(), data.split(route)):
+            points = chunk.images.detach().clone().requires_grad_()
+            loss = F.cross_entropy(_logits(victim, points, given), chunk.labels, reduction='sum')
+            parts.append(torch.autograd.grad(loss, points)[0])
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def ascents(
+    victim: Victim, data: Images, threat: ThreatModel, grad: Tensor, route: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """Measure what a small step along the gradient gains, and the best of some random steps of that length.
+
+    Gained is the margin of the best wrong class over the true one, which, unlike the cross entropy, does not saturate.
+
+    Args:
+        victim, data, threat: The model, the images, and norm and eps.
+        grad, route: Of :func:`gradients`.
+
+    Returns:
+        The gains along the gradient, (B,), and the largest ones along random directions, (B,).
+    """
+    along, best = [], []
+    generator = torch.Generator(data.images.device).manual_seed(data.seed)
+
+    def margin(points: Tensor, labels: Tensor, given: Optional[Tensor]) -> Tensor:
+        logits = _logits(victim, points, given)
+        true = logits.gather(1, labels[:, None]).squeeze(1)
+        return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - true
+
+    with victim.frozen():
+        for chunk, given, uphill in zip(data.chunks(), data.split(route), data.split(grad)):
+            images, labels = chunk.images, chunk.labels
+            noise = [torch.randn(images.shape, generator=generator, device=images.device) for _ in range(_DIRECTIONS)]
+            # Not cut to [0, 1]: that would take another part of each step away.
+            stepped = [ball.ascend(images, way, _STEP * threat.eps, threat.norm) for way in (uphill, *noise)]
+            before = margin(images, labels, given)
+            gains = torch.stack([margin(points, labels, given) - before for points in stepped])
+            along.append(gains[0])
+            best.append(gains[1:].amax(0))
+    return torch.cat(along), torch.cat(best)
+
+
+def _logits(victim: Victim, images: Tensor, route: Optional[Tensor]) -> Tensor:
+    return victim(images) if route is None else victim.forward_routed(images, route, with_logits=False)[0]
 
 
 def ra_of_each(measured: Measured) -> dict[str, float]:
     """RA under each attack at the threat model, in percent."""
-    return {name: measured.ra(name) for name in measured.stands}
+    return {name: measured.ra(name) for name in measured.robust}
 
 
 def curves(measured: Measured) -> dict[str, list[dict]]:

@@ -1,41 +1,168 @@
-"""What the analysis tools share: a trained model, the images to attack it on, and a JSON file for what comes out."""
+"""The subject of an analysis: a trained model, the images to attack it on, and the threat model.
+
+Dimension letters: B images, D decisions of the routers for one image (0 for a dense model).
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import repeat
+from typing import Any, Optional
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.logging import MMLogger
-from torch.utils.data import Subset
+from mmengine.config import DictAction
+from mmengine.logging import MMLogger, print_log
+from torch import Tensor
 
 from mmadvmoe.apis import load_robust_model
-from mmadvmoe.attacks import Victim
-from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.evaluation.data import as_dataset, unit_chunks
+from mmadvmoe.attacks import Victim, attack_norm
+from mmadvmoe.evaluation.chunks import Attack, chunk_seed, classify, run_attack
+from mmadvmoe.evaluation.data import Chunk, as_dataset, class_names, spread_images
+from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
+from mmadvmoe.utils import did_you_mean
 
-from .threat_model import ThreatModel
-from .trials import Images
-
-#: Version of the files; to be raised when a number in them changes its meaning.
+#: Version of the files of results; to be raised when a number in them changes its meaning.
 FORMAT = 1
+
+#: What an attack must tell of its threat model.
+_NEEDED = ('eps', 'alpha', 'steps')
+
+
+def percent(mask: Tensor) -> float:
+    """Share of (B,) bool, in percent."""
+    return 100.0 * float(mask.double().mean())
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball around each image, and the steps of a gradient attack in it.
+
+    Attributes:
+        norm: ``'Linf'``, ``'L2'`` or ``'L1'``.
+        eps: Radius of the ball, on [0, 1] images.
+        alpha: Step size, in the same unit.
+        steps: Number of steps.
+    """
+
+    norm: str
+    eps: float
+    alpha: float
+    steps: int
+
+    @classmethod
+    def from_attacks(cls, attacks: Mapping[str, Mapping], name: Optional[str] = None) -> ThreatModel:
+        """Read the threat model of an attack of ``test_cfg.attacks``; by default, the first that has a complete one.
+
+        Raises:
+            ValueError: There is no such attack, or none that tells eps, alpha and steps above 0.
+        """
+        if name is not None and name not in attacks:
+            hint = did_you_mean(name, attacks)
+            raise ValueError(f'test_cfg.attacks has no attack {name!r}{hint}; allowed: {", ".join(attacks)}')
+        for cfg in attacks.values() if name is None else [attacks[name]]:
+            if all(cfg.get(key) for key in _NEEDED):
+                return cls(attack_norm(cfg), *(cfg[key] for key in _NEEDED))
+        where = 'test_cfg.attacks' if name is None else f'test_cfg.attacks.{name}'
+        raise ValueError(
+            f'{where} tells no threat model: an attack with eps, alpha and steps above 0 is needed, such as '
+            "dict(type='PGD', eps=8 / 255, alpha=2 / 255, steps=50)"
+        )
+
+    def scaled(self, eps: float) -> ThreatModel:
+        """The same attack in a ball of another radius, with steps as long in proportion."""
+        alpha = self.alpha * eps / self.eps
+        # A longer one would only be cut.
+        return replace(self, eps=eps, alpha=min(alpha, 1.0) if self.norm == 'Linf' else alpha)
+
+    def attack(self, kind: Any, **others: Any) -> dict:
+        """The config of a gradient attack in this ball."""
+        return dict(type=kind, norm=self.norm, eps=self.eps, alpha=self.alpha, steps=self.steps, **others)
+
+    def everything(self, shape: Sequence[int]) -> float:
+        """The radius at which the ball around any image of ``shape`` (C, H, W) holds all of [0, 1]."""
+        size = math.prod(shape)
+        return {'Linf': 1.0, 'L2': math.sqrt(size), 'L1': float(size)}[self.norm]
+
+    def distance(self, images: Tensor, others: Tensor) -> Tensor:
+        """How far each image (B, C, H, W) is from the other one in this norm, (B,), in double precision."""
+        change = (images.double() - others.double()).flatten(1)
+        return change.norm(dim=1, p={'Linf': math.inf, 'L2': 2, 'L1': 1}[self.norm])
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images in memory, attacked chunk by chunk.
+
+    Attributes:
+        images: (B, 3, H, W) in [0, 1].
+        labels: True classes, (B,) int64.
+        chunk_size: Images attacked at a time.
+        seed: What an attack draws is a function of this, its name and the number of the chunk.
+    """
+
+    images: Tensor
+    labels: Tensor
+    chunk_size: int = 128
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The images as they are attacked."""
+        for number, (images, labels) in enumerate(zip(self.split(self.images), self.split(self.labels))):
+            start = number * self.chunk_size
+            yield Chunk(number, range(start, start + len(images)), images, labels)
+
+    def split(self, values: Optional[Tensor]) -> Iterable[Optional[Tensor]]:
+        """Split what belongs to the images as they are in :meth:`chunks`; None for each where there is nothing."""
+        return repeat(None) if values is None else values.to(self.images.device).split(self.chunk_size)
+
+    def attacked(self, name: str, attack: Attack, draw: Optional[str] = None) -> Tensor:
+        """Attack all images: (B, 3, H, W).
+
+        Args:
+            name: Name of the attack, for the log.
+            attack: The attack.
+            draw: Name for its seeds; attacks of one name draw the same. Defaults to ``name``.
+
+        Raises:
+            RuntimeError: The attack fails; the message names it and the images.
+        """
+        parts = []
+        for chunk in self.chunks():
+            started = time.monotonic()
+            parts.append(run_attack(name, attack, chunk, chunk_seed(self.seed, draw or name, chunk.number)))
+            done, seconds = chunk.indices[-1] + 1, time.monotonic() - started
+            print_log(f'{name}: {done} of {len(self)} images, {seconds:.1f} s', 'current', logging.INFO)
+        return torch.cat(parts)
+
+    def classified(self, victim: Victim, images: Tensor, name: str = CLEAN, route: Optional[Tensor] = None) -> Outcome:
+        """Classify all images, or what the attack ``name`` made of them; see :func:`classify`."""
+        parts = zip(self.chunks(), self.split(images), self.split(route))
+        return Outcome.cat(
+            [classify(victim, part, chunk.images, name, chunk.indices, given) for chunk, part, given in parts]
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is analysed.
+    """The model, the images and the threat model of an analysis.
 
     Attributes:
         victim: The trained model.
         data: Test images, evenly spread over the test set.
         threat: The threat model that the config tests with.
-        header: What the file of results says of all this.
+        header: How the file of results begins.
     """
 
     victim: Victim
@@ -44,47 +171,33 @@ class Subject:
     header: Mapping
 
 
-def add_arguments(parser: argparse.ArgumentParser, num_images: int) -> None:
-    """Add the arguments that say what to analyse.
+def parse_arguments(parser: argparse.ArgumentParser, num_images: int) -> argparse.Namespace:
+    """Parse the arguments of a tool and those that say what to analyse; refuse what cannot work.
 
     Args:
-        parser: The parser of a tool.
+        parser: The parser, with the tool's own arguments.
         num_images: Default of ``--num-images``.
     """
     parser.add_argument('config', help='config file, with test_dataloader and test_cfg.attacks')
     parser.add_argument('checkpoint', help='checkpoint file or address')
-    parser.add_argument(
-        '--num-images',
-        type=int,
-        default=num_images,
-        metavar='M',
-        help='test images to attack, evenly spread over the test set [%(default)s, or all if there are fewer]',
-    )
-    parser.add_argument(
-        '--attack',
-        metavar='NAME',
-        help='attack of test_cfg.attacks whose norm, eps, alpha and steps are used [the first that has them]',
-    )
+    many = 'test images to attack, evenly spread over the test set [%(default)s, or all if there are fewer]'
+    parser.add_argument('--num-images', type=int, default=num_images, metavar='M', help=many)
+    which = 'attack of test_cfg.attacks whose norm, eps, alpha and steps are used [the first that has them]'
+    parser.add_argument('--attack', metavar='NAME', help=which)
     parser.add_argument('--seed', type=int, default=0, help='where random starts come from [%(default)s]')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='[%(default)s]')
     parser.add_argument('--out', metavar='FILE.json', help='file to write all numbers to')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything is loaded."""
+    args = parser.parse_args()
     if args.num_images < 1:
         parser.error(f'--num-images {args.num_images} must be at least 1')
     if args.out is not None and not args.out.endswith('.json'):
         parser.error(f'--out {args.out!r} must end in .json')
+    return args
 
 
 def load_subject(args: argparse.Namespace, kind: str) -> Subject:
-    """Load the model and the images that the arguments name.
-
-    Args:
-        args: As :func:`add_arguments` has them parsed.
-        kind: What the file of results is called in itself.
+    """Load the model and the images that the arguments name, for results of a kind.
 
     Raises:
         FileNotFoundError: There is no such config or checkpoint.
@@ -101,35 +214,23 @@ def load_subject(args: argparse.Namespace, kind: str) -> Subject:
         raise ValueError(f'{args.config} must set test_dataloader and test_cfg.attacks')
     threat = ThreatModel.from_attacks(attacks, args.attack)
     victim = Victim(load_robust_model(cfg, args.checkpoint, args.device))
-    data, class_names = _test_images(cfg, victim, args)
+    dataset = as_dataset(cfg.test_dataloader.dataset)
+    images, labels = spread_images(dataset, victim.classifier.data_preprocessor, args.num_images)
     placement = placement_of(victim.classifier)
     header = dict(
         kind=kind,
         format=FORMAT,
         config=args.config,
         checkpoint=args.checkpoint,
-        num_images=len(data),
+        num_images=len(images),
         seed=args.seed,
-        class_names=class_names,
+        class_names=class_names(dataset, victim.num_classes),
         threat_model=asdict(threat),
         routing=placement.name,
         num_experts=victim.num_experts,
         routers=list(placement.router_names),
     )
-    return Subject(victim, data, threat, header)
-
-
-def _test_images(cfg: Config, victim: Victim, args: argparse.Namespace) -> tuple[Images, list[str]]:
-    """Test images on the device of the model, and the names of the classes."""
-    dataset = as_dataset(cfg.test_dataloader.dataset)
-    count = min(args.num_images, len(dataset))
-    # Data sets are often sorted by class.
-    spread = Subset(dataset, [i * len(dataset) // count for i in range(count)])
-    chunk_size = cfg.test_cfg.get('chunk_size', 128)
-    chunks = list(unit_chunks(spread, ChunkSampler(spread, chunk_size), victim))
-    images, labels = (torch.cat([chunk[part] for chunk in chunks]) for part in (1, 2))
-    names = dataset.metainfo.get('classes') or range(victim.num_classes)
-    return Images(images, labels, chunk_size, args.seed), [str(name) for name in names]
+    return Subject(victim, Images(images, labels, cfg.test_cfg.get('chunk_size', 128), args.seed), threat, header)
 
 
 def write_json(path: str, content: Mapping) -> None:

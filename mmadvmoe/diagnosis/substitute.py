@@ -11,36 +11,25 @@ from torch import Tensor, nn
 
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.attacks import steps as ball
+from mmadvmoe.runtime.seeding import preserve_rng_state
 
-from .threat_model import ThreatModel
-from .trials import percent, seeded
+from .subject import ThreatModel, percent
 
 #: Rounds of training; after each but the last, its own adversarial images are put to the model as further questions.
-_ROUNDS = 3
-_STEPS = 120
-_BATCH = 128
-_LEARNING_RATE = 2e-3
+_ROUNDS, _ATTACK_STEPS = 3, 5
+_STEPS, _BATCH, _LEARNING_RATE = 120, 128, 2e-3
 _CHANNELS = 32
-#: Steps of the attacks that make the further questions.
-_ATTACK_STEPS = 5
 
 
-class _Network(nn.Module):
+def _network(shape: torch.Size, num_classes: int) -> nn.Module:
     """Convolutions down to 8x8 or less, and a linear layer: (B, C, H, W) -> (B, K)."""
-
-    def __init__(self, shape: torch.Size, num_classes: int) -> None:
-        super().__init__()
-        channels, size = shape[0], min(shape[1:])
-        layers = [nn.Conv2d(channels, _CHANNELS, 3, 1, 1), nn.ReLU()]
-        while size > 8:
-            layers += [nn.Conv2d(_CHANNELS, _CHANNELS, 3, 2, 1), nn.ReLU()]
-            size = (size + 1) // 2
-        layers += [nn.Conv2d(_CHANNELS, 2 * _CHANNELS, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
-        self.features = nn.Sequential(*layers)
-        self.fc = nn.Linear(2 * _CHANNELS * 16, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x))
+    channels, size = shape[0], min(shape[1:])
+    layers = [nn.Conv2d(channels, _CHANNELS, 3, 1, 1), nn.ReLU()]
+    while size > 8:
+        layers += [nn.Conv2d(_CHANNELS, _CHANNELS, 3, 2, 1), nn.ReLU()]
+        size = (size + 1) // 2
+    layers += [nn.Conv2d(_CHANNELS, 2 * _CHANNELS, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(2 * _CHANNELS * 16, num_classes))
 
 
 def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: int = 0) -> tuple[Victim, float]:
@@ -49,16 +38,16 @@ def train_substitute(victim: Victim, images: Tensor, threat: ThreatModel, seed: 
     The model is asked for predicted classes only, so whatever hides its gradient hides nothing here.
 
     Args:
-        victim: The model.
+        victim, threat: The model and the balls.
         images: (B, C, H, W) in [0, 1].
-        threat: The balls.
         seed: Seed of the training; the random state of the caller is left as it is.
 
     Returns:
         The substitute, and on how many of ``images`` its prediction is that of the model, in percent.
     """
-    with seeded(images.device, seed):
-        network = _Network(images.shape[1:], victim.num_classes).to(images.device)
+    with preserve_rng_state():
+        torch.manual_seed(seed)
+        network = _network(images.shape[1:], victim.num_classes).to(images.device)
         substitute = Victim(network, num_classes=victim.num_classes)
         pool, answers = images, predict(victim, images)
         attack_cfg = ThreatModel(threat.norm, threat.eps, threat.eps / 2, _ATTACK_STEPS).attack('PGD')
@@ -78,8 +67,7 @@ def _fit(network: nn.Module, victim: Victim, pool: Tensor, answers: Tensor, thre
     for _ in range(_STEPS):
         rows = torch.randint(len(pool), (min(_BATCH, len(pool)),), device=pool.device)
         images, target = pool[rows], answers[rows]
-        half = len(rows) // 2
-        moved = ball.random_start(images[:half], threat.eps, threat.norm)
+        moved = ball.random_start(images[: len(rows) // 2], threat.eps, threat.norm)
         images, target = torch.cat([images, moved]), torch.cat([target, predict(victim, moved)])
         loss = F.cross_entropy(network(images), target)
         optimizer.zero_grad()

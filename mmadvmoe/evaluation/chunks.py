@@ -1,9 +1,14 @@
-"""One chunk of images: the random numbers of attacks on it, and what a model makes of it."""
+"""Attack one chunk of images, so that the outcome of an image depends on nothing but the config.
+
+Dimension letters: B images, D decisions of the routers for one image (0 for a dense model).
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -11,13 +16,96 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 
-from .outcomes import CLEAN, Outcome
+from .data import Chunk, span
+from .folder import OutcomeFolder
+from .outcomes import CLEAN, Outcome, RobustOutcomes
+
+#: ``attack(images, labels, seed=...) -> adversarial images``
+Attack = Callable[..., Tensor]
 
 
-def chunk_seed(seed: int, attack: str, chunk_index: int) -> int:
+def chunk_seed(seed: int, attack: str, chunk_number: int) -> int:
     """Mix a 32-bit seed for one attack on one chunk; the same on every machine."""
-    digest = hashlib.sha256(f'{seed}/{attack}/{chunk_index}'.encode()).digest()
+    digest = hashlib.sha256(f'{seed}/{attack}/{chunk_number}'.encode()).digest()
     return int.from_bytes(digest[:4], 'little')
+
+
+def evaluate_chunk(
+    victim: Victim,
+    attacks: Mapping[str, Attack],
+    chunk: Chunk,
+    *,
+    seed: int = 0,
+    survivors_only: Collection[str] = (),
+    folder: Optional[OutcomeFolder] = None,
+    report: Optional[Callable[[str, RobustOutcomes, Optional[float]], None]] = None,
+) -> RobustOutcomes:
+    """Classify one chunk of images without an attack and under each attack.
+
+    Args:
+        victim, attacks, chunk: The model, built attacks under their names, and the images.
+        seed: Seed of the evaluation; see :func:`chunk_seed`.
+        survivors_only: Names of the attacks that get only the images which are right so far, without an attack and
+            under all attacks before. The others keep the outcome in which they went wrong first.
+        folder: Where each outcome is kept as soon as it is known, and taken from if it is there.
+        report: Called after each attack, with its name, the outcomes so far, and the seconds it took (None where its
+            outcome was on disk).
+
+    Raises:
+        ValueError: A label is not a class, or an attack gives images that are not in [0, 1].
+        FloatingPointError: A logit is not finite.
+        RuntimeError: An attack fails.
+    """
+    outcomes = RobustOutcomes(torch.as_tensor(chunk.indices), chunk.labels.cpu(), {})
+    for name in (CLEAN, *attacks):
+        start = time.perf_counter()
+        saved = None if folder is None else folder.read(chunk, name)
+        if saved is not None:
+            outcome = saved
+        elif name == CLEAN:
+            outcome = classify(victim, chunk.images, chunk.images, CLEAN, chunk.indices)
+            _check_labels(chunk, outcome.logits.shape[1])
+        else:
+            rows = outcomes.robust.nonzero().squeeze(1) if name in survivors_only else torch.arange(len(chunk))
+            outcome = replace(outcomes.worst(), attacked=torch.zeros(len(chunk), dtype=torch.bool))
+            if len(rows):
+                part = chunk.take(rows)
+                adversarial = run_attack(name, attacks[name], part, chunk_seed(seed, name, chunk.number))
+                outcome = outcome.put(rows, classify(victim, adversarial, part.images, name, part.indices))
+        if folder is not None and saved is None:
+            folder.write(chunk, name, outcome)
+        outcomes = replace(outcomes, by_name={**outcomes.by_name, name: outcome})
+        if report is not None:
+            report(name, outcomes, time.perf_counter() - start if saved is None else None)
+    return outcomes
+
+
+def run_attack(name: str, attack: Attack, chunk: Chunk, seed: int) -> Tensor:
+    """Attack the images of a chunk, and check what comes out: a faulty attack must not pass for a strong one.
+
+    Raises:
+        RuntimeError: The attack fails.
+        ValueError: It gives images that are not in [0, 1].
+    """
+    try:
+        adversarial = attack(chunk.images, chunk.labels, seed=seed)
+    except Exception as error:
+        raise RuntimeError(
+            f'attack {name!r} failed on images {span(chunk.indices)} of the data set: {type(error).__name__}: {error}'
+        ) from error
+    if adversarial.shape != chunk.images.shape:
+        raise ValueError(
+            f'attack {name!r} made images of shape {tuple(adversarial.shape)} from images of shape '
+            f'{tuple(chunk.images.shape)}.'
+        )
+    # Written so that NaN fails it.
+    inside = ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(dim=1)
+    if not inside.all():
+        bad = [chunk.indices[int(row)] for row in (~inside).nonzero()]
+        raise ValueError(
+            f'attack {name!r} left [0, 1] or made pixels that are not finite, in images {bad[:10]} of the data set.'
+        )
+    return adversarial
 
 
 @torch.no_grad()
@@ -26,17 +114,15 @@ def classify(
     images: Tensor,
     clean: Tensor,
     name: str = CLEAN,
-    place: Optional[Sequence[int]] = None,
+    indices: Optional[Sequence[int]] = None,
     route: Optional[Tensor] = None,
 ) -> Outcome:
-    """What a model makes of images.
+    """Classify images, attacked or not.
 
     Args:
         victim: The model.
-        images: (B, 3, H, W) in [0, 1], attacked or not.
-        clean: The images without an attack, of the same shape.
-        name: Name of the attack, or ``'clean'``.
-        place: Place of each image in the data set, for errors. Defaults to 0, 1, ...
+        images, clean: Images and the same without an attack, (B, 3, H, W) in [0, 1].
+        name, indices: Name of the attack, and index of each image in the data set (default 0, 1, ...), for errors.
         route: Experts to take in place of the routers' choice, (B,) or (B, D).
 
     Raises:
@@ -47,16 +133,24 @@ def classify(
     finite = logits.isfinite().all(dim=1)
     if not finite.all():
         rows = (~finite).nonzero().squeeze(1).tolist()
-        bad = rows if place is None else [place[row] for row in rows]
+        bad = rows if indices is None else [indices[row] for row in rows]
         raise FloatingPointError(
-            f'the logits of {len(bad)} of {len(images)} images are not finite in {name!r} '
-            f'(images {bad[:10]} of the data set).'
+            f'the logits of {len(bad)} of {len(images)} images are not finite in {name!r} (images {bad[:10]} of the '
+            'data set).'
         )
-    if routings:
-        expert = torch.cat([routing.decisions for routing in routings], dim=1)
-    else:
-        expert = torch.empty(len(images), 0, dtype=torch.int64)
+    none = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
+    expert = torch.cat([none, *(routing.decisions for routing in routings)], dim=1)
     change = (images - clean).flatten(1).float()
     distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1)
     attacked = torch.full((len(images),), name != CLEAN)
     return Outcome(logits.float().cpu(), expert.cpu(), distance.cpu(), attacked)
+
+
+def _check_labels(chunk: Chunk, num_classes: int) -> None:
+    foreign = (chunk.labels < 0) | (chunk.labels >= num_classes)
+    if foreign.any():
+        row = int(foreign.nonzero()[0])
+        raise ValueError(
+            f'image {chunk.indices[row]} of the data set has label {int(chunk.labels[row])}, but the model has classes '
+            f'0 to {num_classes - 1}; set num_classes of the head to that of the data set.'
+        )

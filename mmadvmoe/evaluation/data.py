@@ -1,9 +1,12 @@
-"""Images and labels for robust evaluation, from what a user may have of them."""
+"""Images in [0, 1] and labels for robust evaluation, from what a user may have of them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Union
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Optional, Union
 
 import torch
 from mmengine.registry import DefaultScope
@@ -15,22 +18,55 @@ from torch.utils.data import Dataset, TensorDataset
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
 
-from .robust_evaluation import unit_batch
-
 Data = Union[Mapping, Dataset, tuple[Tensor, Tensor]]
+
+# Images that `spread_images` brings to [0, 1] at a time.
+_BATCH = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """B images of a data set that are attacked together.
+
+    Attributes:
+        number: Number of the chunk in the data set.
+        indices: Index of each image in the data set.
+        images: (B, C, H, W) in [0, 1].
+        labels: True classes, (B,) int64.
+    """
+
+    number: int
+    indices: Sequence[int]
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of labels and images, which tells the same chunk of other data apart."""
+        digest = hashlib.sha256(self.labels.cpu().numpy().tobytes())
+        digest.update(self.images.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def take(self, rows: Tensor) -> Chunk:
+        """Pick images by their row, (b,) int64 on the CPU."""
+        there = rows.to(self.images.device)
+        return Chunk(self.number, [self.indices[row] for row in rows.tolist()], self.images[there], self.labels[there])
 
 
 def as_dataset(data: Data) -> Dataset:
     """Build the data set that robust evaluation goes through.
 
     Args:
-        data: Config of a data set of MMPretrain; a data set whose samples are as MMPretrain packs them
-            (``inputs``, ``data_samples``) or pairs of an image in [0, 1] and a label; or the tensors
-            ``(images, labels)``, (B, C, H, W) in [0, 1] or uint8, and (B,) int64.
+        data: Config of a data set of MMPretrain; a data set whose samples are as MMPretrain packs them (``inputs``,
+            ``data_samples``) or pairs of an image in [0, 1] and a label; or the tensors ``(images, labels)``,
+            (B, C, H, W) in [0, 1] or uint8, and (B,) int64.
 
     Raises:
         TypeError: It is something else.
-        ValueError: Images and labels do not belong together, or images are not in [0, 1].
+        ValueError: Images and labels do not belong together.
     """
     if isinstance(data, Mapping):
         with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -51,37 +87,107 @@ def as_dataset(data: Data) -> Dataset:
     return data
 
 
-def unit_chunks(dataset: Dataset, sampler: ChunkSampler, victim: Victim) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Read a data set chunk by chunk.
+def class_names(dataset: Dataset, num_classes: int) -> list[str]:
+    """Names of the classes; where the data set does not tell them, their numbers."""
+    return [str(name) for name in getattr(dataset, 'metainfo', {}).get('classes') or range(num_classes)]
 
-    Args:
-        dataset: From :func:`as_dataset`.
-        sampler: Which chunks to read.
-        victim: The model, on whose device the images go; packed samples go through its classifier's data preprocessor.
 
-    Yields:
-        Number of the chunk, images (B, C, H, W) in [0, 1], and labels (B,) int64.
+def read_chunks(dataset: Dataset, sampler: ChunkSampler, victim: Victim) -> Iterator[Chunk]:
+    """Read a data set chunk by chunk, onto the device of the model.
+
+    Packed samples go through the data preprocessor of the classifier.
 
     Raises:
         ValueError: Images have several sizes or are not in [0, 1], or an image has not exactly one label.
     """
     device = next(iter(victim.parameters()), torch.empty(0)).device
-    preprocessor = getattr(victim.classifier, 'data_preprocessor', None) or ClsDataPreprocessor()
-    for index in sampler.chunks():
-        place = sampler.chunk(index)
-        samples = [dataset[i] for i in place]
-        if isinstance(samples[0], Mapping):
-            batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
-            images, labels = unit_batch(preprocessor, batch, place)
-        else:
-            images, labels = _pairs(samples, place)
-        yield index, images.to(device), labels.to(device)
+    preprocessor = getattr(victim.classifier, 'data_preprocessor', None)
+    for number in sampler.chunks():
+        indices = sampler.chunk(number)
+        images, labels = _read(dataset, indices, preprocessor)
+        yield Chunk(number, indices, images.to(device), labels.to(device))
 
 
-def _pairs(samples: Sequence[Any], place: Sequence[int]) -> tuple[Tensor, Tensor]:
+def spread_images(
+    dataset: Dataset, data_preprocessor: Optional[ClsDataPreprocessor], count: int
+) -> tuple[Tensor, Tensor]:
+    """Read images evenly spread over a data set, which may be sorted by class.
+
+    Args:
+        dataset: From :func:`as_dataset`.
+        data_preprocessor: The preprocessor of the classifier, for packed samples.
+        count: How many, or all if there are fewer.
+
+    Returns:
+        Images (B, 3, H, W) in [0, 1] and labels (B,).
+    """
+    count = min(count, len(dataset))
+    indices = [number * len(dataset) // count for number in range(count)]
+    parts = [_read(dataset, indices[i : i + _BATCH], data_preprocessor) for i in range(0, count, _BATCH)]
+    images, labels = zip(*parts)
+    return torch.cat(images), torch.cat(labels)
+
+
+def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Turn a batch of a data loader into images in [0, 1] and labels, on the model's device.
+
+    Args:
+        data_preprocessor: The preprocessor of the classifier.
+        batch: ``inputs`` and ``data_samples``.
+        indices: Index of each image in the data set, for errors.
+
+    Returns:
+        Images (B, 3, H, W) in [0, 1], exactly on the grid of 1/255 where they came as uint8, and labels (B,) int64.
+
+    Raises:
+        ValueError: The images have several sizes, or an image has not exactly one label.
+    """
+    sizes = {tuple(image.shape) for image in batch['inputs']}
+    if len(sizes) > 1:
+        raise ValueError(
+            f'images {span(indices)} of the data set have several sizes {sorted(sizes)}; add a Resize or a CenterCrop '
+            'to the pipeline.'
+        )
+    for index, sample in zip(indices, batch['data_samples']):
+        if 'gt_label' not in sample or sample.gt_label.numel() != 1:
+            found = sample.gt_label.tolist() if 'gt_label' in sample else 'none'
+            raise ValueError(
+                f'robust evaluation needs exactly one label for each image, but image {index} of the data set has '
+                f'{found}.'
+            )
+    exact = all(image.dtype == torch.uint8 for image in batch['inputs'])
+    data = data_preprocessor(batch, False)
+    images = data['inputs']
+    if hasattr(data_preprocessor, 'to_unit'):
+        images = data_preprocessor.to_unit(images)
+    else:
+        pixels = (
+            images * data_preprocessor.std + data_preprocessor.mean if data_preprocessor._enable_normalize else images
+        )
+        images = pixels / 255
+    if exact and images.shape[1:] in sizes:
+        # Undo the rounding of the way through normalisation and back.
+        images = (images * 255).round() / 255
+    labels = torch.cat([sample.gt_label for sample in data['data_samples']])
+    return images.clamp(0, 1), labels.to(images.device)
+
+
+def span(indices: Sequence[int]) -> str:
+    """The first and the last of some images, for errors."""
+    return f'{indices[0]} to {indices[-1]}'
+
+
+def _read(
+    dataset: Dataset, indices: Sequence[int], data_preprocessor: Optional[ClsDataPreprocessor]
+) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) in [0, 1] and labels (B,)."""
+    samples: list[Any] = [dataset[index] for index in indices]
+    if isinstance(samples[0], Mapping):
+        batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
+        return unit_batch(data_preprocessor or ClsDataPreprocessor(), batch, indices)
     sizes = {tuple(image.shape) for image, _ in samples}
     if len(sizes) > 1:
-        raise ValueError(f'images {place[0]} to {place[-1]} of the data have several sizes {sorted(sizes)}')
+        raise ValueError(f'images {span(indices)} of the data have several sizes {sorted(sizes)}')
     images = torch.stack([image for image, _ in samples])
     if images.dtype == torch.uint8:
         images = images / 255
@@ -89,7 +195,7 @@ def _pairs(samples: Sequence[Any], place: Sequence[int]) -> tuple[Tensor, Tensor
     # Written so that NaN fails too.
     if not (low >= 0 and high <= 1):
         raise ValueError(
-            f'images {place[0]} to {place[-1]} of the data are not in [0, 1]: values from {low:.4g} to {high:.4g}. '
-            'Normalisation belongs inside the model'
+            f'images {span(indices)} of the data are not in [0, 1]: values from {low:.4g} to {high:.4g}. Normalisation '
+            'belongs inside the model'
         )
     return images.float(), torch.as_tensor([int(label) for _, label in samples])

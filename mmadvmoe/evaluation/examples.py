@@ -1,11 +1,10 @@
-"""Single images, what an attack makes of them, and what the model makes of both.
+"""Images before and after an attack, and the predictions of a model on both.
 
 Dimension letters: B images, K classes, D decisions of the routers for one image (0 for a dense model).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 
-from .chunks import classify
+from .chunks import Attack, classify
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +20,10 @@ class Examples:
     """B images before and after an attack. All tensors are on the CPU.
 
     Attributes:
-        images: Clean images, (B, 3, H, W) in [0, 1].
-        adversarial: The attacked images, of the same shape.
+        images, adversarial: Clean and attacked images, (B, 3, H, W) in [0, 1].
         label: True class, (B,) int64.
-        before: Class predicted for the clean image, (B,) int64.
-        after: Class predicted for the attacked image, (B,) int64.
-        route_before: Experts chosen for the clean image, (B, D) int64, as :attr:`Routing.decisions` has them.
-        route_after: Experts chosen for the attacked image, (B, D) int64.
+        before, after: Class predicted for the clean and for the attacked image, (B,) int64.
+        route_before, route_after: Experts chosen for them, (B, D) int64, as :attr:`Routing.decisions` has them.
     """
 
     images: Tensor
@@ -60,25 +56,20 @@ class Examples:
 
         Images that are wrong without an attack come last, and only where there are too few others.
         """
-        fooled, robust, wrong = (
-            mask.nonzero().squeeze(1) for mask in (self.fooled, self.robust, self.before != self.label)
-        )
+        masks = (self.fooled, self.robust, self.before != self.label)
+        fooled, robust, wrong = (mask.nonzero().squeeze(1) for mask in masks)
         num_fooled = max(min(len(fooled), count // 2), min(count - len(robust), len(fooled)))
         rows = torch.cat([fooled[:num_fooled], robust[: count - num_fooled], wrong])
         return self.take(rows[:count])
 
 
-def attack_examples(
-    victim: Victim, attack: Callable[..., Tensor], images: Tensor, labels: Tensor, seed: int = 0
-) -> Examples:
-    """Attack images, and note what the model makes of them before and after.
+def attack_examples(victim: Victim, attack: Attack, images: Tensor, labels: Tensor, seed: int = 0) -> Examples:
+    """Attack images, and note predictions and routes before and after.
 
     Args:
-        victim: The attacked model.
-        attack: As :func:`mmadvmoe.attacks.build_attack` makes it.
-        images: (B, 3, H, W) in [0, 1].
-        labels: True classes, (B,) int64.
-        seed: Seed of the attack; the random state of the caller is left as it is.
+        victim, attack: The model, and an attack as :func:`mmadvmoe.attacks.build_attack` makes it.
+        images, labels: (B, 3, H, W) in [0, 1], and true classes, (B,) int64.
+        seed: Seed of the attack.
     """
     adversarial = attack(images, labels, seed=seed)
     before, after = classify(victim, images, images), classify(victim, adversarial, images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -13,10 +12,10 @@ from typing import Any, Optional, Union
 
 import mmengine
 import torch
-from torch import Tensor
 
 from mmadvmoe.runtime.atomic import PARTIAL, write_atomically
 
+from .data import Chunk
 from .outcomes import CLEAN, NORMS, Outcome, RobustOutcomes
 
 #: Version of the layout of the folder.
@@ -24,7 +23,6 @@ FORMAT = 1
 RUN, PARTS, OUTCOMES, METRICS = 'run.json', 'parts', 'outcomes.jsonl', 'metrics.json'
 
 _MUST_AGREE = ('format', 'settings', 'versions')
-_SHOWN = 5
 
 
 class OutcomeFolder:
@@ -46,7 +44,7 @@ class OutcomeFolder:
         """Begin an evaluation in the folder, or go on with one.
 
         Args:
-            run: What the outcomes depend on, ``format``, ``settings`` and ``versions``; and what else is good to know.
+            run: ``format``, ``settings`` and ``versions``, on which the outcomes depend, and whatever is good to know.
             overwrite: Delete the outcomes that are there and begin anew.
 
         Raises:
@@ -59,44 +57,61 @@ class OutcomeFolder:
             partial.unlink()
         results = [path for path in (self.path / METRICS, self.path / OUTCOMES) if path.exists()]
         results += sorted(self.path.glob(f'{PARTS}/*.pt'))
-        # As JSON would give it back.
-        run = json.loads(json.dumps(run))
+        # As JSON gives it back.
+        run = json.loads(json.dumps(run, default=_jsonable))
         before = _read_json(self.path / RUN)
-        differences = [] if before is None else list(_differences(_comparable(before), _comparable(run)))
-        if before is not None and not differences and not overwrite:
-            return
-        if before is None and results and not overwrite:
-            raise ValueError(
-                f'{str(self.path)!r} holds {results[0].name}, but no {RUN} that tells which evaluation it belongs to. '
-                'Choose another folder, or overwrite it (--overwrite, or overwrite=True).'
-            )
-        if differences and not overwrite:
-            raise ValueError(
-                f'{str(self.path)!r} holds the outcomes of another evaluation: {_some(differences)}. To go on with '
-                'that one, start it with its own settings (they are in run.json); to delete its outcomes and begin '
-                'anew, overwrite it (--overwrite, or overwrite=True); to keep both, choose another folder.'
-            )
+        if not overwrite:
+            if before is None and results:
+                raise ValueError(
+                    f'{str(self.path)!r} holds {results[0].name}, but no {RUN} that tells which evaluation it belongs '
+                    'to. Choose another folder, or overwrite it (--overwrite, or overwrite=True).'
+                )
+            if before is not None:
+                self._check_same(before, run)
+                return
         # What depends on the settings goes before the settings do.
         for path in results:
             path.unlink()
         self._write(RUN, json.dumps(run, indent=2) + '\n')
 
-    def chunk(self, index: int, place: Sequence[int], label: Tensor, images: Tensor) -> SavedChunk:
-        """The part of the folder for one chunk of images.
+    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        differences = _differences(*({key: run.get(key) for key in _MUST_AGREE} for run in (before, now)))
+        if differences:
+            more = f'; and {len(differences) - 5} more' if len(differences) > 5 else ''
+            raise ValueError(
+                f'{str(self.path)!r} holds the outcomes of another evaluation: {"; ".join(differences[:5])}{more}'
+                '. To go on with that one, start it with its own settings (they are in run.json); to delete its '
+                'outcomes and begin anew, overwrite it (--overwrite, or overwrite=True); to keep both, choose another '
+                'folder.'
+            )
 
-        Args:
-            index: Number of the chunk.
-            place: Place of each of its images in the data set.
-            label: True classes, (B,) int64.
-            images: (B, C, H, W), by which outcomes of other data are recognised.
-        """
-        digest = hashlib.sha256(label.cpu().numpy().tobytes())
-        digest.update(images.detach().cpu().contiguous().numpy().tobytes())
-        return SavedChunk(self, index, torch.as_tensor(place), label.cpu(), digest.hexdigest())
-
-    def part(self, index: int, name: str) -> Path:
+    def part(self, chunk_number: int, name: str) -> Path:
         """The file with the outcome of one chunk under one attack."""
-        return self.path / PARTS / f'{index:06d}.{self._numbers[name]:02d}-{name}.pt'
+        return self.path / PARTS / f'{chunk_number:06d}.{self._numbers[name]:02d}-{name}.pt'
+
+    def read(self, chunk: Chunk, name: str) -> Optional[Outcome]:
+        """Read the outcome of a chunk under an attack; None if it is not known yet.
+
+        Raises:
+            ValueError: The outcome is that of other images, or the file is damaged.
+        """
+        path = self.part(chunk.number, name)
+        if not path.is_file():
+            return None
+        part = _read_part(path)
+        if part['digest'] != chunk.digest:
+            raise ValueError(
+                f'{str(path)!r} holds outcomes of other images or labels than those of chunk {chunk.number} of the '
+                'data set. Evaluate that data set, choose another folder, or begin anew (--overwrite, overwrite=True).'
+            )
+        return Outcome(**part['outcome'])
+
+    def write(self, chunk: Chunk, name: str, outcome: Outcome) -> None:
+        """Keep the outcome of a chunk under an attack."""
+        part = dict(index=chunk.number, name=name, place=torch.as_tensor(chunk.indices), label=chunk.labels.cpu())
+        buffer = io.BytesIO()
+        torch.save(dict(part, digest=chunk.digest, outcome=vars(outcome)), buffer)
+        self._write(self.part(chunk.number, name).relative_to(self.path), buffer.getvalue())
 
     def finish(self, outcomes: RobustOutcomes, metrics: Mapping[str, Any]) -> None:
         """Write the outcomes of all images, and the metrics."""
@@ -104,63 +119,24 @@ class OutcomeFolder:
         # A sign as well: who sees this file sees a complete folder.
         self._write(METRICS, mmengine.dump(dict(metrics), file_format='json', indent=2) + '\n')
 
-    def _write(self, name: str, content: Union[str, bytes]) -> None:
+    def _write(self, name: Union[str, Path], content: Union[str, bytes]) -> None:
         try:
             write_atomically(self.path / name, content.encode() if isinstance(content, str) else content)
         except OSError as error:
-            raise OSError(
-                error.errno,
+            message = (
                 f'{str(self.path / name)!r} could not be written ({error.strerror}). The outcomes in '
                 f'{str(self.path)!r} are intact: make room there and start the same evaluation again, and it goes on '
-                'where it stopped',
-            ) from error
-
-
-@dataclass(frozen=True)
-class SavedChunk:
-    """What is on disk of one chunk; made by :meth:`OutcomeFolder.chunk`."""
-
-    folder: OutcomeFolder
-    index: int
-    place: Tensor
-    label: Tensor
-    digest: str
-
-    def read(self, name: str) -> Optional[Outcome]:
-        """The outcome under an attack, or None if it is not known yet.
-
-        Raises:
-            ValueError: The outcome is that of other images, or the file is damaged.
-        """
-        path = self.folder.part(self.index, name)
-        if not path.is_file():
-            return None
-        part = _read_part(path)
-        if part['digest'] != self.digest:
-            raise ValueError(
-                f'{str(path)!r} holds outcomes of other images or labels than those of chunk {self.index} of the data '
-                'set. Evaluate the same data set, choose another folder, or begin anew (--overwrite, or '
-                'overwrite=True).'
+                'where it stopped'
             )
-        return Outcome(**part['outcome'])
-
-    def write(self, name: str, outcome: Outcome) -> None:
-        """Keep the outcome under an attack."""
-        part = dict(
-            index=self.index, name=name, place=self.place, label=self.label, digest=self.digest, outcome=vars(outcome)
-        )
-        buffer = io.BytesIO()
-        torch.save(part, buffer)
-        self.folder._write(self.folder.part(self.index, name).relative_to(self.folder.path), buffer.getvalue())
+            raise OSError(error.errno, message) from error
 
 
 @dataclass(frozen=True)
 class SavedEvaluation:
-    """What :func:`read_evaluation` reads.
+    """An output folder, as :func:`read_evaluation` reads it.
 
     Attributes:
-        settings: What was evaluated and how; see ``run.json`` in docs/evaluation.md.
-        versions: Of what the outcomes depend on.
+        settings, versions: See ``run.json`` in docs/evaluation.md.
         metrics: All metrics; None while the evaluation is unfinished.
         outcomes: The outcomes of all images, or of those that are done under all attacks.
     """
@@ -174,9 +150,6 @@ class SavedEvaluation:
 def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
     """Read an output folder of robust evaluation.
 
-    Args:
-        path: The folder.
-
     Raises:
         FileNotFoundError: The folder holds no evaluation.
         ValueError: No image is done under all attacks, or a file is damaged.
@@ -185,14 +158,13 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
     run = _read_json(path / RUN)
     if run is None:
         raise FileNotFoundError(f'{str(path)!r} holds no evaluation: there is no {RUN}')
-    names = (CLEAN, *run['settings']['attacks'])
-    folder = OutcomeFolder(path, names[1:])
+    folder, names = OutcomeFolder(path, list(run['settings']['attacks'])), (CLEAN, *run['settings']['attacks'])
     parts = []
     for file in sorted(path.glob(f'{PARTS}/*.00-{CLEAN}.pt')):
         clean = _read_part(file)
-        files = [folder.part(clean['index'], name) for name in names]
-        if all(each.is_file() for each in files):
-            by_name = {name: Outcome(**_read_part(each)['outcome']) for name, each in zip(names, files)}
+        files = {name: folder.part(clean['index'], name) for name in names}
+        if all(each.is_file() for each in files.values()):
+            by_name = {name: Outcome(**_read_part(each)['outcome']) for name, each in files.items()}
             parts.append(RobustOutcomes(clean['place'], clean['label'], by_name))
     if not parts:
         raise ValueError(f'{str(path)!r} holds no chunk that is done under all of {", ".join(names)} yet')
@@ -201,36 +173,25 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
 
 def as_records(outcomes: RobustOutcomes) -> list[dict]:
     """The lines of ``outcomes.jsonl``: index, label, clean prediction and route, and the same per attack."""
-    robust = outcomes.worst().prediction == outcomes.label
-    columns = {}
-    for name, outcome in outcomes.by_name.items():
-        entries = [
-            dict(attacked=attacked, prediction=prediction, route=route)
-            | {norm: _short(value) for norm, value in zip(NORMS, distance)}
-            for attacked, prediction, route, distance in zip(
-                outcome.attacked.tolist(),
-                outcome.prediction.tolist(),
-                outcome.expert.tolist(),
-                outcome.distance.tolist(),
-            )
-        ]
-        columns[name] = entries
+    columns = {name: _column(outcome) for name, outcome in outcomes.by_name.items()}
     records = []
-    for row, (index, label) in enumerate(zip(outcomes.place.tolist(), outcomes.label.tolist())):
+    rows = zip(outcomes.index.tolist(), outcomes.label.tolist(), outcomes.robust.tolist())
+    for row, (index, label, robust) in enumerate(rows):
         entries = {name: column[row] for name, column in columns.items()}
-        clean = entries.pop(CLEAN)
-        clean = dict(prediction=clean['prediction'], route=clean['route'])
-        records.append(dict(index=index, label=label, robust=bool(robust[row]), clean=clean, attacks=entries))
+        clean = {key: entries[CLEAN][key] for key in ('prediction', 'route')}
+        attacks = {name: entry for name, entry in entries.items() if name != CLEAN}
+        records.append(dict(index=index, label=label, robust=robust, clean=clean, attacks=attacks))
     return records
 
 
-def _short(value: float) -> float:
-    """A float32 in no more digits than it takes to tell it from all others."""
-    return float(f'{value:.9g}')
-
-
-def _comparable(run: Mapping[str, Any]) -> dict:
-    return {key: run.get(key) for key in _MUST_AGREE}
+def _column(outcome: Outcome) -> list[dict]:
+    """Entries of all images under one attack; distances in no more digits than it takes to tell two float32 apart."""
+    parts = (outcome.attacked, outcome.prediction, outcome.expert, outcome.distance)
+    return [
+        dict(attacked=attacked, prediction=prediction, route=route)
+        | {norm: float(f'{value:.9g}') for norm, value in zip(NORMS, distance)}
+        for attacked, prediction, route, distance in zip(*(part.tolist() for part in parts))
+    ]
 
 
 def _differences(before: Any, now: Any, key: str = '') -> list[str]:
@@ -243,16 +204,15 @@ def _differences(before: Any, now: Any, key: str = '') -> list[str]:
         if not found and list(before) != list(now):
             found.append(f'the order of {key} is {list(before)} there and {list(now)} here')
         return found
-    return [] if before == now else [f'{key} is {_said(before)} there and {_said(now)} here']
+    there, here = ('not set' if value is None else json.dumps(value) for value in (before, now))
+    return [] if before == now else [f'{key} is {there} there and {here} here']
 
 
-def _said(value: Any) -> str:
-    return 'not set' if value is None else json.dumps(value)
-
-
-def _some(parts: Sequence[str]) -> str:
-    more = f'; and {len(parts) - _SHOWN} more' if len(parts) > _SHOWN else ''
-    return '; '.join(parts[:_SHOWN]) + more
+def _jsonable(value: Any) -> Any:
+    """A stand-in for what JSON cannot hold of a config."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.__name__ if isinstance(value, type) else repr(value)
 
 
 def _read_json(path: Path) -> Optional[dict]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Optional
+from typing import Optional, Union
 
 from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
@@ -16,14 +16,14 @@ from mmadvmoe.runtime.preflight import check_data
 from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import bare_model
 
-from .named_attacks import check_groups, held_name, with_route_attack
+from .data import Chunk, unit_batch
+from .named_attacks import check_groups, with_route_attack
 from .outcomes import CLEAN, as_data_samples
-from .robust_evaluation import unit_batch
 from .run import RobustEvaluation
 
 
 class _RobustLoop:
-    """What :class:`RobustValLoop` and :class:`RobustTestLoop` add to MMEngine's loops."""
+    """Common part of :class:`RobustValLoop` and :class:`RobustTestLoop`, on top of MMEngine's loops."""
 
     #: 'val' or 'test', as in the names of config keys and of hook methods.
     mode: str
@@ -32,7 +32,7 @@ class _RobustLoop:
         self,
         runner: Runner,
         dataloader: Mapping,
-        evaluator: Evaluator | Mapping | Sequence,
+        evaluator: Union[Evaluator, Mapping, Sequence],
         attacks: Mapping[str, dict],
         chunk_size: int = 128,
         seed: int = 0,
@@ -42,9 +42,8 @@ class _RobustLoop:
     ) -> None:
         if fp16:
             raise ValueError(
-                f'{self.mode}_cfg.fp16=True (or --amp) is not for robust evaluation: in half '
-                'precision an attack loses its gradient and the model looks more robust than it '
-                'is. Set it to False.'
+                f'{self.mode}_cfg.fp16=True (or --amp) is not for robust evaluation: in half precision an attack loses '
+                'its gradient and the model looks more robust than it is. Set it to False.'
             )
         model = bare_model(runner.model)
         self.data_preprocessor = model.data_preprocessor
@@ -66,38 +65,29 @@ class _RobustLoop:
         """Rewrite the config of a loader so that each of its batches is one chunk."""
         key = f'{self.mode}_dataloader'
         if not isinstance(dataloader, Mapping):
+            kind = type(dataloader).__name__
             raise TypeError(
-                f'{key} must be a config for robust evaluation, which brings its own sampler, '
-                f'but got a {type(dataloader).__name__}.'
+                f'{key} must be a config for robust evaluation, which brings its own sampler, not a {kind}.'
             )
         if dataloader.get('drop_last'):
             raise ValueError(f'{key}.drop_last=True leaves images out of the result; remove it.')
         if dataloader.get('batch_sampler') is not None:
             raise ValueError(
-                f'{key}.batch_sampler={dataloader["batch_sampler"]!r} cannot be kept: robust '
-                'evaluation goes through the data set in order. Remove it.'
+                f'{key}.batch_sampler={dataloader["batch_sampler"]!r} cannot be kept: robust evaluation goes through '
+                'the data set in order. Remove it.'
             )
         batch_size = dataloader.get('batch_size')
         if batch_size not in (None, chunk_size):
             print_log(
-                f'Robust evaluation takes {chunk_size} images at a time ({self.mode}_cfg.'
-                f'chunk_size) in place of {key}.batch_size={batch_size}: what an attack draws '
-                'belongs to its chunk.',
+                f'Robust evaluation takes {chunk_size} images at a time ({self.mode}_cfg.chunk_size) in place of '
+                f'{key}.batch_size={batch_size}: what an attack draws belongs to its chunk.',
                 logger='current',
             )
-        return dict(
-            dataloader,
-            batch_size=chunk_size,
-            sampler=dict(type=ChunkSampler, chunk_size=chunk_size),
-        )
+        sampler = dict(type=ChunkSampler, chunk_size=chunk_size)
+        return dict(dataloader, batch_size=chunk_size, sampler=sampler)
 
     def run(self) -> dict:
-        """Attack the whole data set and compute all metrics.
-
-        Returns:
-            Metrics under ``'clean/'``, under the name of each attack and of each group of
-            ``worst_of``, and under ``'worst/'``.
-        """
+        """Attack the whole data set, and compute all metrics as :func:`compute_metrics` names them."""
         call_hook = self.runner.call_hook
         call_hook(f'before_{self.mode}')
         call_hook(f'before_{self.mode}_epoch')
@@ -112,16 +102,13 @@ class _RobustLoop:
     def _evaluate(self) -> dict:
         sampler = self.dataloader.sampler
         self.evaluation.begin(sampler, self.runner.cfg.get('model'))
-        for idx, (chunk_index, batch) in enumerate(zip(sampler.chunks(), self.dataloader)):
+        for idx, (number, batch) in enumerate(zip(sampler.chunks(), self.dataloader)):
             self.runner.call_hook(f'before_{self.mode}_iter', batch_idx=idx, data_batch=batch)
-            images, labels = unit_batch(self.data_preprocessor, batch, sampler.chunk(chunk_index))
-            part = self.evaluation.evaluate(chunk_index, images, labels)
-            self.runner.call_hook(
-                f'after_{self.mode}_iter',
-                batch_idx=idx,
-                data_batch=batch,
-                outputs=as_data_samples(part.by_name[CLEAN], part.place, part.label),
-            )
+            indices = sampler.chunk(number)
+            chunk = Chunk(number, indices, *unit_batch(self.data_preprocessor, batch, indices))
+            part = self.evaluation.evaluate(chunk)
+            samples = as_data_samples(part.by_name[CLEAN], part.index, part.label)
+            self.runner.call_hook(f'after_{self.mode}_iter', batch_idx=idx, data_batch=batch, outputs=samples)
         return self.evaluation.finish(self.evaluator)
 
 
@@ -129,35 +116,33 @@ class _RobustLoop:
 class RobustValLoop(_RobustLoop, ValLoop):
     """Validation under named attacks, through ordinary MMEngine evaluators.
 
-    Every metric of ``val_evaluator`` is reported without an attack (``'clean/accuracy/top1'``),
-    under each attack (``'pgd10/accuracy/top1'``) and in the worst case of each image over all of
-    them (``'worst/accuracy/top1'``). For a mixture of experts, the worst case means something only
-    when :class:`~mmadvmoe.attacks.RoutePGD` is among the attacks; the loop warns when it is not. It
-    also reports the share of images per expert and of routes that an attack changed, in [0, 1].
+    Every metric of ``val_evaluator`` is reported without an attack (``'clean/accuracy/top1'``), under each attack
+    (``'pgd10/accuracy/top1'``) and in the worst case of each image over all of them (``'worst/accuracy/top1'``). For a
+    mixture of experts, the worst case means something only when :class:`~mmadvmoe.attacks.RoutePGD` is among the
+    attacks; the loop warns when it is not. It also reports the share of images per expert and of routes that an attack
+    changed, in [0, 1].
 
-    The images are attacked in chunks of ``chunk_size``, in data set order, with a seed made from
-    ``seed``, the name of the attack and the number of the chunk. So the result does not depend on
-    the batch size or the sampler of ``val_dataloader`` (both are replaced), nor on the number of
-    processes, which take whole chunks in turn. The random state of training is left as it was.
+    The images are attacked in chunks of ``chunk_size``, in data set order, with a seed made from ``seed``, the name of
+    the attack and the number of the chunk. So the result does not depend on the batch size or the sampler of
+    ``val_dataloader`` (both are replaced), nor on the number of processes, which take whole chunks in turn. The random
+    state of training is left as it was.
 
     Args:
-        runner: The runner.
-        dataloader: Config of the data loader.
-        evaluator: Evaluator, or the config of its metrics.
+        runner, dataloader, evaluator: As in MMEngine's loops; the loader as a config.
         attacks: Config of each attack under its name; names may not be ``'clean'`` or ``'worst'``.
         chunk_size: Images attacked at a time by one process.
         seed: Seed of the attacks.
-        survivors_only: Names of costly attacks that get only the images which are right without an
-            attack and under all attacks before them. An image counts as robust under such an attack
-            when it survives that one and all before; its accuracy is thus never above theirs.
-        worst_of: Further worst cases, each over the attacks it names and reported under its own
-            name: ``dict(ra=['pgd50', 'routepgd50'])`` gives ``'ra/accuracy/top1'``.
+        survivors_only: Names of costly attacks that get only the images which are right without an attack and under all
+            attacks before them. An image counts as robust under such an attack when it survives that one and all
+            before; its accuracy is thus never above theirs.
+        worst_of: Further worst cases, each over the attacks it names and reported under its own name:
+            ``dict(ra=['pgd50', 'routepgd50'])`` gives ``'ra/accuracy/top1'``.
         fp16: Must be False; there because MMEngine's loops and ``--amp`` know it.
 
     Raises:
-        TypeError: If the data loader or an attack is not given as a config.
-        ValueError: If there is no attack, a name or an attack's setting is not allowed, or the data
-            loader would leave images out.
+        TypeError: The data loader or an attack is not given as a config.
+        ValueError: There is no attack, a name or an attack's setting is not allowed, or the data loader would leave
+            images out.
 
     Examples:
         >>> val_cfg = dict(
@@ -175,7 +160,6 @@ class RobustTestLoop(_RobustLoop, TestLoop):
     """Test under named attacks; see :class:`RobustValLoop`, whose arguments and metrics it has.
 
     Args:
-        runner, dataloader, evaluator, attacks: As in :class:`RobustValLoop`.
         cascade: Whether every attack gets only the images that are right without an attack and under all attacks before
             it, as with all names in ``survivors_only``.
         add_route_attack: Whether attacks that know of routes are put beside the attacks on a mixture of experts; see
@@ -184,7 +168,6 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         out_dir: Folder that gets the outcome of each image as it becomes known, and in which a killed test goes on
             where it stopped; see docs/evaluation.md. None to write nothing.
         overwrite: Delete the outcomes in ``out_dir`` and begin anew, instead of going on or refusing to.
-        kwargs: The other arguments of :class:`RobustValLoop`.
 
     Raises:
         ValueError: ``out_dir`` holds the outcomes of an evaluation with other settings.
@@ -206,7 +189,7 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         self,
         runner: Runner,
         dataloader: Mapping,
-        evaluator: Evaluator | Mapping | Sequence,
+        evaluator: Union[Evaluator, Mapping, Sequence],
         attacks: Mapping[str, dict],
         cascade: bool = False,
         add_route_attack: bool = False,
@@ -220,7 +203,7 @@ class RobustTestLoop(_RobustLoop, TestLoop):
             kwargs['survivors_only'] = list(attacks)
         elif add_route_attack:
             few = kwargs.get('survivors_only', ())
-            kwargs['survivors_only'] = [name for each in few for name in (each, held_name(each)) if name in attacks]
+            kwargs['survivors_only'] = [name for each in few for name in (each, f'{each}-held') if name in attacks]
         super().__init__(runner, dataloader, evaluator, attacks, **kwargs)
         if out_dir is not None:
             self.evaluation.keep_in(out_dir, overwrite)

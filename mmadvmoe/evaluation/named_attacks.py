@@ -5,46 +5,45 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Optional
 
 from mmengine.logging import print_log
 
 from mmadvmoe.attacks import (
     STANDARD_ATTACKS,
+    BoundAttack,
     RoutePGD,
     Victim,
+    attack_class,
     attack_norm,
     build_attack,
     is_standard_attack,
     standard_attack,
 )
 from mmadvmoe.moe import placement_of
-from mmadvmoe.registry import ATTACKS
+from mmadvmoe.utils import did_you_mean
 
 from .outcomes import CLEAN, WORST
-from .robust_evaluation import Attack
 
 
-def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, Attack]:
+def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, BoundAttack]:
     """Build named attacks, and warn where they cannot judge an MoE.
 
     Args:
         attacks: Config of each attack under the name that its metrics get.
-        victim: The model as the attacks see it.
+        victim: The model.
         key: Config key of ``attacks``, for errors.
 
     Raises:
-        TypeError: If ``attacks`` does not map names to configs.
-        ValueError: If there is no attack, or a name cannot be the prefix of a metric.
+        TypeError: ``attacks`` does not map names to configs.
+        ValueError: There is no attack, or a name cannot be the prefix of a metric.
     """
     _check_configs(attacks, key)
     built = {name: build_attack(cfg, victim) for name, cfg in attacks.items()}
-    if victim.num_routers and not any(moves_routes(cfg) for cfg in attacks.values()):
+    if victim.num_routers and not any(map(moves_routes, attacks.values())):
         print_log(
-            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: '
-            f'{WORST}/ is only an upper bound of its robust accuracy, and can be far too high. '
-            "Add dict(type='RoutePGD', ...).",
+            f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: {WORST}/ is only an '
+            "upper bound of its robust accuracy, and can be far too high. Add dict(type='RoutePGD', ...).",
             logger='current',
             level=logging.WARNING,
         )
@@ -54,20 +53,19 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
 def _check_configs(attacks: Mapping[str, Mapping], key: str) -> None:
     if not isinstance(attacks, Mapping):
         raise TypeError(
-            f"{key} must map names to attack configs, such as dict(pgd10=dict(type='PGD', "
-            f'eps=8 / 255, alpha=2 / 255, steps=10)), but got {attacks!r}.'
+            f"{key} must map names to attack configs, such as dict(pgd10=dict(type='PGD', eps=8 / 255, alpha=2 / 255, "
+            f'steps=10)), but got {attacks!r}.'
         )
     if not attacks:
         raise ValueError(
-            f"{key} holds no attack. To measure accuracy without attacks, use MMEngine's loop "
-            "(dict(type='ValLoop') or dict(type='TestLoop'))."
+            f"{key} holds no attack. To measure accuracy without attacks, use MMEngine's loop (dict(type='ValLoop') or "
+            "dict(type='TestLoop'))."
         )
     for name, cfg in attacks.items():
         if name in (CLEAN, WORST) or not name or '/' in name:
             raise ValueError(
-                f'{key}: an attack cannot be called {name!r}. Its metrics are logged as '
-                f"'<name>/accuracy/top1', so the name must not be empty nor contain '/'; "
-                f'{CLEAN!r} and {WORST!r} are taken by the loop.'
+                f"{key}: an attack cannot be called {name!r}. Its metrics are logged as '<name>/accuracy/top1', so the "
+                f"name must not be empty nor contain '/'; {CLEAN!r} and {WORST!r} are taken by the loop."
             )
         if not isinstance(cfg, Mapping) or 'type' not in cfg:
             raise TypeError(f'{key}.{name} must be the config of an attack, a dict with a type, but got {cfg!r}.')
@@ -79,13 +77,12 @@ def check_groups(
     """Check that the settings which refer to attacks name attacks.
 
     Args:
-        attacks: The names of the attacks.
-        survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
+        attacks, survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
         mode: ``'val'`` or ``'test'``, for errors.
 
     Raises:
-        TypeError: If attacks are not given as a list of names.
-        ValueError: If there is no such attack, or a group has a name that is taken.
+        TypeError: Attacks are not given as a list of names.
+        ValueError: There is no such attack, or a group has a name that is taken.
     """
     keys = {f'{mode}_cfg.survivors_only': survivors_only}
     for group, members in worst_of.items():
@@ -101,40 +98,29 @@ def check_groups(
             raise TypeError(f'{key} must be a list of names of attacks, but got {names!r}.')
         for name in names:
             if name not in attacks:
-                near = get_close_matches(str(name), attacks, n=1)
-                hint = f' (did you mean {near[0]!r}?)' if near else ''
+                hint = did_you_mean(name, attacks)
                 raise ValueError(f'{key}: there is no attack {name!r}{hint}; allowed: {", ".join(attacks)}.')
 
 
 def moves_routes(cfg: Mapping) -> bool:
     """Whether the config is that of an attack that knows of the routes of a mixture of experts."""
-    kind = _attack_class(cfg)
-    return isinstance(kind, type) and issubclass(kind, RoutePGD)
-
-
-def _attack_class(cfg: Mapping) -> Optional[type]:
-    return ATTACKS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+    return issubclass(attack_class(cfg['type']), RoutePGD)
 
 
 def choose_attacks(
-    names: Sequence[str],
-    known: Mapping[str, Mapping] | None = None,
-    eps: Optional[float] = None,
-    norm: Optional[str] = None,
+    names: Sequence[str], known: Optional[Mapping] = None, eps: Optional[float] = None, norm: Optional[str] = None
 ) -> dict[str, dict]:
-    """Configs of attacks by name: those of a config, and the standard ones.
+    """Look attacks up by name: those of a config, and the standard ones.
 
     Args:
         names: The names, in the order in which they are to run.
         known: Configs of attacks under their names. One whose norm is not ``norm`` is not taken.
-        eps: Radius; of a known attack it takes the place of its own, and the step size goes with it. Defaults to
-            that of the known attacks.
-        norm: Norm of the ball. Defaults to that of the known attacks, or else ``'Linf'``.
+        eps: Radius, in place of those of known attacks (the step size goes with it). Defaults to theirs.
+        norm: Norm of the ball. Defaults to that of the known attacks, else ``'Linf'``.
 
     Raises:
         TypeError: ``names`` is not a list of names.
-        ValueError: A name is neither known nor standard or occurs twice, or the known attacks have no radius in common
-            and ``eps`` is not given.
+        ValueError: A name is unknown or occurs twice, or there is no ``eps`` and known attacks have none in common.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f'attacks={names!r} must be a list of names, or map names to configs of attacks')
@@ -150,15 +136,14 @@ def choose_attacks(
         elif is_standard_attack(name):
             chosen[name] = standard_attack(name, *_common_ball(name, known, eps, norm))
         else:
-            allowed = ', '.join((*known, *(each for each in STANDARD_ATTACKS if each not in known)))
-            raise ValueError(
-                f'there is no attack {name!r}' + (f' in norm {norm}' if cfg else '') + f'; allowed: {allowed}'
-            )
+            where = f' in norm {norm}' if cfg else ''
+            allowed = ', '.join(dict.fromkeys((*known, *STANDARD_ATTACKS)))
+            raise ValueError(f'there is no attack {name!r}{where}; allowed: {allowed}')
     return chosen
 
 
 def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str = 'attacks') -> dict[str, dict]:
-    """Put what knows of routes beside attacks on a mixture of experts: ``RoutePGD``, and each with the route held.
+    """Put attacks on the routes beside those on a mixture of experts: ``RoutePGD``, and each with the route held.
 
     ``RoutePGD`` with 50 steps is added where there is none. It comes after the first attack, because a cascade is fast
     when what fools most images for its price comes early. Its radius is the largest of the attacks; of attacks in
@@ -166,21 +151,20 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
     the same with ``route='held'``; with a route for each layer or token, nearly every image has a route of its own and
     would have to be attacked by itself, so there the held route is left to ``RoutePGD``.
 
-    Args:
-        attacks: Configs of the attacks.
-        victim: The attacked model; nothing is added for one without routers.
-        key: Config key of ``attacks``, for errors.
-
-    Raises:
-        TypeError, ValueError: As :func:`build_attacks`.
+    Nothing is added for a model without routers. Raises as :func:`build_attacks`.
     """
     _check_configs(attacks, key)
     attacks = {name: dict(cfg) for name, cfg in attacks.items()}
     if not victim.num_routers:
         return attacks
     if placement_of(victim.classifier).one_route_per_image:
-        attacks = _with_held_routes(attacks)
-    if any(moves_routes(cfg) for cfg in attacks.values()):
+        both = {}
+        for name, cfg in attacks.items():
+            both[name] = cfg
+            if 'route' not in cfg and not getattr(attack_class(cfg['type']), 'own_routes', False):
+                both[f'{name}-held'] = dict(cfg, route='held')
+        attacks = both
+    if any(map(moves_routes, attacks.values())):
         return attacks
     radii: dict[str, float] = {}
     for cfg in attacks.values():
@@ -188,34 +172,16 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         eps = build_attack(cfg, victim).eps
         if eps is not None:
             radii[attack_norm(cfg)] = max(eps, radii.get(attack_norm(cfg), 0.0))
-    name = 'routepgd50'
-    added = {
-        name if len(radii) == 1 else f'{name}-{norm.lower()}': standard_attack(name, eps, norm)
-        for norm, eps in radii.items()
-    }
     first, *others = attacks
-    return {first: attacks[first], **added, **{other: attacks[other] for other in others}}
-
-
-def _with_held_routes(attacks: Mapping[str, dict]) -> dict[str, dict]:
-    """Each attack that does not choose routes by itself, followed by the same with the route held."""
-    both = {}
-    for name, cfg in attacks.items():
-        both[name] = cfg
-        if 'route' not in cfg and not getattr(_attack_class(cfg), 'own_routes', False):
-            both[held_name(name)] = dict(cfg, route='held')
-    return both
-
-
-def held_name(name: str) -> str:
-    """The name of an attack with the route held, beside the attack ``name``."""
-    return f'{name}-held'
+    completed = {first: attacks[first]}
+    for norm, eps in radii.items():
+        suffix = '' if len(radii) == 1 else f'-{norm.lower()}'
+        completed[f'routepgd50{suffix}'] = standard_attack('routepgd50', eps, norm)
+    return completed | {name: attacks[name] for name in others}
 
 
 def _with_radius(cfg: dict, eps: float) -> dict:
-    kind = _attack_class(cfg)
-    # What is no attack is told when it is built.
-    if kind is None or 'eps' not in inspect.signature(kind).parameters:
+    if 'eps' not in inspect.signature(attack_class(cfg['type'])).parameters:
         return cfg
     scaled = {'alpha': cfg['alpha'] * eps / cfg['eps']} if 'alpha' in cfg and cfg.get('eps') else {}
     return cfg | {'eps': eps} | scaled

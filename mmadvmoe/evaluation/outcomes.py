@@ -1,13 +1,13 @@
-"""What became of every image under every attack.
+"""Outcomes of every image under every attack, and the metrics made of them.
 
-Dimension letters: B images, K classes, L routers of the network (0 for a dense one).
+Dimension letters: B images, K classes, D decisions of the routers for one image (0 for a dense model).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import MappingProxyType
+from typing import Optional
 
 import torch
 from mmengine.dist import all_gather_object, get_dist_info
@@ -24,12 +24,12 @@ NORMS = ('linf', 'l2', 'l1')
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What the model made of B images, under one attack or none. All tensors are on the CPU.
+    """How B images came out, under one attack or none. All tensors are on the CPU.
 
     Attributes:
         logits: Class logits, (B, K) float32.
-        expert: Expert that each router chose, (B, L) int64; of routers for tokens, the experts of all tokens in all
-            layers, (B, D).
+        expert: Expert that each router chose, (B, D) int64; of routers for tokens, the experts of all tokens in all
+            layers.
         distance: Distance to the clean image in each of ``NORMS``, (B, 3) float32, for images in [0, 1].
         attacked: Whether the attack was run on the image, (B,) bool. Where it was not, because the image was wrong
             before, this is the outcome in which it went wrong first.
@@ -74,21 +74,26 @@ class RobustOutcomes:
     """The outcomes of B images under several attacks.
 
     Attributes:
-        place: Place of each image in its data set, (B,) int64.
+        index: Index of each image in its data set, (B,) int64.
         label: True class, (B,) int64.
-        by_name: The outcome without an attack under ``'clean'``, then that of each attack under its
-            name, in the order of the config.
+        by_name: The outcome without an attack under ``'clean'``, then that of each attack under its name, in the order
+            of the config.
     """
 
-    place: Tensor
+    index: Tensor
     label: Tensor
     by_name: Mapping[str, Outcome]
 
-    def worst(self, attacks: Sequence[str] | None = None) -> Outcome:
+    @property
+    def robust(self) -> Tensor:
+        """Images that are right without an attack and under every one, (B,) bool."""
+        return self.worst().prediction == self.label
+
+    def worst(self, attacks: Optional[Sequence[str]] = None) -> Outcome:
         """Give each image the outcome of the first attack that fools the model, else the clean one.
 
-        An image counts as robust in it exactly when it is classified rightly without an attack and
-        under each of them. An image that is wrong without an attack keeps its clean outcome.
+        An image counts as robust in it exactly when it is classified rightly without an attack and under each of them.
+        An image that is wrong without an attack keeps its clean outcome.
 
         Args:
             attacks: Names of the attacks that count. Defaults to all.
@@ -96,84 +101,76 @@ class RobustOutcomes:
         worst = self.by_name[CLEAN]
         for name in self.by_name if attacks is None else attacks:
             outcome = self.by_name[name]
-            still_right = worst.prediction == self.label
-            fooled = still_right & (outcome.prediction != self.label)
+            fooled = (worst.prediction == self.label) & (outcome.prediction != self.label)
             worst = outcome.where(fooled, worst)
         return worst
 
     @classmethod
     def merge(cls, parts: Sequence[RobustOutcomes]) -> RobustOutcomes:
         """Join the outcomes of disjoint sets of images, in data set order."""
-        place = torch.cat([part.place for part in parts])
-        order = place.argsort()
+        index = torch.cat([part.index for part in parts])
+        order = index.argsort()
         by_name = {name: Outcome.cat([part.by_name[name] for part in parts]).take(order) for name in parts[0].by_name}
-        return cls(place[order], torch.cat([part.label for part in parts])[order], by_name)
+        return cls(index[order], torch.cat([part.label for part in parts])[order], by_name)
 
 
 def gather_outcomes(parts: Sequence[RobustOutcomes], num_images: int) -> RobustOutcomes:
     """Collect the outcomes of all processes; every process gets all of them.
 
     Args:
-        parts: The outcomes of the chunks of this process, possibly none.
+        parts: Those of this process, by chunk; possibly none.
         num_images: Size of the data set.
 
     Raises:
-        RuntimeError: If the processes together do not hold every image exactly once.
+        RuntimeError: The processes together do not hold every image exactly once.
     """
     gathered = [part for of_rank in all_gather_object(list(parts)) for part in of_rank]
     if not gathered:
         raise RuntimeError('no image was evaluated: the data set is empty.')
     outcomes = RobustOutcomes.merge(gathered)
-    if not torch.equal(outcomes.place, torch.arange(num_images)):
+    if not torch.equal(outcomes.index, torch.arange(num_images)):
         raise RuntimeError(
-            f'robust evaluation needs each of the {num_images} images of the data set exactly '
-            f'once, but the processes hold {len(outcomes.place)} outcomes of '
-            f'{len(outcomes.place.unique())} different images.'
+            f'robust evaluation needs each of the {num_images} images of the data set exactly once, but the processes '
+            f'hold {len(outcomes.index)} outcomes of {len(outcomes.index.unique())} different images.'
         )
     return outcomes
 
 
 def compute_metrics(
-    evaluator: Evaluator,
-    outcomes: RobustOutcomes,
-    worst_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    evaluator: Evaluator, outcomes: RobustOutcomes, worst_of: Optional[Mapping[str, Sequence[str]]] = None
 ) -> dict:
     """Run an MMEngine evaluator once without an attack, once per attack and once on the worst case.
 
-    The metrics see labels and predictions as MMPretrain's heads give them; they do not see images.
-    To be called by all processes, with the same outcomes.
+    The metrics see labels and predictions as MMPretrain's heads give them; they do not see images. To be called by all
+    processes, with the same outcomes.
 
     Args:
         evaluator: Evaluator with any metrics.
-        outcomes: The outcomes of the whole data set.
+        outcomes: Those of the whole data set.
         worst_of: Names of further worst cases, each over the attacks it names.
 
     Returns:
-        Each metric under the name of the attack, such as ``'pgd50/accuracy/top1'``, under the names
-        of ``worst_of``, and under ``'clean/'`` and ``'worst/'``.
+        Each metric under ``'clean/'``, ``'worst/'``, the names of attacks (``'pgd50/accuracy/top1'``) and of groups.
     """
-    num_images = len(outcomes.place)
+    num_images = len(outcomes.index)
     rank, world_size = get_dist_info()
-    # Metrics collect results by taking one from each process in turn, and drop what exceeds the
-    # size of the data set: dealt out like this, every image comes back once and in order.
+    # Metrics collect results by taking one from each process in turn, and drop what exceeds the size of the data set:
+    # dealt out like this, every image comes back once and in order.
     rows = torch.arange(rank, rank + -(-num_images // world_size) * world_size, world_size)
     rows %= num_images
+    groups = {name: outcomes.worst(attacks) for name, attacks in (worst_of or {}).items()}
     metrics = {}
-    groups = [(name, outcomes.worst(attacks)) for name, attacks in worst_of.items()]
-    for name, outcome in [*outcomes.by_name.items(), *groups, (WORST, outcomes.worst())]:
-        mine = outcome.take(rows)
-        samples = as_data_samples(mine, outcomes.place[rows], outcomes.label[rows])
-        evaluator.process(data_samples=samples)
-        for key, value in evaluator.evaluate(num_images).items():
-            metrics[f'{name}/{key}'] = value
+    for name, outcome in {**outcomes.by_name, **groups, WORST: outcomes.worst()}.items():
+        evaluator.process(data_samples=as_data_samples(outcome.take(rows), outcomes.index[rows], outcomes.label[rows]))
+        metrics.update({f'{name}/{key}': value for key, value in evaluator.evaluate(num_images).items()})
     return metrics
 
 
-def as_data_samples(outcome: Outcome, place: Tensor, label: Tensor) -> list[DataSample]:
+def as_data_samples(outcome: Outcome, index: Tensor, label: Tensor) -> list[DataSample]:
     """Write an outcome as the data samples that MMPretrain's heads predict."""
     scores = outcome.logits.softmax(dim=1)
     samples = []
-    for i, score, prediction, truth in zip(place, scores, outcome.prediction, label):
+    for i, score, prediction, truth in zip(index, scores, outcome.prediction, label):
         sample = DataSample(metainfo=dict(sample_idx=int(i)))
         sample.set_gt_label(int(truth)).set_pred_score(score).set_pred_label(int(prediction))
         samples.append(sample)
@@ -183,16 +180,10 @@ def as_data_samples(outcome: Outcome, place: Tensor, label: Tensor) -> list[Data
 def route_metrics(outcomes: RobustOutcomes, num_experts: int) -> dict[str, float]:
     """Summarise the routes of an MoE: how experts share the images, and what attacks change.
 
-    Args:
-        outcomes: The outcomes of the whole data set.
-        num_experts: N.
-
     Returns:
-        Shares in [0, 1]: ``'<name>/expert_share/<n>'`` of the images that went to expert n (mean
-        over the routers when there are several), without an attack and under each, and
-        ``'<attack>/route_changed'`` of those that the attack sent elsewhere in at least one router;
-        ``'<attack>/decisions_changed'`` of all decisions, where an image has several. Empty for a
-        dense model.
+        Shares in [0, 1]: ``'<name>/expert_share/<n>'`` of the decisions that went to expert n, without an attack and
+        under each; ``'<attack>/route_changed'`` of the images with any decision changed by the attack;
+        ``'<attack>/decisions_changed'`` of all decisions, where an image has several. Empty for a dense model.
     """
     clean = outcomes.by_name[CLEAN]
     if clean.expert.shape[1] == 0:
@@ -200,8 +191,7 @@ def route_metrics(outcomes: RobustOutcomes, num_experts: int) -> dict[str, float
     metrics = {}
     for name, outcome in outcomes.by_name.items():
         for n in range(num_experts):
-            share = (outcome.expert == n).double().mean()
-            metrics[f'{name}/expert_share/{n}'] = float(share)
+            metrics[f'{name}/expert_share/{n}'] = float((outcome.expert == n).double().mean())
         if name != CLEAN:
             changed = outcome.expert != clean.expert
             metrics[f'{name}/route_changed'] = float(changed.any(dim=1).double().mean())

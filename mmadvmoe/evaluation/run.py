@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -14,31 +16,32 @@ import mmengine
 import mmpretrain
 import numpy as np
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import nn
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.version import __version__
 
+from .chunks import evaluate_chunk
+from .data import Chunk
 from .folder import FORMAT, OutcomeFolder
 from .named_attacks import build_attacks
-from .outcomes import RobustOutcomes, compute_metrics, gather_outcomes, route_metrics
-from .progress import EvaluationProgress
-from .robust_evaluation import evaluate_chunk
+from .outcomes import CLEAN, RobustOutcomes, compute_metrics, gather_outcomes, route_metrics
+
+# Seconds between two messages of progress: an attack on a chunk takes from milliseconds to hours.
+_INTERVAL = 10.0
 
 
 class RobustEvaluation:
-    """The attacks on all images of a data set.
+    """The attacks on all images of a data set: ``begin``, ``evaluate`` chunk by chunk, ``finish``.
 
     Args:
         victim: The model as the attacks see it.
-        attacks: Config of each attack under its name.
         key: Config key of ``attacks``, for errors.
-        chunk_size: Images attacked at a time.
-        seed, survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
+        attacks, chunk_size, seed, survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
 
     Raises:
         TypeError, ValueError: An attack cannot be built; see :func:`~mmadvmoe.evaluation.named_attacks.build_attacks`.
@@ -67,12 +70,7 @@ class RobustEvaluation:
         self.outcomes: Optional[RobustOutcomes] = None
 
     def keep_in(self, out_dir: Union[str, Path], overwrite: bool = False) -> None:
-        """Write outcomes to a folder as they become known, and take from it what is there.
-
-        Args:
-            out_dir: The folder.
-            overwrite: Delete the outcomes that are there and begin anew, instead of going on or refusing to.
-        """
+        """Write outcomes to a folder as they become known, and take from it what is there, or ``overwrite`` that."""
         self._folder = OutcomeFolder(out_dir, list(self.attacks))
         self._overwrite = overwrite
 
@@ -80,17 +78,16 @@ class RobustEvaluation:
         """Begin with a data set, in all processes.
 
         Args:
-            sampler: What decides which chunks this process attacks.
+            sampler: Deals the chunks out to the processes.
             model_cfg: Config of the model, by which an output folder tells models apart that have the same weights.
 
         Raises:
             ValueError: The output folder holds the outcomes of another evaluation.
             OSError: It cannot be written to.
         """
-        self._sampler = sampler
+        self._num_images = len(sampler.dataset)
         self._parts: list[RobustOutcomes] = []
-        chunks = sampler.chunks()
-        self._progress = EvaluationProgress(list(self.attacks), len(sampler), len(chunks))
+        self._progress = EvaluationProgress(list(self.attacks), len(sampler), len(sampler.chunks()))
         if self._folder is None:
             return
         error = [None]
@@ -104,56 +101,35 @@ class RobustEvaluation:
         if error[0] is not None:
             raise error[0]
 
-    def evaluate(self, chunk_index: int, images: Tensor, labels: Tensor) -> RobustOutcomes:
-        """Attack one chunk, or take what is on disk of it.
-
-        Args:
-            chunk_index: Number of the chunk in the data set.
-            images: (B, C, H, W) in [0, 1].
-            labels: True classes, (B,) int64.
-        """
-        place = self._sampler.chunk(chunk_index)
-        saved = None
+    def evaluate(self, chunk: Chunk) -> RobustOutcomes:
+        """Attack one chunk, or take what is on disk of it."""
         for name, attack in self.attacks.items():
-            attack.check_radius(images[0].numel(), repr(name))
-        if self._folder is not None:
-            saved = self._folder.chunk(chunk_index, place, labels, images)
+            attack.check_radius(chunk.images[0].numel(), repr(name))
         try:
             with self.victim.frozen():
                 part = evaluate_chunk(
                     self.victim,
                     self.attacks,
-                    images,
-                    labels,
-                    chunk_index=chunk_index,
-                    place=place,
+                    chunk,
                     seed=self._seed,
                     survivors_only=self._survivors_only,
-                    saved=saved,
+                    folder=self._folder,
                     report=self._progress.report,
                 )
         except Exception:
             if self._folder is not None:
-                print_log(
-                    f'The outcomes until now are kept in {str(self._folder.path)!r}: the same evaluation started again '
-                    'goes on from there.',
-                    logger='current',
-                    level=logging.ERROR,
+                where = repr(str(self._folder.path))
+                message = (
+                    f'The outcomes until now are kept in {where}: the same evaluation started again goes on from there.'
                 )
+                print_log(message, logger='current', level=logging.ERROR)
             raise
         self._parts.append(part)
         return part
 
     def finish(self, evaluator: Evaluator) -> dict:
-        """Bring the outcomes of all processes together, compute the metrics and complete the output folder.
-
-        Args:
-            evaluator: With any metrics.
-
-        Returns:
-            As :meth:`mmadvmoe.evaluation.RobustValLoop.run`.
-        """
-        self.outcomes = gather_outcomes(self._parts, len(self._sampler.dataset))
+        """Bring the outcomes of all processes together, compute the metrics and complete the output folder."""
+        self.outcomes = gather_outcomes(self._parts, self._num_images)
         metrics = compute_metrics(evaluator, self.outcomes, self._worst_of)
         metrics.update(route_metrics(self.outcomes, self.victim.num_experts))
         if self._folder is not None and is_main_process():
@@ -161,7 +137,7 @@ class RobustEvaluation:
         return metrics
 
     def _description(self, dataset: Any, model_cfg: Optional[Mapping]) -> dict:
-        """What ``run.json`` says."""
+        """The content of ``run.json``."""
         victim = self.victim
         model = dict(
             type=type(victim.classifier).__name__,
@@ -171,23 +147,28 @@ class RobustEvaluation:
             sha256=model_digest(victim.classifier),
         )
         if model_cfg is not None:
-            model['config'] = _plain(model_cfg)
+            model['config'] = model_cfg
         settings = dict(
             model=model,
             data=dict(type=type(dataset).__name__, num_images=len(dataset)),
-            attacks=_plain(self._configs),
+            attacks=self._configs,
             survivors_only=list(self._survivors_only),
-            worst_of=_plain(self._worst_of),
+            worst_of=self._worst_of,
             chunk_size=self._chunk_size,
             seed=self._seed,
         )
-        device = next(iter(victim.parameters()), torch.empty(0)).device
-        return dict(
-            format=FORMAT,
-            settings=settings,
-            versions=_versions(),
-            machine=dict(device=device.type, threads=torch.get_num_threads()),
+        versions = dict(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            torchattacks=version('torchattacks'),
+            numpy=np.__version__,
+            mmengine=mmengine.__version__,
+            mmpretrain=mmpretrain.__version__,
+            mmadvmoe=__version__,
         )
+        device = next(iter(victim.parameters()), torch.empty(0)).device
+        machine = dict(device=device.type, threads=torch.get_num_threads())
+        return dict(format=FORMAT, settings=settings, versions=versions, machine=machine)
 
 
 def model_digest(model: nn.Module) -> str:
@@ -199,24 +180,55 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    return dict(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        torchattacks=version('torchattacks'),
-        numpy=np.__version__,
-        mmengine=mmengine.__version__,
-        mmpretrain=mmpretrain.__version__,
-        mmadvmoe=__version__,
-    )
+class EvaluationProgress:
+    """Log images done, robust accuracy so far and time left, every few seconds and at the end.
 
+    Of several processes the first one logs, about its own share of images and chunks. ``clock`` gives seconds.
+    """
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold of a config."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, type):
-        return value.__name__
-    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
+    def __init__(
+        self, names: Sequence[str], num_images: int, num_chunks: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._num_images = num_images
+        self._clock, self._last = clock, clock()
+        self._chunks_left = dict.fromkeys((CLEAN, *names), num_chunks)
+        self._seconds: dict[str, list[float]] = {name: [] for name in self._chunks_left}
+        self._last_name = (CLEAN, *names)[-1]
+        self._done = self._robust = 0
+
+    def report(self, name: str, outcomes: RobustOutcomes, seconds: Optional[float]) -> None:
+        """Take note of the outcome of one chunk under one attack, and log if it is time.
+
+        Args:
+            name, seconds: Of the attack, which took None where its outcome was on disk.
+            outcomes: Those of the chunk so far.
+        """
+        self._chunks_left[name] -= 1
+        if seconds is not None:
+            self._seconds[name].append(seconds)
+        robust, size = int(outcomes.robust.sum()), len(outcomes.label)
+        if name == self._last_name:
+            self._done += size
+            self._robust += robust
+        if self._done == self._num_images or self._clock() - self._last >= _INTERVAL:
+            self._last = self._clock()
+            print_log(self._message(name, robust, size), logger='current')
+
+    def seconds_left(self) -> Optional[float]:
+        """Estimate from the attacks on the chunks done; None while some attack has never run."""
+        left = [(chunks, self._seconds[name]) for name, chunks in self._chunks_left.items() if chunks]
+        if not all(seconds for _, seconds in left):
+            return None
+        return sum((chunks * sum(seconds) / len(seconds) for chunks, seconds in left), 0.0)
+
+    def _message(self, name: str, robust: int, size: int) -> str:
+        share = f' of process 0 of {get_world_size()}' if get_world_size() > 1 else ''
+        parts = [f'Robust evaluation: {self._done} of {self._num_images} images{share}']
+        if self._done:
+            parts.append(f'robust accuracy so far {100 * self._robust / self._done:.2f}')
+        if name != self._last_name:
+            parts.append(f'in the next {size} images {robust} stand after {name!r}')
+        left = self.seconds_left()
+        if left:
+            parts.append(f'{timedelta(seconds=round(left))} left')
+        return ', '.join(parts)

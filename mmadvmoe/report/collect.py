@@ -18,9 +18,8 @@ from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.cost import count_cost
 from mmadvmoe.evaluation import attack_examples
-from mmadvmoe.evaluation.data import as_dataset
+from mmadvmoe.evaluation.data import as_dataset, spread_images
 from mmadvmoe.evaluation.named_attacks import moves_routes
-from mmadvmoe.evaluation.robust_evaluation import spread_images
 from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config

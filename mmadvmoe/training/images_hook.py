@@ -12,7 +12,7 @@ from mmpretrain.registry import HOOKS
 
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.evaluation import attack_examples
-from mmadvmoe.evaluation.robust_evaluation import spread_images
+from mmadvmoe.evaluation.data import spread_images
 from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import bare_model
 from mmadvmoe.visualization import draw_image_grid, save_png

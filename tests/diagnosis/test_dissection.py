@@ -4,11 +4,9 @@ from small_mixtures import random_mixture, two_experts
 from torch import nn
 
 from mmadvmoe.attacks import Victim
-from mmadvmoe.diagnosis.dissection import Dissection, dissect, worse_of
-from mmadvmoe.diagnosis.dissection_summary import failures, summarize
+from mmadvmoe.diagnosis.dissection import Dissection, dissect, failures, summarize, worse_of
 from mmadvmoe.diagnosis.dissection_tables import dissection_tables
-from mmadvmoe.diagnosis.threat_model import ThreatModel
-from mmadvmoe.diagnosis.trials import Images
+from mmadvmoe.diagnosis.subject import Images, ThreatModel
 from mmadvmoe.evaluation.outcomes import Outcome
 
 THREAT = ThreatModel('Linf', 0.1, 0.025, 8)

@@ -9,12 +9,10 @@ from torch import nn
 
 import mmadvmoe  # noqa: F401
 from mmadvmoe.attacks import Victim, build_attack
-from mmadvmoe.diagnosis.gradient_checks import ascents, gradients
-from mmadvmoe.diagnosis.soundness import Measured, Point, curves, measure, ra_of_each
+from mmadvmoe.diagnosis.soundness import Measured, Point, ascents, curves, gradients, measure, ra_of_each
 from mmadvmoe.diagnosis.soundness_checks import PASS, SKIP, WARN, judge
+from mmadvmoe.diagnosis.subject import Images, ThreatModel
 from mmadvmoe.diagnosis.substitute import predict, train_substitute
-from mmadvmoe.diagnosis.threat_model import ThreatModel
-from mmadvmoe.diagnosis.trials import Images
 
 THREAT = ThreatModel('Linf', 0.12, 0.024, 20)
 
@@ -159,14 +157,14 @@ def test_a_gate_that_hides_nothing_passes(trained, data):
 
 
 def measured_by_hand():
-    """A sound measurement of 100 images, of which 40 stand."""
-    stands = torch.arange(100) < 40
+    """A sound measurement of 100 images, of which 40 are robust."""
+    robust = torch.arange(100) < 40
     everything, nothing = torch.ones(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
     measured = Measured(sa=100, is_moe=False, margin=1.0)
-    measured.stands = dict(gate=stands, noise=everything, transfer=everything, square=stands)
-    measured.eps_curve = [Point(0, everything, everything), Point(0.1, stands, stands), Point(1, nothing, nothing)]
-    measured.steps_curve = [Point(10, stands, stands), Point(20, stands, stands)]
-    measured.restarts_curve = [Point(1, stands, stands), Point(4, stands, stands)]
+    measured.robust = dict(gate=robust, noise=everything, transfer=everything, square=robust)
+    measured.eps_curve = [Point(0, everything, everything), Point(0.1, robust, robust), Point(1, nothing, nothing)]
+    measured.steps_curve = [Point(10, robust, robust), Point(20, robust, robust)]
+    measured.restarts_curve = [Point(1, robust, robust), Point(4, robust, robust)]
     return measured
 
 
@@ -206,21 +204,21 @@ def test_curves_may_rise_by_chance_only():
 
 
 def test_what_other_attacks_find_is_judged():
-    some = torch.arange(100) % 20 != 0  # Among them 2 of the 40 that stand.
+    some = torch.arange(100) % 20 != 0  # Among them 2 of the 40 that are robust.
     more = torch.arange(100) % 10 != 0  # And here 4.
     for name in ('noise', 'transfer', 'square'):
-        for stands, expected in ((some, []), (more, [name])):
+        for robust, expected in ((some, []), (more, [name])):
             measured = measured_by_hand()
-            measured.stands[name] = stands
+            measured.robust[name] = robust
             assert warned(measured) == expected
     measured = measured_by_hand()
-    del measured.stands['square']
+    del measured.robust['square']
     assert {check.name: check.status for check in judge(measured)}['square'] == SKIP
     measured = measured_by_hand()
     measured.eps_curve[-1] = Point(1, some, ~some)
     assert warned(measured) == ['eps_curve', 'large_eps']
     measured = measured_by_hand()
-    measured.steps_curve[-1] = Point(20, more, measured.stands['gate'] & more)
+    measured.steps_curve[-1] = Point(20, more, measured.robust['gate'] & more)
     assert warned(measured) == ['steps', 'converged']
 
 

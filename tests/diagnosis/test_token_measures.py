@@ -9,8 +9,8 @@ from mmpretrain.registry import MODELS
 
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.cost import count_cost
-from mmadvmoe.evaluation import RobustOutcomes, route_metrics
-from mmadvmoe.evaluation.robust_evaluation import evaluate_chunk
+from mmadvmoe.evaluation import Chunk, RobustOutcomes, route_metrics
+from mmadvmoe.evaluation.chunks import evaluate_chunk
 from mmadvmoe.moe import TokenRouting, router_modules
 from mmadvmoe.training.health_hook import _Tally
 
@@ -54,7 +54,7 @@ def test_outcomes_hold_the_experts_of_all_tokens():
     attack = build_attack(dict(type='PGD', eps=0.2, alpha=0.1, steps=3), victim)
     labels = victim(images).argmax(1)
     parts = [
-        evaluate_chunk(victim, dict(pgd=attack), images[s], labels[s], chunk_index=i, place=range(6)[s])
+        evaluate_chunk(victim, dict(pgd=attack), Chunk(i, range(6)[s], images[s], labels[s]))
         for i, s in enumerate((slice(0, 4), slice(4, 6)))
     ]
     outcomes = RobustOutcomes.merge(parts)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmadvmoe.evaluation import Outcome, OutcomeFolder, RobustOutcomes, SavedChunk, read_evaluation
+from mmadvmoe.evaluation import Chunk, Outcome, OutcomeFolder, RobustOutcomes, read_evaluation
 from mmadvmoe.runtime.atomic import PARTIAL, write_atomically
 
 RUN = dict(format=1, settings=dict(attacks=dict(a={}, b={}), seed=0), versions=dict(torch='2'), machine=dict(threads=1))
@@ -33,9 +33,9 @@ def _folder(path: Path) -> OutcomeFolder:
     return OutcomeFolder(path, ['a', 'b'])
 
 
-def _chunk(folder: OutcomeFolder, index: int = 0) -> SavedChunk:
-    place = range(4 * index, 4 * index + 4)
-    return folder.chunk(index, place, torch.tensor([0, 1, 2, 0]), torch.full((4, 3, 2, 2), index / 10))
+def _chunk(number: int = 0) -> Chunk:
+    indices = range(4 * number, 4 * number + 4)
+    return Chunk(number, indices, torch.full((4, 3, 2, 2), number / 10), torch.tensor([0, 1, 2, 0]))
 
 
 @contextmanager
@@ -52,11 +52,10 @@ def _full_disk(room: int) -> Iterator[None]:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.prepare(RUN)
-    chunk = _chunk(folder)
-    assert chunk.read('a') is None
-    chunk.write('a', _outcome())
-    assert _same(_chunk(_folder(tmp_path)).read('a'), _outcome())
-    assert chunk.read('b') is None and chunk.read('clean') is None
+    assert folder.read(_chunk(), 'a') is None
+    folder.write(_chunk(), 'a', _outcome())
+    assert _same(_folder(tmp_path).read(_chunk(), 'a'), _outcome())
+    assert folder.read(_chunk(), 'b') is None and folder.read(_chunk(), 'clean') is None
 
 
 def test_chunks_that_are_done_can_be_read_before_the_end(tmp_path: Path) -> None:
@@ -67,11 +66,11 @@ def test_chunks_that_are_done_can_be_read_before_the_end(tmp_path: Path) -> None
     for number, name in enumerate(('clean', 'a', 'b')):
         with pytest.raises(ValueError, match='no chunk that is done under all of clean, a, b yet'):
             read_evaluation(tmp_path)
-        _chunk(folder, 1).write(name, _outcome(number))
-    _chunk(folder, 0).write('clean', _outcome())
+        folder.write(_chunk(1), name, _outcome(number))
+    folder.write(_chunk(0), 'clean', _outcome())
     saved = read_evaluation(tmp_path)
     assert saved.metrics is None and saved.settings['seed'] == 0
-    assert saved.outcomes.place.tolist() == [4, 5, 6, 7]
+    assert saved.outcomes.index.tolist() == [4, 5, 6, 7]
     assert _same(saved.outcomes.by_name['b'], _outcome(2))
 
 
@@ -79,7 +78,7 @@ def test_chunks_that_are_done_can_be_read_before_the_end(tmp_path: Path) -> None
 def test_another_run_is_refused_and_nothing_is_touched(tmp_path: Path, what: str) -> None:
     folder = _folder(tmp_path)
     folder.prepare(RUN)
-    _chunk(folder).write('a', _outcome())
+    folder.write(_chunk(), 'a', _outcome())
     other = RUN | {what: 2 if what == 'format' else RUN[what] | dict(seed=1, torch='3')}
     before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     with pytest.raises(ValueError, match=rf'{what}.* there and .* here.*begin anew.*--overwrite'):
@@ -87,15 +86,15 @@ def test_another_run_is_refused_and_nothing_is_touched(tmp_path: Path, what: str
     assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     folder.prepare(other, overwrite=True)
     assert json.loads((tmp_path / 'run.json').read_text()) == other
-    assert _chunk(folder).read('a') is None
+    assert folder.read(_chunk(), 'a') is None
 
 
 def test_another_machine_goes_on(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.prepare(RUN)
-    _chunk(folder).write('a', _outcome())
+    folder.write(_chunk(), 'a', _outcome())
     folder.prepare(RUN | dict(machine=dict(threads=8)))
-    assert _chunk(folder).read('a') is not None
+    assert folder.read(_chunk(), 'a') is not None
     # The run that was begun is the one that is described.
     assert json.loads((tmp_path / 'run.json').read_text()) == RUN
 
@@ -128,12 +127,11 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.prepare(RUN)
-    chunk = _chunk(folder)
-    chunk.write('clean', _outcome())
+    folder.write(_chunk(), 'clean', _outcome())
     before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
-    outcomes = RobustOutcomes(chunk.place, chunk.label, dict(clean=_outcome(), a=_outcome(1), b=_outcome(2)))
+    outcomes = RobustOutcomes(torch.arange(4), _chunk().labels, dict(clean=_outcome(), a=_outcome(1), b=_outcome(2)))
     with pytest.raises(OSError) as caught, _full_disk(100):
-        chunk.write('a', _outcome())
+        folder.write(_chunk(), 'a', _outcome())
     assert '000000.01-a.pt' in str(caught.value) and 'make room there and start the same evaluation' in str(
         caught.value
     )
@@ -148,12 +146,11 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path: Path) -> None
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.prepare(RUN)
-    chunk = _chunk(folder)
-    chunk.write('a', _outcome())
+    folder.write(_chunk(), 'a', _outcome())
     path = folder.part(0, 'a')
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r'000000\.01-a\.pt.* is damaged .*Delete it'):
-        chunk.read('a')
+        folder.read(_chunk(), 'a')
 
 
 def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:

@@ -3,13 +3,7 @@ import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmpretrain.evaluation import Accuracy
 
-from mmadvmoe.evaluation import (
-    Outcome,
-    RobustOutcomes,
-    compute_metrics,
-    gather_outcomes,
-    route_metrics,
-)
+from mmadvmoe.evaluation import Outcome, RobustOutcomes, compute_metrics, gather_outcomes, route_metrics
 
 
 def _outcomes(num_images: int = 40, attacks: tuple = ('a', 'b'), seed: int = 0) -> RobustOutcomes:
@@ -31,7 +25,7 @@ def _outcomes(num_images: int = 40, attacks: tuple = ('a', 'b'), seed: int = 0) 
 
 def _part(outcomes: RobustOutcomes, rows: list[int]) -> RobustOutcomes:
     by_name = {name: outcome.take(torch.tensor(rows)) for name, outcome in outcomes.by_name.items()}
-    return RobustOutcomes(outcomes.place[rows], outcomes.label[rows], by_name)
+    return RobustOutcomes(outcomes.index[rows], outcomes.label[rows], by_name)
 
 
 def test_worst_takes_the_first_attack_that_fools_each_image() -> None:

@@ -18,13 +18,12 @@ from mmadvmoe.attacks import Victim
 from mmadvmoe.diagnosis.dissection_tables import threat_text
 from mmadvmoe.diagnosis.soundness import curves, measure, ra_of_each
 from mmadvmoe.diagnosis.soundness_checks import WARN, judge
-from mmadvmoe.diagnosis.subject import add_arguments, check_arguments, load_subject, write_json
+from mmadvmoe.diagnosis.subject import load_subject, parse_arguments, write_json
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, num_images=200)
     parser.add_argument(
         '--surrogate',
         nargs=2,
@@ -33,8 +32,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--queries', type=int, default=1000, help='queries of Square for each image [%(default)s]')
     parser.add_argument('--strict', action='store_true', help='exit with status 1 when there is a warning')
-    args = parser.parse_args()
-    check_arguments(parser, args)
+    args = parse_arguments(parser, num_images=200)
     if args.queries < 1:
         parser.error(f'--queries {args.queries} must be at least 1')
     return args

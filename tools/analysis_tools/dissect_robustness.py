@@ -9,18 +9,14 @@ from __future__ import annotations
 import argparse
 import time
 
-from mmadvmoe.diagnosis.dissection import dissect
-from mmadvmoe.diagnosis.dissection_summary import summarize
+from mmadvmoe.diagnosis.dissection import dissect, summarize
 from mmadvmoe.diagnosis.dissection_tables import dissection_tables
-from mmadvmoe.diagnosis.subject import add_arguments, check_arguments, load_subject, write_json
+from mmadvmoe.diagnosis.subject import load_subject, parse_arguments, write_json
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, num_images=1000)
-    args = parser.parse_args()
-    check_arguments(parser, args)
-    return args
+    return parse_arguments(parser, num_images=1000)
 
 
 def main() -> None:

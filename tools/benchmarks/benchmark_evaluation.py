@@ -29,12 +29,11 @@ from benchmark_moe import run_attack_step
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-from torch import Tensor
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, standard_attack
 from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.evaluation.data import as_dataset, unit_chunks
+from mmadvmoe.evaluation.data import Chunk, as_dataset, read_chunks
 from mmadvmoe.evaluation.named_attacks import with_route_attack
 from mmadvmoe.evaluation.run import RobustEvaluation
 
@@ -48,7 +47,6 @@ RATIOS = {
     'cascade_held_over_bare': ('cascade_held', 'bare_autoattack'),
     f'pgd{STEPS}_over_steps': (f'pgd{STEPS}', 'attack_steps'),
 }
-Batch = tuple[int, Tensor, Tensor]
 
 
 def parse_args() -> argparse.Namespace:
@@ -84,12 +82,12 @@ def bare_autoattack(model: Victim, eps: float, iterations: int, queries: int) ->
 
 
 class Contest:
-    """What is timed: each contestant goes through all batches, and gives the number of images that stand."""
+    """What is timed: each contestant goes through all chunks, and gives the number of images that stand."""
 
     def __init__(self, model: Victim, sampler: ChunkSampler, args: argparse.Namespace) -> None:
         self.model = model
         self.sampler = sampler
-        self.batches: list[Batch] = list(unit_chunks(sampler.dataset, sampler, model))
+        self.chunks: list[Chunk] = list(read_chunks(sampler.dataset, sampler, model))
         self.bare = bare_autoattack(model, args.eps, args.iterations, args.queries)
         pgd = {f'pgd{STEPS}': standard_attack(f'pgd{STEPS}', args.eps)}
         auto = dict(type='AutoAttack', eps=args.eps, steps=args.iterations, n_queries=args.queries)
@@ -107,17 +105,17 @@ class Contest:
 
     def run_bare(self) -> int:
         standing = 0
-        for _, images, labels in self.batches:
-            adversarial, _ = self.bare.run_standard_evaluation(images, labels, batch_size=len(images))
+        for chunk in self.chunks:
+            adversarial, _ = self.bare.run_standard_evaluation(chunk.images, chunk.labels, batch_size=len(chunk.images))
             with torch.no_grad():
-                standing += int((self.model(adversarial).argmax(1) == labels).sum())
+                standing += int((self.model(adversarial).argmax(1) == chunk.labels).sum())
         return standing
 
     def run_steps(self) -> int:
-        for _, images, _ in self.batches:
+        for chunk in self.chunks:
             with self.model.frozen():
                 for _ in range(STEPS):
-                    run_attack_step(self.model, images)
+                    run_attack_step(self.model, chunk.images)
         return 0
 
     def evaluate(self, attacks: dict, **settings) -> int:
@@ -125,8 +123,8 @@ class Contest:
             evaluation = RobustEvaluation(self.model, attacks, chunk_size=self.sampler.chunk_size, **settings)
             evaluation.keep_in(folder)
             evaluation.begin(self.sampler)
-            parts = [evaluation.evaluate(*batch) for batch in self.batches]
-        return sum(int((part.worst().prediction == part.label).sum()) for part in parts)
+            parts = [evaluation.evaluate(chunk) for chunk in self.chunks]
+        return sum(int(part.robust.sum()) for part in parts)
 
     def run(self, rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
         """Seconds by each clock of each contestant in each round, and how many images stand."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import mmadvmoe  # noqa: F401
 from mmadvmoe.attacks import Victim
-from mmadvmoe.evaluation import RobustOutcomes, compute_metrics, gather_outcomes
+from mmadvmoe.evaluation import Chunk, RobustOutcomes, compute_metrics, gather_outcomes
+from mmadvmoe.evaluation.chunks import evaluate_chunk
 from mmadvmoe.evaluation.named_attacks import build_attacks, check_groups
-from mmadvmoe.evaluation.robust_evaluation import evaluate_chunk
 
 ATTACKS = dict(
     pgd=dict(type='PGD', eps=0.1, alpha=0.05, steps=2),
@@ -53,8 +53,7 @@ def case() -> tuple[Victim, Tensor, Tensor]:
 
 def _evaluate(case: tuple, attacks: dict, **kwargs) -> RobustOutcomes:
     victim, images, labels = case
-    place = list(range(len(images)))
-    return evaluate_chunk(victim, attacks, images, labels, chunk_index=0, place=place, **kwargs)
+    return evaluate_chunk(victim, attacks, Chunk(0, range(len(images)), images, labels), **kwargs)
 
 
 def _spied(attacks: dict, sizes: dict) -> dict:

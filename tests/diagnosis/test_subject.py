@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmadvmoe.diagnosis.threat_model import ThreatModel
+from mmadvmoe.diagnosis.subject import ThreatModel
 
 PGD50 = dict(type='PGD', eps=0.2, alpha=0.05, steps=50)
 

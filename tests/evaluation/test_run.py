@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmadvmoe.evaluation import CLEAN, Outcome, RobustOutcomes
-from mmadvmoe.evaluation.progress import EvaluationProgress
+from mmadvmoe.evaluation.run import EvaluationProgress
 
 
 def _chunk(standing: dict[str, int], size: int = 4) -> RobustOutcomes:
@@ -20,7 +20,7 @@ def _chunk(standing: dict[str, int], size: int = 4) -> RobustOutcomes:
 @pytest.fixture
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr('mmadvmoe.evaluation.progress.print_log', lambda message, logger: found.append(message))
+    monkeypatch.setattr('mmadvmoe.evaluation.run.print_log', lambda message, logger: found.append(message))
     return found
 
 
