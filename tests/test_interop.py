@@ -129,7 +129,9 @@ def _with_the_original(model: nn.Module, images: Tensor, labels: Tensor, norm: s
     attack = pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=0, version='standard')
     attack.attacks_to_run = parts
     for part in (attack.apgd, attack.apgd_targeted, attack.fab):
-        part.n_iter = 20
+        part.n_iter = part.n_iter_orig = 20
+        # As the constructor of APGD derives them from the number of iterations.
+        part.n_iter_2, part.n_iter_min, part.size_decr = 4, 1, 1
     attack.square.n_queries = 200
     return attack.run_standard_evaluation(images, labels, batch_size=len(images))[0]
 
