@@ -6,7 +6,7 @@ from tiny_runs import group_cfg, model_cfg, turns_cfg
 from torch import nn
 
 from mmadvmoe.moe import BaseRouter, split_parameters
-from mmadvmoe.runtime.preflight import check_param_scheduler
+from mmadvmoe.runtime.preflight import check_config
 from mmadvmoe.training.alternation import TurnSchedule
 from mmadvmoe.training.optim_wrapper import AlternatingOptimWrapper, AlternatingOptimWrapperConstructor
 
@@ -163,11 +163,11 @@ def test_a_constructor_that_leaves_parameters_out_is_found_out(model):
     ],
 )
 def test_param_schedulers_must_name_both_groups(scheduler, message):
-    check_param_scheduler([dict(type='LinearLR')])
-    check_param_scheduler(dict(type='LinearLR'))
-    check_param_scheduler(dict(experts=[], router=[]))
+    turns = dict(constructor='AlternatingOptimWrapperConstructor')
+    for right in ([dict(type='LinearLR')], dict(type='LinearLR'), dict(experts=[], router=[])):
+        check_config(dict(optim_wrapper=turns, param_scheduler=right))
     with pytest.raises(ValueError, match=message):
-        check_param_scheduler(scheduler)
+        check_config(dict(optim_wrapper=turns, param_scheduler=scheduler))
 
 
 def test_only_the_active_group_steps_and_nothing_leaks_into_the_next_turn():
