@@ -53,8 +53,8 @@ def distance_to_any_class(victim, images, labels):
     [
         (dict(type='APGD', loss='ce'), 2),
         (dict(type='APGDT'), 5),
-        (dict(type='AutoAttack'), 2),
-        (dict(type='AutoAttack'), 5),
+        (dict(type='AutoAttack', n_queries=50), 2),
+        (dict(type='AutoAttack', n_queries=50), 5),
     ],
     ids=lambda value: value.get('loss', value['type']) if isinstance(value, dict) else str(value),
 )
