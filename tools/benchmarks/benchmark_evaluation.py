@@ -4,8 +4,8 @@ Everything is timed in turn in one process, round by round, and ratios are taken
 down for a while changes both sides. Table and JSON give the median ratio over the rounds, of wall-clock time and of
 processor time, which a machine busy with other work disturbs less:
 
-- AutoAttack through the evaluation, over torchattacks' AutoAttack called on the bare model with the same batches. That
-  class has 10 iterations and a rescaled schedule of Square; here it gets the published settings, so both do the same.
+- AutoAttack through the evaluation, over AutoAttack by its authors called on the bare model with the same batches and
+  settings.
 - The cascade, PGD-50 first and AutoAttack on what is left standing, over the same. On a mixture of experts RoutePGD
   runs in between.
 - On a mixture of experts with image-level routing, the cascade with each attack once more with the route held, as it
@@ -23,11 +23,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyautoattack
 import torch
-import torchattacks
 from benchmark_moe import run_attack_step
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor
 
 from mmadvmoe.apis import load_robust_model
@@ -70,14 +71,15 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def bare_autoattack(model: Victim, eps: float, iterations: int, queries: int) -> torchattacks.AutoAttack:
-    """torchattacks' AutoAttack with the published settings."""
-    count = min(model.num_classes, 10)
-    attack = torchattacks.AutoAttack(model, eps=eps, n_classes=count, seed=0)
-    for part in attack._autoattack.attacks:
-        part.steps = iterations
-        if isinstance(part, torchattacks.Square):
-            part.n_queries, part.rescale_schedule = queries, False
+def bare_autoattack(model: Victim, eps: float, iterations: int, queries: int) -> pyautoattack.AutoAttack:
+    """AutoAttack by its authors."""
+    attack = pyautoattack.AutoAttack(model, eps=eps, seed=0)
+    # APGD plans its steps when it is built.
+    budget = dict(n_iter=iterations, eps=eps, seed=0, device='cpu')
+    attack.apgd, attack.apgd_targeted = APGDAttack(model, **budget), APGDAttack_targeted(model, **budget)
+    attack.fab.n_iter, attack.square.n_queries = iterations, queries
+    for part in (attack.apgd_targeted, attack.fab):
+        part.n_target_classes = min(part.n_target_classes, model.num_classes - 1)
     return attack
 
 
@@ -106,7 +108,7 @@ class Contest:
     def run_bare(self) -> int:
         standing = 0
         for _, images, labels in self.batches:
-            adversarial = self.bare(images, labels)
+            adversarial, _ = self.bare.run_standard_evaluation(images, labels, batch_size=len(images))
             with torch.no_grad():
                 standing += int((self.model(adversarial).argmax(1) == labels).sum())
         return standing
