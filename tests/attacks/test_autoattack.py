@@ -48,7 +48,7 @@ def test_settings_are_those_of_the_authors(make_tiny, norm, eps, version):
 
 @pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.02), ('L2', 0.2), ('L1', 1.0)])
 def test_images_are_those_of_the_authors_bit_for_bit(make_tiny, norm, eps):
-    victim, images, labels = make_tiny(num_classes=10, batch=8)
+    victim, images, labels = make_tiny(num_classes=10, batch=16)
     theirs = pyautoattack.AutoAttack(victim, norm=norm, eps=eps, seed=3, version='standard')
     theirs.square.n_queries = 200
     with victim.frozen():
@@ -56,7 +56,7 @@ def test_images_are_those_of_the_authors_bit_for_bit(make_tiny, norm, eps):
     ours = build_attack(dict(type='AutoAttack', norm=norm, eps=eps, n_queries=200), victim)
     found = ours(images, labels, seed=3)
     assert torch.equal(found, expected)
-    assert 0 < (victim(found).argmax(1) != labels).sum() < 8
+    assert 0 < (victim(found).argmax(1) != labels).sum() < 16
 
 
 @pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.015), ('L2', 0.15)])
