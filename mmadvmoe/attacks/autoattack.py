@@ -28,10 +28,8 @@ VERSIONS = {
 }
 #: Classes that the difference of logits ratio and its targeted form need.
 _NEEDED_CLASSES = {'apgd-dlr': 3, 'apgd-t': 4}
-# Wrong classes that targeted attacks try, at most; in L1 APGD tries fewer, and starts more often on the cross entropy.
-_TARGETS, _TARGETS_L1, _RESTARTS_L1 = 9, 5, 5
-# Square in L2 and L1 moves windows of a fifth of the image.
-_SQUARE_SIZE = 5
+# Wrong classes that targeted attacks try, at most; in L1 APGD tries fewer.
+_TARGETS, _TARGETS_L1 = 9, 5
 
 
 def authors_part(model: Any, name: str, num_classes: int, version: str, **settings: Any) -> Any:
@@ -42,28 +40,45 @@ def authors_part(model: Any, name: str, num_classes: int, version: str, **settin
         name (str): One of :data:`PARTS`.
         num_classes (int): K.
         version (str): One of :data:`VERSIONS`.
-        **settings: ``norm``, ``eps``, ``seed``, ``device``, ``steps`` and ``n_queries``; others (``n_restarts``,
-            ``eot_iter``, ``rho``) take the place of published ones.
+        **settings: ``norm``, ``eps``, ``seed``, ``device``, ``steps`` and ``n_queries``; for APGD also some that take
+            the place of the published ones.
 
     Returns:
         Has ``perturb(images, labels)``, which gives the images back where the model is not fooled.
     """
     steps, queries = settings.pop('steps'), settings.pop('n_queries')
-    in_l1 = settings['norm'] == 'L1'
+    # The authors give L1 settings of its own in this version only.
+    in_l1 = settings['norm'] == 'L1' and version == 'standard'
     if name == 'square':
-        return SquareAttack(model, p_init=0.8, n_queries=queries, n_restarts=1, resc_schedule=False, **settings)
+        return SquareAttack(model, p_init=0.8, n_queries=queries, resc_schedule=False, **settings)
     settings['n_iter'] = steps
     if name.startswith('fab'):
-        settings.setdefault('n_restarts', 5 if version == 'plus' and name == 'fab' else 1)
+        restarts = 5 if version == 'plus' and name == 'fab' else 1
         targets = min(_TARGETS, num_classes - 1)
-        return FABAttack_PT(model, targeted=name == 'fab-t', n_target_classes=targets, **settings)
-    largest_first = in_l1 and version == 'standard'
-    settings = dict(eot_iter=20 if version == 'rand' else 1, use_largereps=largest_first) | settings
+        return FABAttack_PT(model, n_restarts=restarts, targeted=name == 'fab-t', n_target_classes=targets, **settings)
+    settings = dict(use_largereps=in_l1) | settings
     if name == 'apgd-t':
         targets = min(_TARGETS_L1 if in_l1 else _TARGETS, num_classes - 1)
-        return APGDAttack_targeted(model, n_target_classes=targets, **({'n_restarts': 1} | settings))
-    published = 5 if version == 'plus' else _RESTARTS_L1 if in_l1 and version == 'standard' else 1
-    return APGDAttack(model, loss=name.removeprefix('apgd-'), **({'n_restarts': published} | settings))
+        return APGDAttack_targeted(model, **(dict(n_target_classes=targets) | settings))
+    published = dict(n_restarts=5 if version == 'plus' or in_l1 else 1, eot_iter=20 if version == 'rand' else 1)
+    return APGDAttack(model, loss=name.removeprefix('apgd-'), **(published | settings))
+
+
+def _check_square(norm: str, images: Tensor) -> None:
+    """Refuse images whose first stripes Square cannot lay out; in Linf it can for any size.
+
+    Raises:
+        ValueError: Height or width is such.
+    """
+    height, width = images.shape[-2:]
+    side = height // 5
+    first = (height - 5 * side) // 2
+    whole = side == 1 or (side > 1 and all(first + size // side * side <= size for size in (height, width)))
+    if norm != 'Linf' and not whole:
+        raise ValueError(
+            f'Square, as its authors have it, cannot begin in norm={norm!r} on images of {height}x{width} pixels; run '
+            "AutoAttack without it: attacks_to_run=['apgd-ce', 'apgd-t', 'fab-t']"
+        )
 
 
 @ATTACKS.register_module()
@@ -78,7 +93,8 @@ class AutoAttack(Attack):
     * ``'rand'``, for models with random parts: APGD on the cross entropy and on DLR, each gradient averaged over 20
       passes.
 
-    In L1 (arXiv:2103.01208) APGD on the cross entropy has 5 restarts, and targeted APGD 5 target classes.
+    In L1 (arXiv:2103.01208) APGD on the cross entropy has 5 restarts in ``'standard'``, and targeted APGD 5 target
+    classes; both spend their iterations on three radii, 3 eps, 2 eps and eps.
 
     The DLR loss divides by a difference to the third largest logit and its targeted form by one to the fourth, so they
     do not exist for few classes. With 3 classes APGD on DLR takes the place of targeted APGD in ``'standard'``; with 2
@@ -127,30 +143,32 @@ class AutoAttack(Attack):
         self.n_queries = n_queries
         self.seed = seed
         self.verbose = verbose
+        self._settings_of = version if attacks_to_run is None else 'standard'
         names = VERSIONS[version] if attacks_to_run is None else attacks_to_run
-        stand_in = attacks_to_run is not None or version == 'standard'
-        self.parts = [
-            part
-            for name in names
-            if (part := _existing(choose(name, PARTS, 'attacks_to_run'), n_classes, stand_in)) is not None
-        ]
+        parts = [_existing(choose(name, PARTS, 'attacks_to_run'), n_classes, self._settings_of) for name in names]
+        #: Names of the attacks that run, in order.
+        self.parts = [part for part in parts if part is not None]
 
+    @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Give an adversarial image for each image that some attack fools, the others as they are.
 
         Args:
             images (Tensor): (B, C, H, W) in [0, 1].
             labels (Tensor): (B,) int64.
+
+        Raises:
+            ValueError: Square is to run in L2 or L1 on images of a size on which it cannot begin.
         """
         images, labels = images.detach().to(self.device), labels.to(self.device)
+        if 'square' in self.parts:
+            _check_square(self.norm, images)
         adversarial = images.clone()
         robust = self._correct(images, labels).nonzero().squeeze(1)
         for name in self.parts:
             if not len(robust):
                 break
-            if name == 'square' and self.norm != 'Linf' and min(images.shape[2:]) < _SQUARE_SIZE:
-                raise ValueError(f'Square in {self.norm} needs images of at least 5x5, got {tuple(images.shape[2:])}')
-            found = self.authors_part(name).perturb(images[robust], labels[robust]).detach()
+            found = self.authors_part(name).perturb(images[robust], labels[robust])
             correct = self._correct(found, labels[robust])
             adversarial[robust[~correct]] = found[~correct].to(images.dtype)
             robust = robust[correct]
@@ -160,52 +178,38 @@ class AutoAttack(Attack):
 
     def authors_part(self, name: str) -> Any:
         """One attack of the ensemble, with the settings of this one."""
-        return authors_part(
-            self.model,
-            name,
-            self.n_classes,
-            self.version,
-            norm=self.norm,
-            eps=self.eps,
-            seed=self.seed,
-            device=self.device,
-            steps=self.steps,
-            n_queries=self.n_queries,
-        )
+        settings = dict(norm=self.norm, eps=self.eps, seed=self.seed, device=self.device)
+        settings |= dict(steps=self.steps, n_queries=self.n_queries)
+        return authors_part(self.get_logits, name, self.n_classes, self._settings_of, **settings)
 
-    @torch.no_grad()
     def _correct(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.get_logits(images).argmax(1) == labels
 
 
-def _existing(name: str, num_classes: int, stand_in: bool) -> Optional[str]:
+def _existing(name: str, num_classes: int, version: str) -> Optional[str]:
     """The attack itself, one that stands in for it, or None where there is none for so few classes."""
     if num_classes >= _NEEDED_CLASSES.get(name, 2):
         return name
-    return 'apgd-dlr' if name == 'apgd-t' and num_classes == 3 and stand_in else None
+    return 'apgd-dlr' if name == 'apgd-t' and num_classes == 3 and version == 'standard' else None
 
 
 class _SparseInL1(Attack):
     """Mixin of torchattacks' APGD and APGDT: in L1 the sparse form of arXiv:2103.01208, as its authors have it."""
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Give an adversarial image for each image that is fooled, the others as they are.
-
-        Args:
-            images (Tensor): (B, C, H, W) in [0, 1].
-            labels (Tensor): (B,) int64.
-        """
+        """Give an adversarial image for each image that is fooled, the others as they are; as :class:`AutoAttack`."""
         if self.norm != 'L1':
             return super().forward(images, labels)
-        targets = getattr(self, 'n_target_classes', None)
         settings = dict(norm='L1', eps=self.eps, seed=self.seed, device=self.device, steps=self.steps, n_queries=1)
         settings |= dict(n_restarts=self.n_restarts, eot_iter=self.eot_iter)
-        name = f'apgd-{self.loss}' if targets is None else 'apgd-t'
-        classes = 10 if targets is None else targets + 1
-        part = authors_part(self.model, name, classes, 'standard', **settings)
-        if targets is not None:
-            part.n_target_classes = targets
-        return part.perturb(images.detach().to(self.device), labels.to(self.device)).detach()
+        if isinstance(self, torchattacks.APGDT):
+            name, count = 'apgd-t', self.n_target_classes + 1
+            settings |= dict(n_target_classes=self.n_target_classes)
+        else:
+            name, count = f'apgd-{self.loss}', 2
+        part = authors_part(self.get_logits, name, count, 'standard', **settings)
+        with torch.no_grad():
+            return part.perturb(images.detach().to(self.device), labels.to(self.device))
 
 
 @ATTACKS.register_module()

@@ -19,7 +19,7 @@ SOFT_LABEL_ATTACKS = frozenset(
 #: Attacks with an eps in another norm than L-inf and no argument that says so.
 L2_ATTACKS = frozenset(['PGDL2', 'PGDRSL2'])
 
-#: Attacks with a choice of norms that have none for L1. FAB has the formulas, but its loop over restarts stops there.
+#: Attacks of torchattacks with a choice of norms that have none for L1; there they are parts of AutoAttack.
 NO_L1 = frozenset(['FAB', 'Square'])
 
 

@@ -161,6 +161,7 @@ class RobustEvaluation:
             python=platform.python_version(),
             torch=torch.__version__,
             torchattacks=version('torchattacks'),
+            pyautoattack=version('pyautoattack'),
             numpy=np.__version__,
             mmengine=mmengine.__version__,
             mmpretrain=mmpretrain.__version__,

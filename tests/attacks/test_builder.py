@@ -246,6 +246,8 @@ def test_class_count_must_be_known(make_tiny):
         (dict(type='APGD', norm='l2'), "norm='l2' is unknown \\(did you mean 'L2'"),
         (dict(type='Square', norm='L1'), r"no norm='L1' for it; allowed: \('Linf', 'L2'\)\. In L1 there are PGD"),
         (dict(type='FAB', norm='L1'), "type='FAB': there is no norm='L1'"),
+        (dict(type='AutoAttack', attacks_to_run=['apgd-ce', 'squar']), r"attacks_to_run='squar' .*mean 'square'"),
+        (dict(type='AutoAttack', attacks_to_run='square'), "attacks_to_run='square' must be a list"),
         (dict(type='AutoAttack', version='fast'), "version='fast' is unknown"),
         (dict(type='PGD', restarts=2, random_start=False), 'restarts=2 without a random start'),
         (dict(type='PGD', route='hold'), "type='PGD': route='hold' is unknown \\(did you mean 'held'"),
