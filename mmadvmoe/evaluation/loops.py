@@ -17,7 +17,7 @@ from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import bare_model
 
 from .data import Chunk, unit_batch
-from .named_attacks import check_groups, with_route_attack
+from .named_attacks import check_groups, held_name, with_route_attack
 from .outcomes import CLEAN, as_data_samples
 from .run import RobustEvaluation
 
@@ -203,7 +203,7 @@ class RobustTestLoop(_RobustLoop, TestLoop):
             kwargs['survivors_only'] = list(attacks)
         elif add_route_attack:
             few = kwargs.get('survivors_only', ())
-            kwargs['survivors_only'] = [name for each in few for name in (each, f'{each}-held') if name in attacks]
+            kwargs['survivors_only'] = [name for each in few for name in (each, held_name(each)) if name in attacks]
         super().__init__(runner, dataloader, evaluator, attacks, **kwargs)
         if out_dir is not None:
             self.evaluation.keep_in(out_dir, overwrite)

@@ -162,7 +162,7 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         for name, cfg in attacks.items():
             both[name] = cfg
             if 'route' not in cfg and not getattr(attack_class(cfg['type']), 'own_routes', False):
-                both[f'{name}-held'] = dict(cfg, route='held')
+                both[held_name(name)] = dict(cfg, route='held')
         attacks = both
     if any(map(moves_routes, attacks.values())):
         return attacks
@@ -178,6 +178,11 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         suffix = '' if len(radii) == 1 else f'-{norm.lower()}'
         completed[f'routepgd50{suffix}'] = standard_attack('routepgd50', eps, norm)
     return completed | {name: attacks[name] for name in others}
+
+
+def held_name(name: str) -> str:
+    """The name of an attack with the route held, beside the attack ``name``."""
+    return f'{name}-held'
 
 
 def _with_radius(cfg: dict, eps: float) -> dict:
