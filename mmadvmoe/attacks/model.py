@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mmadvmoe.moe import Routing, forward_routed
+from mmadvmoe.utils import bare_model
 
 
 class NormalizedClassifier(nn.Module):
@@ -62,8 +62,7 @@ class NormalizedClassifier(nn.Module):
             classifier (nn.Module): The model, bare or in a distributed wrapper, which is taken off: an attack must not
                 go through the gradient hooks of the wrapper.
         """
-        if is_model_wrapper(classifier):
-            classifier = classifier.module
+        classifier = bare_model(classifier)
         return cls(classifier, _own_preprocessor(classifier))
 
     @property

@@ -8,10 +8,11 @@ from typing import Any, Optional
 
 import torch
 from mmengine.dist import all_reduce
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmpretrain.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
+
+from mmadvmoe.utils import bare_model
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -99,7 +100,7 @@ class AWPOptimWrapper(OptimWrapper):
                     weight.add_(self._perturbation(weight, gradient))
             with super().optim_context(model):
                 losses = model(*args, **kept)
-            parse_losses = (model.module if is_model_wrapper(model) else model).parse_losses
+            parse_losses = bare_model(model).parse_losses
             super().backward(self.scale_loss(parse_losses(losses)[0]), **kwargs)
 
     def _perturbation(self, weight: Tensor, gradient: Optional[Tensor]) -> Tensor:

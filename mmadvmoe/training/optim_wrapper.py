@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Optional
 
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmpretrain.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import Tensor, nn
 
 from mmadvmoe.moe import GROUPS, split_parameters
 from mmadvmoe.runtime.preflight import check_groups
-from mmadvmoe.utils import choose
+from mmadvmoe.utils import bare_model, choose
 
 
 class AlternatingOptimWrapper(OptimWrapperDict):
@@ -183,8 +182,7 @@ class AlternatingOptimWrapperConstructor:
             ValueError: The model has no router, a group has nothing to train, or a parameter was left out by, or given
                 twice to, the constructors of the groups.
         """
-        if is_model_wrapper(model):
-            model = model.module
+        model = bare_model(model)
         groups = split_parameters(model)
         if not groups['router']:
             raise ValueError(
