@@ -12,7 +12,7 @@ from torch import Tensor
 from mmadvmoe.registry import ATTACKS
 
 from .steps import BallAttack
-from .views import Victim, decisions
+from .views import Victim, decisions, in_spreads
 
 
 @ATTACKS.register_module()
@@ -150,18 +150,16 @@ def _followed(routings: tuple, route: Tensor | None, logits: Tensor) -> Tensor:
 def _margins(routings: tuple, route: Tensor) -> Tensor:
     """Sum of the margins by which routers that do not follow prefer another expert, negated.
 
-    Each is divided by the (constant) spread of its logits: logits of 1e18 times a weight of 1e18
-    would not fit a float32 gradient. Of a router for tokens it is the mean over the tokens.
+    Each is in units of the spread of its logits. Of a router for tokens it is the mean over the tokens.
     """
     total = 0.0
     for routing in routings:
         logits = routing.token_logits.float()
         tokens = logits.shape[1]
         target = route[:, None, None].expand(-1, tokens, 1)
-        spread = (logits.amax(2) - logits.amin(2)).detach()
         wanted = logits.gather(2, target).squeeze(2)
         rival = logits.scatter(2, target, -torch.inf).topk(routing.top_k, dim=2).values[..., -1]
-        margin = (wanted - rival) / torch.where(spread > 0, spread, torch.ones_like(spread))
+        margin = in_spreads(wanted - rival, logits)
         total = total + margin[~routing.followed].sum() / tokens
     return total
 

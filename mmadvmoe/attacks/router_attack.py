@@ -10,7 +10,7 @@ from torch import Tensor
 from mmadvmoe.registry import ATTACKS
 
 from .steps import BallAttack
-from .views import Victim, decisions
+from .views import Victim, decisions, in_spreads
 
 
 @ATTACKS.register_module()
@@ -88,7 +88,7 @@ def _margins(routings: Sequence, clean: Tensor) -> Tensor:
     """By how much each decision prefers another expert to its clean one, (B, L) or (B, L * T) for tokens.
 
     Positive where the decision has changed. For top K the least liked of the clean experts against the best liked of
-    the others. In units of the (constant) spread of the logits.
+    the others. In units of the spread of the logits.
     """
     margins, start = [], 0
     for routing in routings:
@@ -99,6 +99,5 @@ def _margins(routings: Sequence, clean: Tensor) -> Tensor:
         is_clean = torch.zeros_like(logits, dtype=torch.bool).scatter(2, chosen, True)
         stay = logits.masked_fill(~is_clean, torch.inf).amin(2)
         leave = logits.masked_fill(is_clean, -torch.inf).amax(2)
-        spread = (logits.amax(2) - logits.amin(2)).detach()
-        margins.append((leave - stay) / torch.where(spread > 0, spread, torch.ones_like(spread)))
+        margins.append(in_spreads(leave - stay, logits))
     return torch.cat(margins, dim=1)

@@ -233,6 +233,15 @@ def decisions(routings: Sequence[Union[Routing, TokenRouting]]) -> Tensor:
     return torch.cat([routing.decisions for routing in routings], dim=1)
 
 
+def in_spreads(margin: Tensor, logits: Tensor) -> Tensor:
+    """A margin (B, T) of router logits (B, T, N) in units of their spread, which has no gradient.
+
+    So neither huge nor tiny logits decide: logits of 1e18 times a weight of 1e18 would not fit a float32 gradient.
+    """
+    spread = (logits.amax(2) - logits.amin(2)).detach()
+    return margin / torch.where(spread > 0, spread, torch.ones_like(spread))
+
+
 @torch.no_grad()
 def clean_route(victim: Victim, images: Tensor) -> Tensor:
     """The decisions of the routers on ``images`` (B, C, H, W): (B, D) int64."""
