@@ -11,14 +11,13 @@ from typing import Any, Union
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from torch import Tensor
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.cost import count_cost
 from mmadvmoe.evaluation import attack_examples
-from mmadvmoe.evaluation.data import as_dataset, spread_images
+from mmadvmoe.evaluation.data import as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.named_attacks import moves_routes
 from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
@@ -65,7 +64,7 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> lis
         config=config,
         checkpoint=checkpoint,
         work_dir=str(Path(checkpoint).parent),
-        class_names=_class_names(cfg, victim),
+        class_names=class_names(as_dataset(cfg.test_dataloader.dataset), victim.num_classes),
         num_experts=victim.num_experts,
         routing=placement.name,
         routers=list(placement.router_names),
@@ -88,11 +87,6 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
             f'{folder} holds results of another model: {", ".join(changed)} differ. Give the model another name, give '
             f'another folder, or remove {folder} to measure it anew'
         )
-
-
-def _class_names(cfg: Config, victim: Victim) -> list[str]:
-    names = getattr(as_dataset(cfg.test_dataloader.dataset), 'metainfo', {}).get('classes') or range(victim.num_classes)
-    return [str(name) for name in names]
 
 
 def _write_json(path: Path, content: Any) -> None:
