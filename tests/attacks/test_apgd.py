@@ -60,7 +60,8 @@ def distance_to_any_class(victim, images, labels):
 )
 def test_finds_the_nearest_error_of_a_linear_classifier(cfg, num_classes):
     victim, images, labels = linear_victim(num_classes)
-    nearest = distance_to_any_class(victim, images, labels)
+    # The ensemble is slow.
+    nearest = distance_to_any_class(victim, images, labels)[: 3 if cfg['type'] == 'AutoAttack' else 6]
     assert nearest.isfinite().all()
     for i, distance in enumerate(nearest.tolist()):
         one, label = images[i : i + 1], labels[i : i + 1]

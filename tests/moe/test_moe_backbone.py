@@ -21,7 +21,9 @@ RESNET = dict(
     backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4), include=[r'layer\d\.\d\.conv\d']
 )
 VGG = dict(
-    backbone=dict(type='VGG', depth=11, num_classes=-1), include=[r'features\.\d+\.conv$'], exclude=[r'features\.0\.']
+    backbone=dict(type='ScaledVGG', depth=11, base_channels=4),
+    include=[r'features\.\d+\.conv$'],
+    exclude=[r'features\.0\.'],
 )
 CONVNEXT = dict(
     backbone=dict(type='ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 8]), drop_path_rate=0.0),

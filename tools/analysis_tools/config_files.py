@@ -25,6 +25,8 @@ DATA_SETS = {
 }
 #: What in the config of a model changes nothing of its network.
 _TRAINING = ('data_preprocessor', 'robust_loss', 'router_loss', 'stage')
+#: Classifiers that are one network with different losses.
+_SAME_NETWORK = ('ImageClassifier', 'RobustClassifier')
 #: What the name of a config begins with: the method. The rest names network, data set and variant.
 _METHOD = re.compile(r'^(?:advmoe|(?:at|plain)(?:_(?:dense|sdense|sparse|moe))?)_')
 _counted: dict[str, Cost] = {}
@@ -49,7 +51,9 @@ def data_set_of(path: Path) -> str:
 
 def cost_of(cfg: Config) -> Cost:
     """What one image costs; the networks that several configs share are counted once."""
-    network = {key: value for key, value in cfg.model.items() if key not in _TRAINING}
+    network = {key: value for key, value in sorted(cfg.model.items()) if key not in _TRAINING}
+    if network['type'] in _SAME_NETWORK:
+        del network['type']
     key = f'{network} {input_shape_of(cfg)}'
     if key not in _counted:
         _counted[key] = count_cost(cfg)
