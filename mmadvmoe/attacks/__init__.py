@@ -6,7 +6,7 @@ from .library import JSMA, register_torchattacks
 from .model import NormalizedClassifier
 from .pgd import PGD
 from .route_pgd import ForcedRoutePGD, RoutePGD
-from .router_attack import RouterAttack
+from .router_attack import ClassGroupAttack, RouterAttack
 from .standard import STANDARD_ATTACKS, attack_norm, is_standard_attack, standard_attack
 from .trades import TRADESAttack, kl_divergence
 from .views import HeldVictim, Pathway, Rescaled, Victim
@@ -21,6 +21,7 @@ __all__ = [
     'JSMA',
     'AutoAttack',
     'BoundAttack',
+    'ClassGroupAttack',
     'ForcedRoutePGD',
     'HeldVictim',
     'NonFiniteImagesError',

@@ -1,20 +1,38 @@
-"""The attack on the routers alone."""
+"""Attacks on the routers alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Union
 
 import torch
 from torch import Tensor
 
+from mmadvmoe.moe import ClassGroups
+from mmadvmoe.moe.class_groups import MODULO, Groups
 from mmadvmoe.registry import ATTACKS
 
 from .steps import BallAttack
 from .views import Victim, decisions, in_spreads
 
 
+class _OnRouters(BallAttack):
+    """Base of attacks on the routers."""
+
+    # Which routes are taken is its own business.
+    own_routes = True
+
+    def _check_model(self, model: Victim) -> None:
+        if not isinstance(model, Victim):
+            raise TypeError(f'{type(self).__name__} attacks a Victim, got {type(model).__name__}')
+        if not model.num_routers:
+            raise ValueError(
+                f'{type(self).__name__} attacks the routers of a mixture of experts, but the model has none'
+            )
+
+
 @ATTACKS.register_module()
-class RouterAttack(BallAttack):
+class RouterAttack(_OnRouters):
     """Change the route of each image as far as the ball allows; the class does not matter.
 
     Projected steepest ascent on the margin by which routers prefer an expert other than the clean one. As long as a
@@ -31,15 +49,6 @@ class RouterAttack(BallAttack):
         TypeError: The model is not a :class:`Victim`.
         ValueError: The model has no router, ``norm`` is unknown, or there are restarts without a random start.
     """
-
-    # Which routes are taken is its own business.
-    own_routes = True
-
-    def _check_model(self, model: Victim) -> None:
-        if not isinstance(model, Victim):
-            raise TypeError(f'RouterAttack attacks a Victim, got {type(model).__name__}')
-        if not model.num_routers:
-            raise ValueError('RouterAttack attacks the routers of a mixture of experts, but the model has none')
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The point with the most changed decisions that was found for each image.
@@ -82,6 +91,58 @@ class RouterAttack(BallAttack):
             with torch.no_grad():
                 note_best(points, remaining)
         return best
+
+
+@ATTACKS.register_module()
+class ClassGroupAttack(_OnRouters):
+    """Maximise the cross entropy of the routers' logits with the group of the class, by projected steepest ascent.
+
+    The attack of a router's turn that minimises :class:`mmadvmoe.models.ClassGroupLoss`; both get the same ``groups``.
+    With image-level routing only the router is run.
+
+    Args:
+        model (Victim): The attacked mixture.
+        groups, classes: See :class:`mmadvmoe.moe.ClassGroups`.
+        steps (int): Defaults to 4.
+        eps, alpha, random_start, norm: See :class:`BallAttack`.
+
+    Raises:
+        TypeError: The model is not a :class:`Victim`.
+        ValueError: The model has no router, or the groups or ``norm`` are not allowed.
+    """
+
+    # Class probabilities do for labels.
+    soft_labels = True
+
+    def __init__(
+        self,
+        model: Victim,
+        groups: Groups = MODULO,
+        classes: Union[None, str, Sequence[str]] = None,
+        eps: float = 8 / 255,
+        alpha: float = 4 / 255,
+        steps: int = 4,
+        random_start: bool = True,
+        norm: str = 'Linf',
+    ) -> None:
+        super().__init__(model, eps, alpha, steps, random_start, norm)
+        self.groups = ClassGroups(groups, classes)
+        self.groups.check(model.num_experts, model.num_classes)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Where the run ended.
+
+        Args:
+            images (Tensor): (B, C, H, W) in [0, 1].
+            labels (Tensor): (B,) int64, or class probabilities (B, K).
+        """
+        images, labels = images.detach().to(self.device), labels.to(self.device)
+
+        def gradient(points: Tensor, rows: Tensor) -> tuple[Tensor, None]:
+            loss = self.groups.cross_entropy(self.model.decide_routes(points), labels[rows]).sum()
+            return torch.autograd.grad(loss, points)[0], None
+
+        return self._climb(gradient, self._start(images), images)[0]
 
 
 def _margins(routings: Sequence, clean: Tensor) -> Tensor:

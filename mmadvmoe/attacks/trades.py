@@ -8,10 +8,11 @@ from torch import Tensor
 from torchattacks.attack import Attack
 
 from mmadvmoe.registry import ATTACKS
+from mmadvmoe.utils import choose
 
 from .model import full_precision
 from .steps import check_norm, climb
-from .views import Victim
+from .views import ROUTES, Victim, decisions
 
 
 @ATTACKS.register_module()
@@ -39,9 +40,11 @@ class TRADESAttack(Attack):
             vanishes at x itself. Defaults to 0.001.
         router_weight (float): Weight of the routers' divergence. Defaults to 1.
         gated (bool): Whether the gradient passes through the gate as well, as in the reference code. Defaults to False.
+        route (str): ``'gate'``: the routers decide; or ``'held'``: each image keeps the route of its clean version, and
+            the routers are not attacked. Defaults to ``'gate'``.
 
     Raises:
-        ValueError: ``norm`` is unknown, or ``start_noise`` or ``router_weight`` out of range.
+        ValueError: ``norm`` or ``route`` is unknown, or ``start_noise`` or ``router_weight`` out of range.
     """
 
     #: Labels are not read, so any kind will do.
@@ -57,6 +60,7 @@ class TRADESAttack(Attack):
         start_noise: float = 0.001,
         router_weight: float = 1.0,
         gated: bool = False,
+        route: str = 'gate',
     ) -> None:
         super().__init__('TRADESAttack', model)
         if not start_noise > 0:
@@ -70,6 +74,7 @@ class TRADESAttack(Attack):
         self.start_noise = start_noise
         self.router_weight = router_weight
         self.gated = gated
+        self.route = choose(route, ROUTES, 'route')
         # Set for the length of a call that is given a seed; see _noise.
         self.seed: int | None = None
 
@@ -77,26 +82,23 @@ class TRADESAttack(Attack):
         """Adversarial images for ``images`` (B, C, H, W) in [0, 1]."""
         images = images.detach().to(self.device)
         with torch.no_grad():
-            clean, clean_routes = self._outputs(images)
+            clean, routings = self.model.forward_routed(images, gated=False)
+        held = decisions(routings) if self.route == 'held' and routings else None
+        # Router logits where they count.
+        clean_routes = [routing.logits for routing in routings] if self.router_weight and held is None else []
         points = images + self.start_noise * self._noise(images)
 
         def divergence(points: Tensor, rows: Tensor) -> tuple[Tensor, None]:
-            logits, routes = self._outputs(points)
+            given = None if held is None else held[rows]
+            logits, routings = self.model.forward_routed(points, given, with_logits=False, gated=self.gated)
             total = kl_divergence(clean[rows], logits).sum()
-            for clean_route, route in zip(clean_routes, routes, strict=True):
-                total = total + self.router_weight * kl_divergence(clean_route[rows], route).sum()
+            for clean_route, routing in zip(clean_routes, routings):
+                total = total + self.router_weight * kl_divergence(clean_route[rows], routing.logits).sum()
             (grad,) = torch.autograd.grad(total, points)
             return grad, None
 
         points, _ = climb(divergence, points, images, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm)
         return points
-
-    def _outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Class logits, and router logits where they count."""
-        logits, routings = self.model.forward_routed(images, gated=self.gated)
-        if not self.router_weight:
-            return logits, ()
-        return logits, tuple(routing.logits for routing in routings)
 
     def _noise(self, images: Tensor) -> Tensor:
         # A given seed belongs to these images alone, whichever process attacks them.

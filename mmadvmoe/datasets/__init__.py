@@ -2,6 +2,7 @@
 
 from .cifar import CIFAR10Split, CIFAR100Split
 from .digits import Digits
+from .fashion_mnist import FashionMNISTSplit
 from .imagenet import ImageNetSplit, TinyImageNet
 from .samplers import ChunkSampler
 from .splits import stratified_split
@@ -11,6 +12,7 @@ __all__ = [
     'CIFAR100Split',
     'ChunkSampler',
     'Digits',
+    'FashionMNISTSplit',
     'ImageNetSplit',
     'TinyImageNet',
     'stratified_split',

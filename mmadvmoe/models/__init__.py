@@ -14,6 +14,7 @@ from .losses import (
     check_finite,
 )
 from .router_losses import (
+    ClassGroupLoss,
     RouterBalanceLoss,
     RouterGlobalEntropyLoss,
     RouterImportanceLoss,
@@ -28,6 +29,7 @@ __all__ = [
     'AdaptiveAveragePooling',
     'AdvDataPreprocessor',
     'AdversarialCrossEntropyLoss',
+    'ClassGroupLoss',
     'DenseNet_CIFAR',
     'MARTLoss',
     'NonFiniteError',

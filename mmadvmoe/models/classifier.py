@@ -14,6 +14,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks.views import ROUTES, decisions
 from mmadvmoe.moe import Routing, forward_routed
 from mmadvmoe.utils import choose
 
@@ -43,6 +44,10 @@ class RobustClassifier(ImageClassifier):
         router_loss (dict or list[dict], optional): The objective of the router's turn. Defaults to None: that of
             ``robust_loss``, as in the AdvMoE paper.
         data_preprocessor (dict, optional): Defaults to ``dict(type='AdvDataPreprocessor')``.
+        route (str): Of the adversarial images, in joint training and in the experts' turn. ``'gate'``: the routers
+            decide, with the gradient of the gate. ``'held'``: the route of the clean image, without that gradient, so
+            that a pathway learns from the images that are its own; give the training attack the same ``route``.
+            Defaults to ``'gate'``.
         **kwargs: As for ``ImageClassifier``: backbone, neck, head, pretrained, train_cfg, init_cfg.
 
     Attributes:
@@ -61,6 +66,7 @@ class RobustClassifier(ImageClassifier):
         robust_loss: Union[None, dict, Sequence[dict]] = None,
         router_loss: Union[None, dict, Sequence[dict]] = None,
         data_preprocessor: Union[None, dict, nn.Module] = None,
+        route: str = 'gate',
         **kwargs,
     ) -> None:
         if not isinstance(data_preprocessor, nn.Module):
@@ -68,6 +74,7 @@ class RobustClassifier(ImageClassifier):
             data_preprocessor.setdefault('type', 'AdvDataPreprocessor')
         super().__init__(*args, data_preprocessor=data_preprocessor, **kwargs)
         _check_head(self.head)
+        self.route = choose(route, ROUTES, 'model.route')
         self.routing_records: dict[Optional[str], RoutingRecord] = {}
         robust_loss = dict(type='TRADESLoss') if robust_loss is None else robust_loss
         self.robust_loss = self._build_objectives('robust_loss', robust_loss)
@@ -97,6 +104,7 @@ class RobustClassifier(ImageClassifier):
                     f'{name} is about router logits, but the backbone {type(self.backbone).__name__} has no router; '
                     'it takes a MoEBackbone with num_experts >= 2'
                 )
+            objective.check_model(getattr(self.backbone, 'num_experts', 1), self.head.num_classes)
         return objectives
 
     def forward(
@@ -140,9 +148,14 @@ class RobustClassifier(ImageClassifier):
             )
         objectives = self.robust_loss if turn != 'router' or self.router_loss is None else self.router_loss
         needs_classes = any(objective.needs_classes for objective in objectives)
+        if self.route == 'held' and turn != 'router' and getattr(self.backbone, 'num_routers', 0):
+            clean = Outputs(*forward_routed(self, inputs, gated=False))
+            adversarial = Outputs(*forward_routed(self, adv_inputs, decisions(clean.routings), with_logits=True))
+        else:
+            clean, adversarial = (self._outputs(images, needs_classes) for images in (inputs, adv_inputs))
         batch = RobustBatch(
-            clean=self._outputs(inputs, needs_classes),
-            adversarial=self._outputs(adv_inputs, needs_classes),
+            clean=clean,
+            adversarial=adversarial,
             target=targets_of(data_samples),
             classification_loss=lambda logits: self.head._get_loss(logits, data_samples)['loss'],
         )

@@ -78,6 +78,9 @@ class Objective(nn.Module):
     needs_routers = False
     needs_hard_labels = False
 
+    def check_model(self, num_experts: int, num_classes: int) -> None:
+        """Raise ValueError if the objective does not fit a model with N experts and K classes."""
+
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Loss terms by name; names that contain ``loss`` are summed up and minimised."""
         raise NotImplementedError

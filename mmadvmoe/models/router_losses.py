@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Union
 
 import torch
-import torch.nn.functional as F
 from mmengine.dist import all_reduce
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from mmadvmoe.attacks import kl_divergence
-from mmadvmoe.moe import Routing
+from mmadvmoe.moe import ClassGroups, Routing
+from mmadvmoe.moe.class_groups import MODULO, Groups
+from mmadvmoe.utils import choose
 
 from .losses import Objective, RobustBatch, check_hard_labels, check_weight
 
@@ -21,6 +24,54 @@ class RouterObjective(Objective):
 
     needs_classes = False
     needs_routers = True
+
+
+@MODELS.register_module()
+class ClassGroupLoss(RouterObjective):
+    r"""Teach the routers to tell groups of classes apart, one group for each expert, under attack.
+
+    .. math:: L = w \cdot CE(r(x'), g(y))
+
+    with r the router's logits, averaged over the routers and, where it reads them, over tokens, g(y) the group of the
+    class, and x' the attacked image; the attack that belongs to it, as ``data_preprocessor.router_attack``, is
+    :class:`mmadvmoe.attacks.ClassGroupAttack`. A route then holds as far as the groups can be told apart robustly, so
+    choose groups that an attack seldom confuses. Of class probabilities (batch augmentations) each group gets the mass
+    of its classes.
+
+    Args:
+        groups (str or Sequence[Sequence[int or str]]): See :class:`mmadvmoe.moe.ClassGroups`. Defaults to ``'modulo'``:
+            class y belongs to expert y mod N, as in the AdvMoE reference code.
+        classes (str or Sequence[str], optional): See :class:`mmadvmoe.moe.ClassGroups`. Defaults to None.
+        weight (float): At least 0. Defaults to 1.
+        images (str): ``'adversarial'`` or ``'clean'``: which ones are classified. Defaults to ``'adversarial'``.
+
+    Raises:
+        ValueError: The groups do not fit each other, the experts or the classes, or another argument is not allowed.
+
+    Examples:
+        >>> router_loss = dict(type='ClassGroupLoss', groups=[[0, 6], [1, 2, 3, 4, 5, 7, 8, 9]])
+    """
+
+    def __init__(
+        self,
+        groups: Groups = MODULO,
+        classes: Union[None, str, Sequence[str]] = None,
+        weight: float = 1.0,
+        images: str = 'adversarial',
+    ) -> None:
+        super().__init__()
+        self.groups = ClassGroups(groups, classes)
+        self.weight = check_weight('ClassGroupLoss.weight', weight)
+        self.images = choose(images, ('adversarial', 'clean'), 'ClassGroupLoss.images')
+
+    def check_model(self, num_experts: int, num_classes: int) -> None:
+        """See :meth:`mmadvmoe.moe.ClassGroups.check`."""
+        self.groups.check(num_experts, num_classes)
+
+    def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
+        """Give ``loss_class_group``."""
+        routings = getattr(batch, self.images).routings
+        return dict(loss_class_group=self.weight * self.groups.cross_entropy(routings, batch.target).mean())
 
 
 @MODELS.register_module()
@@ -47,9 +98,8 @@ class RouterLabelLoss(RouterObjective):
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_route_label`` and ``loss_route_robust``; ValueError for soft labels."""
         check_hard_labels('RouterLabelLoss', batch.target)
-        num_routers = len(batch.clean.routings)
-        label = sum(_label_loss(routing, batch.target) for routing in batch.clean.routings) / num_routers
-        robust = _route_divergence(batch) / num_routers
+        label = ClassGroups(MODULO).cross_entropy(batch.clean.routings, batch.target).mean()
+        robust = _route_divergence(batch) / len(batch.clean.routings)
         return dict(loss_route_label=self.alpha * label, loss_route_robust=self.beta * robust)
 
 
@@ -220,12 +270,6 @@ def _route_divergence(batch: RobustBatch) -> Tensor:
     """KL between the router logits of clean and adversarial images, summed over the routers."""
     pairs = zip(batch.clean.routings, batch.adversarial.routings)
     return sum(kl_divergence(clean.logits, adversarial.logits).mean() for clean, adversarial in pairs)
-
-
-def _label_loss(routing: Routing, target: Tensor) -> Tensor:
-    logits = routing.logits.float().view(len(target), -1, routing.num_experts)
-    expert = (target % routing.num_experts)[:, None].expand(-1, logits.shape[1])
-    return F.cross_entropy(logits.flatten(0, 1), expert.flatten())
 
 
 def _probabilities(routing: Routing) -> Tensor:

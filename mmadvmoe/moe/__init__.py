@@ -1,9 +1,20 @@
 from .backbone import MoEBackbone, forward_routed
+from .class_groups import ClassGroups
 from .convert import convert_ffns, convert_layers, match_ffns, match_layers
 from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .placements import PLACEMENTS, Placement, placement_of
-from .routers import GROUPS, BaseRouter, LayerRouter, ResNetRouter, TokenRouter, router_modules, split_parameters
+from .routers import (
+    GROUPS,
+    BaseRouter,
+    ConvRouter,
+    LayerRouter,
+    MLPRouter,
+    ResNetRouter,
+    TokenRouter,
+    router_modules,
+    split_parameters,
+)
 from .routing import BaseRouting, Routing
 from .token_routing import TokenRouting
 
@@ -12,9 +23,12 @@ __all__ = [
     'PLACEMENTS',
     'BaseRouter',
     'BaseRouting',
+    'ClassGroups',
+    'ConvRouter',
     'ExpertFFN',
     'ExpertLayer',
     'LayerRouter',
+    'MLPRouter',
     'MoEBackbone',
     'MoEConv2d',
     'MoELinear',

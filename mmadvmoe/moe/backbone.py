@@ -43,6 +43,8 @@ class MoEBackbone(BaseBackbone):
             ``dict(type='LayerRouter')`` for layer-level and ``dict(type='TokenRouter')`` for token-level routing.
         gate (str): ``'softmax'`` (bounded) or ``'logit'`` (the reference code's); see :meth:`Routing.decide`.
             Token routers have settings of their own. Defaults to ``'softmax'``.
+        share_stem (bool): Whether a pattern that takes in the first layer is refused, as the paper's pathways share
+            it. Defaults to True.
         init_cfg (dict, optional): As in MMEngine.
 
     Raises:
@@ -64,6 +66,7 @@ class MoEBackbone(BaseBackbone):
         routing: str = 'image',
         router: Optional[dict] = None,
         gate: str = 'softmax',
+        share_stem: bool = True,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -80,7 +83,7 @@ class MoEBackbone(BaseBackbone):
         self.network: nn.Module = MODELS.build(backbone)
         self.context = RouteContext(num_experts, gate)
         self.router: Optional[BaseRouter] = None
-        names = placement.match(self.network, include, exclude)
+        names = placement.match(self.network, include, exclude, share_stem)
         self.placement: Placement = NO_ROUTERS
         if num_experts > 1:
             self.placement = placement(names)

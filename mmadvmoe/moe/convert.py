@@ -22,13 +22,16 @@ FFN_KINDS = (FFN, DeiT3FFN, ConvNeXtBlock)
 _SHOWN = 12  # names that an error lists
 
 
-def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+def match_layers(
+    network: nn.Module, include: Sequence[str], exclude: Sequence[str] = (), share_stem: bool = True
+) -> list[str]:
     """Find the layers to convert.
 
     Args:
         network (nn.Module): The dense network.
         include (Sequence[str]): Regular expressions, searched in the layers' names.
         exclude (Sequence[str]): Regular expressions that take layers out again.
+        share_stem (bool): Refuse to convert the first layer. Defaults to True.
 
     Returns:
         list[str]: Names in the order of the network's modules.
@@ -51,10 +54,10 @@ def match_layers(network: nn.Module, include: Sequence[str], exclude: Sequence[s
                 'Narrow the pattern or name the layer in backbone.exclude'
             )
         chosen.update(matched)
-    if convertible[0] in chosen:
+    if share_stem and convertible[0] in chosen:
         raise ValueError(
-            f'backbone.include takes in the stem {convertible[0]!r}, which every pathway shares; narrow the pattern or '
-            'name the layer in backbone.exclude'
+            f'backbone.include takes in the stem {convertible[0]!r}, which every pathway shares; narrow the pattern, '
+            'name the layer in backbone.exclude, or set backbone.share_stem=False'
         )
     return [name for name in convertible if name in chosen]
 

@@ -51,9 +51,9 @@ class Placement:
         return len(self.router_names)
 
     @staticmethod
-    def match(network: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    def match(network: nn.Module, include: Sequence[str], exclude: Sequence[str], share_stem: bool) -> list[str]:
         """Find the layers to convert; see :func:`match_layers`."""
-        return match_layers(network, include, exclude)
+        return match_layers(network, include, exclude, share_stem)
 
     def convert(
         self, network: nn.Module, num_experts: int, context: RouteContext, build_router: Callable[..., BaseRouter]
@@ -142,7 +142,7 @@ class TokenPlacement(Placement):
     reads_tokens = True
 
     @staticmethod
-    def match(network, include, exclude):
+    def match(network, include, exclude, share_stem):
         return match_ffns(network, include, exclude)
 
     def convert(self, network, num_experts, context, build_router):

@@ -1,0 +1,30 @@
+_base_ = [
+    'at_sdense_convnet_fashion-mnist.py',
+]
+
+# Four pathways, each of the size of AT(S-Dense); the objective of the paper for both turns.
+model = dict(
+    data_preprocessor=dict(router_attack=_base_.router_attack),
+    backbone=dict(
+        _delete_=True,
+        type='MoEBackbone',
+        num_experts=4,
+        include=[r'convs\.\d\.conv'],
+        share_stem=False,
+        router=dict(type='MLPRouter', image_size=28, in_channels=1, hidden=16, pool=2),
+        backbone=dict(type='PlainConvNet', in_channels=1, pool=2, widths=(2, 4, 4, 8, 8), strides=(1, 2, 1, 2, 1)),
+    ),
+)
+_group = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='SGD', lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+)
+optim_wrapper = dict(
+    _delete_=True,
+    constructor='AlternatingOptimWrapperConstructor',
+    experts=dict(**_group, clip_grad=dict(max_norm=5.0)),
+    router=dict(**_group, clip_grad=dict(max_norm=1.0)),
+)
+# Half of the iterations are the experts': as many steps for them as in 15 epochs of joint training.
+train_cfg = dict(max_epochs=30, val_interval=10)
+custom_hooks = [dict(type='AlternatingOptimHook'), *_base_.custom_hooks]
