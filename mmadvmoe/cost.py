@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.registry import DefaultScope
-from mmpretrain.registry import MODELS
+from mmpretrain.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
 from mmadvmoe.moe import ExpertLayer, forward_routed, router_modules
@@ -161,12 +161,18 @@ def size_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
 def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of the square images that a config's training pipeline gives.
 
+    The size is that of the last transform that sets one, or else the ``image_shape`` of the data set's class, which
+    also tells the channels; 3 where it does not.
+
     Raises:
-        ValueError: No transform of the pipeline sets a size, or images are not square.
+        ValueError: Neither tells the size, or images are not square.
     """
     dataset = (cfg.get('train_dataloader') or cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset['dataset']
+    kind = dataset.get('type')
+    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    shape = getattr(kind, 'image_shape', None)
     for transform in reversed(dataset.get('pipeline') or []):
         size = transform.get('crop_size', transform.get('scale'))
         if size is None:
@@ -176,7 +182,9 @@ def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
             # Transforms disagree about whether the height or the width comes first.
             raise ValueError(f'the input shape is not clear from {transform["type"]} with size {size!r}; give it')
         side = sides.pop()
-        return (3, side, side)
+        return (shape[0] if shape else 3, side, side)
+    if shape:
+        return shape
     raise ValueError(
         'the input shape is unknown: no transform of train_dataloader.dataset.pipeline has a crop_size or a scale; '
         'give it'

@@ -17,7 +17,7 @@ model = dict(
 )
 _group = dict(
     type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    optimizer=dict(type='SGD', lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4),
 )
 optim_wrapper = dict(
     _delete_=True,

@@ -18,6 +18,6 @@ model = dict(
     ),
     robust_loss=dict(type='TRADESLoss', beta=6.0),
 )
-optim_wrapper = dict(optimizer=dict(nesterov=True), clip_grad=dict(max_norm=5.0))
+optim_wrapper = dict(optimizer=dict(lr=0.2, nesterov=True), clip_grad=dict(max_norm=5.0))
 train_cfg = dict(max_epochs=15, val_interval=5)
 val_dataloader = dict(dataset=dict(indices=1000))

@@ -4,7 +4,7 @@ _base_ = 'advmoe_convnet_fashion-mnist.py'
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    optimizer=dict(type='SGD', lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4),
     clip_grad=dict(max_norm=5.0),
 )
 train_cfg = dict(max_epochs=15, val_interval=5)

@@ -32,6 +32,8 @@ class FashionMNISTSplit(FashionMNIST):
         FileNotFoundError: If a file is missing; the message says what to download.
     """
 
+    image_shape = (1, 28, 28)
+
     def __init__(self, data_root: str = '', split: str = 'train', num_val: int = 5000, **kwargs) -> None:
         self.part = choose(split, SPLITS, 'dataset.split')
         self.num_val = num_val

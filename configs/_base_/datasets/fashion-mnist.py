@@ -3,7 +3,7 @@
 data_root = 'data/fashion-mnist'
 
 train_dataloader = dict(
-    batch_size=64,
+    batch_size=256,
     num_workers=0,
     persistent_workers=False,
     # A last batch of one image would leave batch norm without a variance.
@@ -14,7 +14,6 @@ train_dataloader = dict(
         data_root=data_root,
         split='train',
         pipeline=[
-            dict(type='RandomCrop', crop_size=28, padding=2),
             dict(type='RandomFlip', prob=0.5, direction='horizontal'),
             dict(type='PackInputs'),
         ],
