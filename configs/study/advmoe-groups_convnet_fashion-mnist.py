@@ -1,6 +1,6 @@
 _base_ = 'advmoe_convnet_fashion-mnist.py'
 
-# The router learns to tell groups of classes apart that an attack seldom confuses; the experts learn with its route held.
+# The router learns to tell apart groups of classes that an attack seldom confuses; experts learn with the route held.
 groups = [
     ['Sandal', 'Sneaker', 'Ankle boot'],
     ['Trouser', 'Dress'],
