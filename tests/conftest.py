@@ -1,8 +1,10 @@
 """The same random numbers for each test, and small data sets in the formats in which the official ones come."""
 
+import gzip
 import hashlib
 import pickle
 import random
+import struct
 from pathlib import Path
 
 import cv2
@@ -96,6 +98,21 @@ def write_imagenet(root: Path, images: int = 40) -> Path:
     return root
 
 
+def write_fashion_mnist(root: Path, images: int = 100) -> None:
+    """The four files, packed but for the training images; every class has the same number of images."""
+    root.mkdir(exist_ok=True)
+    for name in ('train', 't10k'):
+        pixels = _RNG.randint(0, 256, (images, 28, 28)).astype(np.uint8)
+        labels = (np.arange(images) % 10).astype(np.uint8)
+        for kind, values in (('images-idx3', pixels), ('labels-idx1', labels)):
+            content = bytes([0, 0, 8, values.ndim]) + struct.pack(f'>{values.ndim}i', *values.shape) + values.tobytes()
+            file = root / f'{name}-{kind}-ubyte'
+            if (name, kind) == ('train', 'images-idx3'):
+                file.write_bytes(content)
+            else:
+                file.with_name(f'{file.name}.gz').write_bytes(gzip.compress(content))
+
+
 @pytest.fixture(scope='session')
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small versions of all data sets, under the names that the configs use."""
@@ -106,4 +123,5 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 patch.setattr(base, key, value)
         write_tiny_imagenet(root / 'tiny-imagenet')
         write_imagenet(root / 'imagenet')
+        write_fashion_mnist(root / 'fashion-mnist')
         yield root

@@ -1,5 +1,6 @@
 """The examples of the README and of docs/extending.md do what they say, and what the documents name exists."""
 
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -140,12 +141,16 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
-def test_the_tables_are_those_of_the_runs() -> None:
-    script = runpy.run_path(str(ROOT / 'tools' / 'analysis_tools' / 'digits_table.py'))
+def test_the_tables_are_those_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    compare, sweep = (importlib.import_module(name) for name in ('compare', 'sweep'))
+    columns = (ROOT / 'docs' / 'results' / 'digits_columns.txt').read_text(encoding='utf-8').split()[1:]
     results = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
     for name in ('digits_table', 'vit_digits_table'):
-        records = script['read'](ROOT / 'docs' / 'results' / f'{name}.jsonl')
-        lines = script['table'](records).splitlines()
+        records = sweep.read(ROOT / 'docs' / 'results' / f'{name}.jsonl')
+        listed = (ROOT / 'docs' / 'results' / f'{name.removesuffix("_table")}_sweep.txt').read_text(encoding='utf-8')
+        rows = compare.rows_of(records, [sweep.split(line)[0] for line in listed.splitlines()])
+        lines = compare.table(rows, compare.columns_of(rows, columns)).splitlines()
         assert '\n'.join(lines) in results
         if name != 'digits_table':
             continue

@@ -47,25 +47,29 @@ def _replace(cfg, values: dict) -> None:
             _replace(value, values)
 
 
+def _dense_backbone(model: dict) -> dict:
+    return model.backbone.backbone if model.backbone.type == 'MoEBackbone' else model.backbone
+
+
 def _feature_channels(model: dict) -> int:
     """What the head gets: the features of the dense network of a config."""
-    inner = model.backbone.get('backbone', model.backbone)
+    inner = _dense_backbone(model)
     backbone = MODELS.build(copy.deepcopy(inner))
     backbone.eval()
-    size = inner.get('img_size', 32)
+    size = inner.get('img_size', inner.get('image_size', 32))
     with torch.no_grad():
-        features = backbone(torch.rand(1, 3, size, size))
-        return (MODELS.build(model.neck)(features) if model.neck else features)[-1].shape[1]
+        features = backbone(torch.rand(1, inner.get('in_channels', 3), size, size))
+        return (MODELS.build(model.neck)(features) if model.get('neck') else features)[-1].shape[1]
 
 
 def _reduced(path: str, data: Path, work_dir: Path) -> Config:
     cfg = Config.fromfile(ROOT / path)
     init_default_scope(cfg.default_scope)
     _replace(cfg.model.backbone, SMALL)
-    inner = cfg.model.backbone.get('backbone', cfg.model.backbone)
+    inner = _dense_backbone(cfg.model)
     if inner.type.startswith('WideResNet'):
         inner.depth = 10
-    if cfg.model.backbone.get('routing') == 'image':
+    if cfg.model.backbone.get('router', {}).get('type') == 'ResNetRouter':
         cfg.model.backbone.router.update(base_channels=2, num_blocks=1)
     dense_source = inner.pop('init_cfg', None)
     cfg.model.head.in_channels = _feature_channels(cfg.model)
@@ -162,7 +166,7 @@ def test_heads_fit_the_networks_at_full_size() -> None:
     for path in FILES:
         model = Config.fromfile(ROOT / path).model
         init_default_scope('mmpretrain')
-        key = str((model.backbone.get('backbone', model.backbone), model.neck))
+        key = str((_dense_backbone(model), model.get('neck')))
         if key not in channels:
             channels[key] = _feature_channels(model)
         assert model.head.in_channels == channels[key], path

@@ -1,5 +1,4 @@
-import gzip
-import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +8,8 @@ from mmadvmoe.datasets import FashionMNISTSplit
 
 
 @pytest.fixture
-def files(tmp_path):
-    """100 images of each part; the training images unpacked, all else packed."""
-    generator = np.random.RandomState(0)
-    for name, part in (('train', 0), ('t10k', 1)):
-        images = generator.randint(0, 256, (100, 28, 28)).astype(np.uint8)
-        labels = (np.arange(100) % 10).astype(np.uint8)
-        for kind, values in (('images-idx3', images), ('labels-idx1', labels)):
-            content = bytes([0, 0, 8, values.ndim]) + struct.pack(f'>{values.ndim}i', *values.shape) + values.tobytes()
-            if kind == 'images-idx3' and not part:
-                (tmp_path / f'{name}-{kind}-ubyte').write_bytes(content)
-            else:
-                (tmp_path / f'{name}-{kind}-ubyte.gz').write_bytes(gzip.compress(content))
-    return str(tmp_path)
+def files(small_data: Path) -> str:
+    return str(small_data / 'fashion-mnist')
 
 
 def test_parts_are_disjoint_stratified_and_complete(files):

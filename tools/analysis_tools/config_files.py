@@ -22,6 +22,7 @@ DATA_SETS = {
     'tiny-imagenet': 'Tiny-ImageNet',
     'imagenet': 'ImageNet-1k',
     'digits': 'scikit-learn digits',
+    'fashion-mnist': 'Fashion-MNIST',
 }
 #: What in the config of a model changes nothing of its network.
 _TRAINING = ('data_preprocessor', 'robust_loss', 'router_loss', 'stage')

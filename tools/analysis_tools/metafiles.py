@@ -14,7 +14,11 @@ from mmadvmoe import __version__
 
 INDEX = ROOT / 'model-index.yml'
 #: The collection that the configs of a folder make up. Each has the paper, and one metafile.
-COLLECTIONS = {CONFIGS: 'AdvMoE', CONFIGS / 'baselines': 'AdvMoE baselines'}
+COLLECTIONS = {
+    CONFIGS: 'AdvMoE',
+    CONFIGS / 'baselines': 'AdvMoE baselines',
+    CONFIGS / 'study': 'Study at equal total cost',
+}
 PAPER = dict(
     Title='Robust Mixture-of-Expert Training for Convolutional Neural Networks',
     URL='https://arxiv.org/abs/2308.10110',

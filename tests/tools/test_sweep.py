@@ -1,0 +1,158 @@
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DENSE, MOE = 'AT(Dense):configs/baselines/at_dense_resnet18_digits.py', 'configs/advmoe_resnet18_digits.py'
+NAMES = ('clean', 'pgd50', 'ra', 'worst')
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / 'tools'))
+        patch.chdir(ROOT)
+        yield
+
+
+@pytest.fixture
+def sweep() -> ModuleType:
+    return import_module('sweep')
+
+
+@pytest.fixture
+def compare() -> ModuleType:
+    return import_module('compare')
+
+
+def _record(method: str, seed: int, values: tuple, shares: tuple = ()) -> dict:
+    metrics = {f'{name}/accuracy/top1': value for name, value in zip(NAMES, values)}
+    metrics.update({f'clean/expert_share/{n}': share for n, share in enumerate(shares)})
+    cost = dict(pathway_gflops=0.0034, router_gflops=0.001 * bool(shares), params_total=1234, params_active=789)
+    ran = dict(status='done', cfg_options=[], train_seconds=1, test_seconds=2)
+    return dict(method=method, config=f'{method}.py', seed=seed, metrics=metrics, cost=cost, **ran)
+
+
+def _failed(method: str, seed: int) -> dict:
+    error = 'NonFiniteError: loss at iteration 3'
+    return dict(method=method, config=f'{method}.py', seed=seed, status='failed', error=error, cfg_options=[])
+
+
+def _args(directory: Path, *configs: str, **others: object) -> argparse.Namespace:
+    values = dict(seeds=[0, 1], set=[], cfg_options=[], jobs=2, threads=1, retry_failed=False)
+    return argparse.Namespace(work_dir=directory, configs=list(configs or (DENSE, MOE)), **{**values, **others})
+
+
+RECORDS = [
+    _record('MoE', 0, (90, 60, 38, 30), shares=(0.25, 0.75)),
+    _record('MoE', 1, (94, 60, 40, 20), shares=(1.0, 0.0)),
+    _failed('MoE', 2),
+    _record('Dense', 1, (96, 50, 50, 45.04)),
+    _record('Dense', 0, (96, 50, 50, 34)),
+]
+
+
+def test_table_shows_spread_load_and_failures(compare: ModuleType) -> None:
+    rows = compare.rows_of(RECORDS, ['Dense', 'MoE'])
+    lines = compare.table(rows, compare.columns_of(rows)).splitlines()
+    assert lines[0].startswith('| method | SA | pgd50 | ra | worst | busiest expert |')
+    dense, moe = ([cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:4])
+    assert dense[:4] == ['Dense', '96.0 ± 0.0 (96.0 to 96.0)', '50.0 ± 0.0 (50.0 to 50.0)', '50.0 ± 0.0 (50.0 to 50.0)']
+    assert dense[5:] == ['', '0.0034', '', '1,234', '789', '2']
+    assert moe[1] == '92.0 ± 2.8 (90.0 to 94.0)'
+    assert moe[4:6] == ['25.0 ± 7.1 (20.0 to 30.0)', '87.5 ± 17.7 (75.0 to 100.0)']
+    assert moe[-1] == '2 of 3'
+    assert lines[-1] == '* MoE, seed 2: NonFiniteError: loss at iteration 3'
+    chosen = compare.table(rows, compare.columns_of(rows, ['worst=RA-AA', 'clean']))
+    assert chosen.startswith('| method | RA-AA | clean | busiest expert |')
+
+
+def test_differences_are_paired_by_seed(compare: ModuleType) -> None:
+    rows = compare.rows_of(RECORDS)
+    metric = 'worst/accuracy/top1'
+    assert compare.paired(rows['MoE'], rows['Dense'], metric) == pytest.approx([30 - 34, 20 - 45.04])
+    line = compare.differences(rows, 'Dense', metric).splitlines()[-1]
+    # Student's t with one degree of freedom: 12.706 standard errors.
+    mean, half = -14.52, 12.7062 * 10.52
+    assert line == f'| MoE | {mean:+.1f} | {mean - half:+.1f} to {mean + half:+.1f} | 2 |'
+    assert compare.interval([1.0])[1:] == (-float('inf'), float('inf'))
+    with pytest.raises(ValueError, match="--baseline='Dnse'.*did you mean 'Dense'"):
+        compare.differences(rows, 'Dnse', metric)
+
+
+def test_the_picture_is_drawn(compare: ModuleType, tmp_path: Path) -> None:
+    compare.plot(compare.rows_of(RECORDS), 'worst/accuracy/top1', tmp_path / 'ra.png')
+    assert (tmp_path / 'ra.png').stat().st_size > 5000
+
+
+def test_settings_are_combined(sweep: ModuleType) -> None:
+    assert sweep.grid([]) == [[]]
+    assert sweep.grid(['a=1,2', 'b=[0,1];[1,0]']) == [
+        ['a=1', 'b=[0,1]'],
+        ['a=1', 'b=[1,0]'],
+        ['a=2', 'b=[0,1]'],
+        ['a=2', 'b=[1,0]'],
+    ]
+
+
+def test_finished_runs_are_not_run_again(sweep: ModuleType, tmp_path: Path) -> None:
+    called = []
+
+    def work(labelled: str, settings: list, seed: int, args: argparse.Namespace) -> dict:
+        label, config = sweep.split(labelled)
+        called.append((label, seed))
+        made = _failed(label, seed) if called[-1] == ('advmoe_resnet18_digits', 1) else _record(label, seed, (1,) * 4)
+        return dict(made, config=config, settings=settings)
+
+    sweep.run_all(_args(tmp_path, seeds=[0]), work)
+    sweep.run_all(_args(tmp_path), work)
+    assert sorted(called) == [(label, seed) for label in ('AT(Dense)', 'advmoe_resnet18_digits') for seed in (0, 1)]
+    sweep.run_all(_args(tmp_path, retry_failed=True), work)
+    assert called[4:] == [('advmoe_resnet18_digits', 1)]
+    sweep.run_all(_args(tmp_path, DENSE, set=['model.head.topk=(1,)']), work)
+    assert len(called) == 7
+    results = tmp_path / 'results.jsonl'
+    assert len(results.read_text().splitlines()) == 7 and len(sweep.read(results)) == 6
+    with pytest.raises(ValueError, match='other --cfg-options: choose another --work-dir'):
+        sweep.run_all(_args(tmp_path, cfg_options=['train_cfg.max_epochs=1']), work)
+
+
+@pytest.mark.parametrize('name', ['digits', 'vit_digits'])
+def test_the_sweeps_of_the_docs_name_configs_that_exist(sweep: ModuleType, name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['sweep.py', f'@docs/results/{name}_sweep.txt'])
+        configs = sweep.parse_args().configs
+    runs = sweep.read(ROOT / 'docs' / 'results' / f'{name}_table.jsonl')
+    assert {sweep.split(config) for config in configs} == {(run['method'], run['config']) for run in runs}
+
+
+def test_a_run_is_trained_tested_and_written_down(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The smallest real run, and one whose config is refused."""
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    options = [
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1',
+        'train_dataloader.dataset.indices=128',
+        'val_dataloader.dataset.indices=8',
+        'test_dataloader.dataset.indices=8',
+        'test_cfg.attacks.autoattack.type=FGSM',
+    ]
+    settings = ['model.data_preprocessor.attack.eps=0.2,20']
+    sweep.run_all(_args(tmp_path, MOE, seeds=[3], jobs=1, set=settings, cfg_options=options))
+    good, bad = map(json.loads, (tmp_path / 'results.jsonl').read_text().splitlines())
+    assert good['status'] == 'done', good
+    assert good['metrics']['worst/accuracy/top1'] <= good['metrics']['ra/accuracy/top1']
+    assert good['checkpoint'] == 'best_worst_accuracy_top1_epoch_1.pth'
+    assert good['cost']['params_active'] < good['cost']['params_total']
+    log = next(tmp_path.glob('*eps=0.2/seed_3/train.out')).read_text()
+    assert 'seed: 3' in log
+    assert bad['status'] == 'failed'
+    assert 'eps=20' in bad['error'] and bad['error'] in capsys.readouterr().out

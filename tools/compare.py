@@ -1,0 +1,185 @@
+"""Compare the runs of tools/sweep.py: a table over seeds, paired differences to a baseline, accuracy against cost.
+
+The table is Markdown: mean, sample standard deviation and range over the seeds. With --baseline a second table gives
+the mean difference to that row over the seeds that both have, with its 95% interval (Student's t). With --plot a
+picture shows the mean of the metric against the multiply-adds of one image, routers included. Arguments can be in a
+file, one a line: @FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Optional
+
+from scipy.stats import t as student
+from sweep import read
+
+from mmadvmoe.utils import choose
+
+SUFFIX = '/accuracy/top1'
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@'
+    )
+    parser.add_argument('results', type=Path, nargs='+', help='results.jsonl of sweeps, or their folders')
+    parser.add_argument('--rows', nargs='+', metavar='LABEL', help='the rows, in order [all, as they were run]')
+    parser.add_argument(
+        '--columns',
+        nargs='+',
+        metavar='NAME[=TITLE]',
+        help='accuracies, by the name of the attack, clean or worst [all; clean is called SA]',
+    )
+    parser.add_argument('--baseline', metavar='LABEL', help='row that the others are compared with')
+    parser.add_argument('--metric', default='worst', help='accuracy that is compared and drawn [%(default)s]')
+    parser.add_argument('--plot', type=Path, help='file to draw accuracy against cost in, as in ra_over_cost.png')
+    return parser.parse_args()
+
+
+def rows_of(records: Sequence[Mapping], wanted: Optional[Sequence[str]] = None) -> dict[str, list[Mapping]]:
+    """The runs of each row, by its label, in the order wanted or else that of the runs.
+
+    Raises:
+        ValueError: A label names no run.
+    """
+    rows: dict[str, list[Mapping]] = {}
+    for record in records:
+        rows.setdefault(record['method'], []).append(record)
+    return {choose(label, rows, '--rows'): rows[label] for label in (rows if wanted is None else wanted)}
+
+
+def columns_of(rows: Mapping[str, Sequence[Mapping]], wanted: Optional[Sequence[str]] = None) -> dict[str, str]:
+    """Title of each accuracy by its name: those wanted (``NAME[=TITLE]``), or else all, the worst case last."""
+    if wanted is not None:
+        return {name: title or name for name, _, title in (column.partition('=') for column in wanted)}
+    metrics = [metric for runs in rows.values() for record in done(runs) for metric in record['metrics']]
+    names = dict.fromkeys(metric.removesuffix(SUFFIX) for metric in metrics if metric.endswith(SUFFIX))
+    return {name: 'SA' if name == 'clean' else name for name in sorted(names, key=lambda name: name == 'worst')}
+
+
+def done(runs: Sequence[Mapping]) -> list[Mapping]:
+    """The runs that did not fail."""
+    return [record for record in runs if record['status'] == 'done']
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    ruler = '| --- |' + ' ---: |' * (len(header) - 1)
+    return '\n'.join(['| ' + ' | '.join(header) + ' |', ruler, *('| ' + ' | '.join(line) + ' |' for line in lines)])
+
+
+def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str]) -> str:
+    """The rows as a table, and below it the runs that failed."""
+    header = ['method', *columns.values(), 'busiest expert']
+    header += ['pathway GFLOPs', 'router GFLOPs', 'parameters', 'active', 'runs']
+    lines = []
+    for label, runs in rows.items():
+        good = done(runs)
+        metrics = [[r['metrics'][name + SUFFIX] for r in good if name + SUFFIX in r['metrics']] for name in columns]
+        cells = [spread(values) for values in metrics]
+        cells.append(spread([share for record in good if (share := busiest_share(record['metrics'])) is not None]))
+        cells += costs(good[0]['cost']) if good else [''] * 4
+        cells.append(f'{len(good)}' if len(good) == len(runs) else f'{len(good)} of {len(runs)}')
+        lines.append([label, *cells])
+    text = markdown(header, lines)
+    failed = [(label, record) for label, runs in rows.items() for record in runs if record['status'] == 'failed']
+    if failed:
+        text += '\n\nFailed:\n'
+        text += ''.join(f'\n* {label}, seed {record["seed"]}: {record["error"]}' for label, record in failed)
+    return text
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, sample standard deviation and range."""
+    if not values:
+        return ''
+    if len(values) == 1:
+        return f'{values[0]:.1f}'
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return f'{mean:.1f} ± {deviation:.1f} ({min(values):.1f} to {max(values):.1f})'
+
+
+def busiest_share(metrics: Mapping[str, float]) -> float | None:
+    """The largest share of the clean test images that one expert got, in percent."""
+    shares = [value for name, value in metrics.items() if name.startswith('clean/expert_share/')]
+    return 100 * max(shares) if shares else None
+
+
+def costs(cost: Mapping[str, float]) -> list[str]:
+    """The columns of cost."""
+    router = f'{cost["router_gflops"]:.2g}' if cost['router_gflops'] else ''
+    return [f'{cost["pathway_gflops"]:.2g}', router, f'{cost["params_total"]:,}', f'{cost["params_active"]:,}']
+
+
+def paired(first: Sequence[Mapping], second: Sequence[Mapping], metric: str) -> list[float]:
+    """Differences of a metric, first minus second, seed by seed."""
+    by_seed = {record['seed']: record['metrics'][metric] for record in done(second)}
+    return [r['metrics'][metric] - by_seed[r['seed']] for r in done(first) if r['seed'] in by_seed]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and its 95% interval by Student's t; an infinite one of a single value."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, -float('inf'), float('inf')
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def differences(rows: Mapping[str, Sequence[Mapping]], baseline: str, metric: str) -> str:
+    """Paired differences of every row to the baseline.
+
+    Raises:
+        ValueError: There is no such row.
+    """
+    choose(baseline, rows, '--baseline')
+    lines = []
+    for label, runs in rows.items():
+        values = paired(runs, rows[baseline], metric) if label != baseline else []
+        if values:
+            mean, low, high = interval(values)
+            lines.append([label, f'{mean:+.1f}', f'{low:+.1f} to {high:+.1f}', f'{len(values)}'])
+    return markdown([f'against {baseline}', 'mean difference', '95% interval', 'pairs'], lines)
+
+
+def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path) -> None:
+    """Draw the mean of a metric against the cost of one image, with the range over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.subplots()
+    for label, runs in rows.items():
+        values = [record['metrics'][metric] for record in done(runs)]
+        if not values:
+            continue
+        cost = done(runs)[0]['cost']
+        mean = statistics.mean(values)
+        reach = [[mean - min(values)], [max(values) - mean]]
+        axes.errorbar(
+            1e3 * (cost['pathway_gflops'] + cost['router_gflops']), mean, reach, fmt='o', capsize=3, label=label
+        )
+    axes.set_xlabel('1e6 multiply-adds of one image, routers included')
+    axes.set_ylabel(f'{metric.removesuffix(SUFFIX)} accuracy, %')
+    axes.set_xscale('log')
+    axes.legend(fontsize='small')
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    args = parse_args()
+    files = [path / 'results.jsonl' if path.is_dir() else path for path in args.results]
+    records = [record for file in files for record in read(file)]
+    rows = rows_of(records, args.rows)
+    metric = args.metric + SUFFIX
+    print(table(rows, columns_of(rows, args.columns)))
+    if args.baseline is not None:
+        print('\n' + differences(rows, args.baseline, metric))
+    if args.plot is not None:
+        plot(rows, metric, args.plot)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,202 @@
+"""Train and test configs with several seeds and settings; tools/compare.py makes tables and pictures of the results.
+
+Each run trains, then tests its most robust checkpoint (on the images held out of training) as the config says. Every
+finished run is one line of results.jsonl in the work directory and is not run again; a run that fails is a line, too. A
+run that was interrupted goes on from its last checkpoint. Arguments can be in a file, one a line: @FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ('torch', 'mmengine', 'mmpretrain', 'torchattacks', 'pyautoattack', 'numpy', 'scikit-learn')
+BEST = 'best_worst_accuracy_top1_*.pth'
+#: For what runs must not do at the same time.
+LOCK = Lock()
+
+
+class RunError(RuntimeError):
+    """A command of a run failed; the message is the last line it wrote."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@'
+    )
+    parser.add_argument('configs', nargs='+', metavar='[LABEL:]CONFIG', help='a config, and what to call it')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3, 4], help='[0 1 2 3 4]')
+    parser.add_argument(
+        '--set',
+        nargs='+',
+        default=[],
+        metavar='KEY=A,B',
+        help='settings to try, each value with each value of the others; separate values that hold commas by ;',
+    )
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='settings of all runs')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time [2]')
+    parser.add_argument('--threads', type=int, default=1, help='OMP_NUM_THREADS of each run [1]')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/sweep'), help='[%(default)s]')
+    parser.add_argument('--retry-failed', action='store_true', help='run failed runs again')
+    args = parser.parse_args()
+    for config in args.configs:
+        if not Path(split(config)[1]).is_file():
+            parser.error(f'config {split(config)[1]!r} does not exist')
+    for setting in args.set:
+        if '=' not in setting:
+            parser.error(f'--set {setting!r} must be KEY=A,B')
+    return args
+
+
+def split(config: str) -> tuple[str, str]:
+    """Label and path of ``[LABEL:]CONFIG``; without a label it is the name of the file."""
+    label, _, path = config.rpartition(':')
+    return label or Path(path).stem, path
+
+
+def grid(settings: Sequence[str]) -> list[list[str]]:
+    """All combinations of ``KEY=A,B``: lists of ``KEY=VALUE``."""
+    choices = []
+    for setting in settings:
+        key, values = setting.split('=', 1)
+        choices.append([f'{key}={value}' for value in values.split(';' if ';' in values else ',')])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def identity(record: Mapping) -> tuple:
+    """What makes a run: config, settings and seed."""
+    return record['config'], tuple(record.get('settings', ())), record['seed']
+
+
+def read(path: Path) -> list[dict]:
+    """The runs so far; of a run that was repeated, the last line counts."""
+    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
+    return list({identity(record): record for record in map(json.loads, lines)}.values())
+
+
+def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace) -> dict:
+    """Train and test one config with one seed; what happened, as a line of results.jsonl."""
+    label, config = split(labelled)
+    name = '_'.join([Path(config).stem, *settings]).replace('/', '-').replace(' ', '')
+    directory = (args.work_dir / name / f'seed_{seed}').resolve()
+    record = dict(
+        method=' '.join([label, *settings]),
+        config=config,
+        settings=settings,
+        seed=seed,
+        cfg_options=args.cfg_options,
+        revision=revision(),
+        threads=args.threads,
+        versions={package: version(package) for package in PACKAGES},
+    )
+    begun = directory / 'run.json'
+    # What another run left must not pass for a result of this one.
+    if not begun.is_file() or json.loads(begun.read_text(encoding='utf-8')) != record:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        begun.write_text(json.dumps(record), encoding='utf-8')
+    options = ['--cfg-options', f'randomness.seed={seed}', *args.cfg_options, *settings]
+    try:
+        started = time.monotonic()
+        train = ['tools/train.py', config, '--work-dir', directory]
+        if (directory / 'last_checkpoint').is_file():
+            train.append('--resume')
+        call([*train, *options], directory / 'train.out', args.threads)
+        record['train_seconds'] = round(time.monotonic() - started, 1)
+        checkpoint = max(directory.glob(BEST), key=os.path.getmtime)
+        record['checkpoint'] = checkpoint.name
+        started = time.monotonic()
+        metrics = directory / 'metrics.json'
+        command = ['tools/test.py', config, checkpoint, '--work-dir', directory / 'test']
+        command += ['--out', metrics, '--out-item', 'metrics', *options]
+        call(command, directory / 'test.out', args.threads)
+        record['test_seconds'] = round(time.monotonic() - started, 1)
+        record['metrics'] = json.loads(metrics.read_text(encoding='utf-8'))
+    except RunError as error:
+        return dict(record, status='failed', error=str(error))
+    return dict(record, status='done', cost=cost_of(directory / Path(config).name))
+
+
+def cost_of(config: Path) -> dict:
+    """What one image costs, from the config as a run has written it down; one run at a time."""
+    from mmengine.config import Config
+
+    from mmadvmoe.cost import count_cost
+
+    with LOCK:
+        return asdict(count_cost(Config.fromfile(config)))
+
+
+def call(command: Sequence, output: Path, threads: int) -> None:
+    """Run one of the tools, with what it writes at the end of a file.
+
+    Raises:
+        RunError: It failed.
+    """
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads))
+    with output.open('a') as file:
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        lines = [line for line in output.read_text(errors='replace').splitlines() if line.strip()]
+        raise RunError(lines[-1] if lines else f'exit status {done.returncode}')
+
+
+def revision() -> str:
+    """The revision of the checkout, with a mark where files differ from it; 'unknown' without git."""
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return 'unknown'
+    return done.stdout.strip() or 'unknown'
+
+
+def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
+    """Do the runs that are missing, several at a time, and write each down as it ends."""
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    results = args.work_dir / 'results.jsonl'
+    records = read(results)
+    if any(record['cfg_options'] != args.cfg_options for record in records):
+        raise ValueError(f'{results} holds runs with other --cfg-options: choose another --work-dir')
+    kept = {identity(record) for record in records if record['status'] == 'done' or not args.retry_failed}
+    jobs = [(config, settings, seed) for seed in args.seeds for config in args.configs for settings in grid(args.set)]
+    missing = [job for job in jobs if (split(job[0])[1], tuple(job[1]), job[2]) not in kept]
+    print(f'==> {len(missing)} runs to do, {len(kept)} are in {results}; what a run writes is beside it', flush=True)
+
+    def one(job: tuple) -> None:
+        record = work(*job, args)
+        with LOCK, results.open('a', encoding='utf-8') as file:
+            file.write(json.dumps(record) + '\n')
+        print(f'{record["method"]}, seed {record["seed"]}: {brief(record)}', flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        # list() waits, and raises what a worker raised.
+        list(pool.map(one, missing))
+
+
+def brief(record: Mapping) -> str:
+    """One run in one line."""
+    if record['status'] == 'failed':
+        return record['error']
+    accuracies = ((k.split('/')[0], v) for k, v in record['metrics'].items() if k.endswith('/accuracy/top1'))
+    values = ', '.join(f'{name} {value:.1f}' for name, value in accuracies)
+    return f'{values} ({record["train_seconds"]} s to train, {record["test_seconds"]} s to test)'
+
+
+if __name__ == '__main__':
+    run_all(parse_args())
