@@ -14,11 +14,11 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from mmadvmoe.attacks import Victim
-from mmadvmoe.moe import Routing, forward_routed
+from mmadvmoe.moe import NonFiniteRouterError, Routing, forward_routed
 from mmadvmoe.utils import choose
 
 from .data_preprocessor import AdvDataPreprocessor, targets_of
-from .losses import Objective, Outputs, RobustBatch, check_finite
+from .losses import ROUTER_LOGITS, NonFiniteError, Objective, Outputs, RobustBatch, check_finite
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,13 @@ class RobustClassifier(ImageClassifier):
             )
         objectives = self.robust_loss if turn != 'router' or self.router_loss is None else self.router_loss
         needs_classes = any(objective.needs_classes for objective in objectives)
+        try:
+            clean, adversarial = (self._outputs(images, needs_classes) for images in (inputs, adv_inputs))
+        except NonFiniteRouterError as error:
+            raise NonFiniteError(f'{ROUTER_LOGITS} ({error.router})', turn, 'router') from error
         batch = RobustBatch(
-            clean=self._outputs(inputs, needs_classes),
-            adversarial=self._outputs(adv_inputs, needs_classes),
+            clean=clean,
+            adversarial=adversarial,
             target=targets_of(data_samples),
             classification_loss=lambda logits: self.head._get_loss(logits, data_samples)['loss'],
         )

@@ -11,10 +11,10 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from mmadvmoe.attacks import BoundAttack, NonFiniteImagesError, Victim, build_attack
-from mmadvmoe.moe import GROUPS
+from mmadvmoe.moe import GROUPS, NonFiniteRouterError
 from mmadvmoe.utils import choose
 
-from .losses import NonFiniteError
+from .losses import ROUTER_LOGITS, NonFiniteError
 
 MODES = ('pair', 'replace')
 _MAX_PIXEL = 255.0
@@ -131,18 +131,19 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         attack = self._attacks[turn]
         try:
             return attack(images, targets_of(data_samples).to(images.device))
-        except NonFiniteImagesError as error:
-            raise NonFiniteError(_diagnose(images, attack)) from error
+        except (NonFiniteImagesError, NonFiniteRouterError) as error:
+            raise NonFiniteError(*_diagnose(images, attack, turn)) from error
 
 
 @torch.no_grad()
-def _diagnose(images: Tensor, attack: BoundAttack) -> str:
-    """Name what is not finite for clean images after an attack went wrong."""
-    with attack.victim.frozen() as victim:
-        logits, routings = victim.forward_routed(images)
-    named = [('router logits', routing.logits) for routing in routings] + [('class logits', logits)]
-    wrong = dict.fromkeys(name for name, value in named if not value.isfinite().all())
-    return ', '.join(wrong) or f'gradient of attack {attack.name}'
+def _diagnose(images: Tensor, attack: BoundAttack, turn: Optional[str]) -> tuple[str, Optional[str], Optional[str]]:
+    """Name what is not finite for clean images after an attack went wrong, as :class:`NonFiniteError` takes it."""
+    try:
+        with attack.victim.frozen() as victim:
+            finite = victim(images).isfinite().all()
+    except NonFiniteRouterError as error:
+        return f'{ROUTER_LOGITS} ({error.router})', turn, 'router'
+    return f'gradient of attack {attack.name}' if finite else 'class logits', turn, None
 
 
 def targets_of(data_samples: Sequence) -> Tensor:

@@ -172,11 +172,15 @@ class MoEBackbone(BaseBackbone):
 
         Returns:
             tuple: The features, and one :class:`BaseRouting` per router.
+
+        Raises:
+            NonFiniteRouterError: A router gives logits that are not finite. Of routers for tokens that is looked at in
+                eval mode alone, as it would make a GPU wait.
         """
         if not self.num_routers:
             return self.network(x), ()
         self.placement.check_route(route)
-        with self.context.run(route, with_logits, gated) as routes:
+        with self.context.run(self.placement.router_names, route, with_logits, gated) as routes:
             return self.placement.forward(self, _with_contiguous_gradient(x), routes), routes.taken
 
     def decide_routes(self, x: Tensor, gated: bool = True) -> tuple[BaseRouting, ...]:
