@@ -214,13 +214,18 @@ def test_class_count_is_passed_through(make_tiny, num_classes, targets):
     assert fab(images, labels).shape == images.shape
 
 
-def test_class_count_must_be_known(make_tiny):
-    victim, _, _ = make_tiny()
-    del victim.classifier.head.num_classes
-    with pytest.raises(ValueError, match="type='AutoAttack' needs n_classes"):
+def test_class_count_of_a_foreign_module_is_that_of_its_logits(make_tiny):
+    victim, images, _ = make_tiny()
+    victim.classifier.head.num_classes = 1000  # means something else there
+    victim = Victim(victim.classifier)
+    with pytest.raises(ValueError, match="type='AutoAttack' needs n_classes, .*: classify an image first"):
         build_attack(dict(type='AutoAttack'), victim)
     assert build_attack(dict(type='AutoAttack', n_classes=5), victim)
+    victim(images)
+    assert victim.num_classes == build_attack(dict(type='AutoAttack'), victim)._attack.n_classes == 5
     assert Victim(victim.classifier, num_classes=5).num_classes == 5
+    with pytest.raises(ValueError, match='num_classes=7, but TinyClassifier gives 5 logits'):
+        Victim(victim.classifier, num_classes=7)(images)
 
 
 @pytest.mark.parametrize(
