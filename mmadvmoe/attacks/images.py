@@ -44,7 +44,7 @@ def check_unit(images: Tensor, what: str = 'images', slack: float = ROUNDING) ->
     # Written so that NaN fails too.
     if not (low >= -slack and high <= 1 + slack):
         raise ValueError(
-            f'{what} must be in [0, 1], got values from {low:.4g} to {high:.4g}; divide pixels in 0..255 by 255, and '
-            'leave normalisation to the model (mean and std of the data_preprocessor)'
+            f'{what} must be in [0, 1], got values from {low:.4g} to {high:.4g}; divide pixels in 0..255 by 255; '
+            'normalisation belongs inside the model (mean and std of the data_preprocessor)'
         )
     return images

@@ -19,6 +19,7 @@ from .expert_layers import ExpertLayer
 from .placements import NO_ROUTERS, PLACEMENTS, Placement
 from .routers import BaseRouter
 from .routing import BaseRouting
+from .upcycling import with_found_prefix
 
 
 @MODELS.register_module()
@@ -99,6 +100,12 @@ class MoEBackbone(BaseBackbone):
                 f'backbone.router.type={kind.__name__} {"scores" if kind.reads_tokens else "does not score"} single '
                 f'tokens, which does not fit backbone.routing={self.routing!r}; its default is {default!r}'
             )
+        if getattr(kind, 'reads_images', False) and not self.placement.one_route_per_image:
+            raise ValueError(
+                f'backbone.router.type={kind.__name__} is a network for whole images, of which '
+                f'backbone.routing={self.routing!r} would build one for each of {self.placement.num_routers} layers, '
+                f'each as costly as a pathway; set backbone.router=dict(_delete_=True, type={default!r})'
+            )
         given = cfg.setdefault('num_experts', self.num_experts)
         if given != self.num_experts:
             raise ValueError(f'backbone.router.num_experts={given} must equal backbone.num_experts={self.num_experts}')
@@ -118,12 +125,24 @@ class MoEBackbone(BaseBackbone):
         """Initialise every expert as the dense network initialises that layer.
 
         The dense network is built and initialised once per expert, so fans are those of one expert, any backbone's
-        own scheme holds, and a pretrained dense checkpoint ends up in every expert.
+        own scheme holds, and a pretrained dense checkpoint ends up in every expert. Whether its names begin with
+        ``'backbone.'`` is found out.
+
+        Raises:
+            ValueError: That checkpoint has none of the layers that get experts.
         """
         if self.num_experts == 1 or self.init_cfg:
+            if not self.init_cfg:
+                own = getattr(self.network, 'init_cfg', None)
+                self.network.init_cfg = with_found_prefix(own, dict(self.network.named_parameters()))
             super().init_weights()
             return
         layers = dict(zip(self.expert_layer_names, self.expert_layers()))
+        wanted = {
+            f'{name}.{key}': view for name, each in layers.items() for key, view in each.expert_parameters(0).items()
+        }
+        if self._dense_cfg.get('init_cfg'):
+            self._dense_cfg['init_cfg'] = with_found_prefix(self._dense_cfg['init_cfg'], wanted)
         with torch.no_grad():
             for expert in range(self.num_experts):
                 dense: nn.Module = MODELS.build(copy.deepcopy(self._dense_cfg))

@@ -316,7 +316,7 @@ def test_bad_images_and_labels_are_named(make_tiny):
     cases = SimpleNamespace(
         normalised=(images * 2 - 1, labels, ValueError, 'normalisation belongs inside'),
         pixels=((images * 255).byte(), labels, TypeError, 'floating point images'),
-        nan=(images * float('nan'), labels, ValueError, r'images in \[0, 1\]'),
+        nan=(images * float('nan'), labels, ValueError, r'must be in \[0, 1\]'),
         high=(images, labels + 5, ValueError, r'outside \[0, num_classes=5\)'),
         negative=(images, labels - 5, ValueError, r'outside \[0, num_classes=5\)'),
         missing=(images, None, ValueError, "type='PGD' needs labels"),
