@@ -12,7 +12,7 @@ from mmpretrain.models.classifiers import BaseClassifier
 from torch import Tensor, nn
 
 from mmadvmoe.moe import Routing, forward_routed
-from mmadvmoe.utils import bare_model
+from mmadvmoe.utils import bare_model, checkpointing
 
 from .images import as_unit, check_unit
 
@@ -175,7 +175,8 @@ class NormalizedClassifier(nn.Module):
         """Eval mode without parameter gradients inside; every flag as it was outside.
 
         Where several threads, or calls inside each other, freeze the model, the first one notes the flags and the last
-        one restores them. They are set module by module, past the ``train()`` methods of backbones, which re-apply
+        one restores them. Activation checkpointing is off inside, for its backward pass cannot give the gradient of
+        images alone. Flags are set module by module, past the ``train()`` methods of backbones, which re-apply
         frozen stages and would not bring back flags that someone else had set.
         """
         self._freeze.enter(self)
@@ -209,6 +210,7 @@ class _Freeze:
         self._holders = 0
         self._modes: list[tuple[nn.Module, bool]] = []
         self._gradients: list[tuple[nn.Parameter, bool]] = []
+        self._checkpointing: list[tuple[nn.Module, str]] = []
 
     def __reduce__(self) -> tuple:
         return type(self), ()
@@ -223,11 +225,14 @@ class _Freeze:
             if not self._holders:
                 self._modes = [(module, module.training) for module in model.modules()]
                 self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+                self._checkpointing = checkpointing(model)
             self._holders += 1
             for module in model.modules():
                 module.training = False
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
+            for module, key in self._checkpointing:
+                setattr(module, key, False)
 
     def leave(self) -> None:
         with self._lock:
@@ -238,7 +243,9 @@ class _Freeze:
                 module.training = training
             for parameter, requires_grad in self._gradients:
                 parameter.requires_grad_(requires_grad)
-            self._modes, self._gradients = [], []
+            for module, key in self._checkpointing:
+                setattr(module, key, True)
+            self._modes, self._gradients, self._checkpointing = [], [], []
 
 
 def full_precision(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from mmadvmoe.utils import choose
+from mmadvmoe.utils import checkpointing, choose
 
 from .context import RouteContext
 from .expert_ffn import ExpertFFN
@@ -79,6 +79,13 @@ class MoEBackbone(BaseBackbone):
         self.routing = routing
         self._dense_cfg = copy.deepcopy(backbone)
         self.network: nn.Module = MODELS.build(backbone)
+        found = checkpointing(self.network)
+        if num_experts > 1 and found:
+            module, key = found[0]
+            raise ValueError(
+                f'backbone.backbone sets {key}=True of {type(module).__name__}: layers would be computed anew in the '
+                f'backward pass, when the routes of the forward pass are gone; set backbone.backbone.{key}=False'
+            )
         self.context = RouteContext(num_experts, gate)
         self.router: Optional[BaseRouter] = None
         names = placement.match(self.network, include, exclude)

@@ -153,5 +153,8 @@ class RouteContext:
         """
         running = getattr(self._local, 'running', None)
         if running is None:
-            raise RuntimeError('an expert layer can only run inside the forward pass of its MoEBackbone')
+            raise RuntimeError(
+                'an expert layer can only run inside the forward pass of its MoEBackbone, as the routes are those of '
+                'that pass; leave out what runs it again in the backward pass (activation_checkpointing in the config)'
+            )
         return running

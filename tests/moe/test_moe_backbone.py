@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from masked_oracle import MaskedMoE
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmpretrain.registry import MODELS
 
 from mmadvmoe.moe import (
@@ -267,6 +268,31 @@ def test_mistakes_are_named(change, message):
     cfg = dict(type='MoEBackbone', num_experts=3, **copy.deepcopy(RESNET))
     with pytest.raises(ValueError, match=message):
         MODELS.build({**cfg, **change})
+
+
+@pytest.mark.parametrize('routing', ['image', 'layer', 'token'])
+def test_activations_are_not_computed_anew_by_other_routes(routing):
+    model = token_mixture() if routing == 'token' else build(routing=routing)
+    block = 'network.layers.0' if routing == 'token' else 'network.layer1'
+    turn_on_activation_checkpointing(model, block)
+    x = torch.rand(4, 3, 8, 8) if routing == 'token' else images(4)
+    loss = projection(model.forward_routed(x.requires_grad_(), torch.tensor([0, 1, 2, 1]))[0])
+    with pytest.raises(RuntimeError, match='routes are those of that pass; leave out .*activation_checkpointing'):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        dict(RESNET['backbone'], with_cp=True),
+        dict(type='DenseNet', arch=dict(growth_rate=2, depths=[1, 1], init_channels=4), memory_efficient=True),
+    ],
+)
+def test_checkpointing_that_a_backbone_brings_is_refused_by_its_key(backbone):
+    cfg = dict(type='MoEBackbone', num_experts=2, include=['conv2'], backbone=backbone)
+    with pytest.raises(ValueError, match=r'backbone\.backbone\.(with_cp|memory_efficient)=False'):
+        MODELS.build(cfg)
+    MODELS.build(dict(cfg, num_experts=1))
 
 
 def test_a_bad_route_is_named():
