@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import mmadvmoe  # noqa: F401  # registers the components
 from mmadvmoe.attacks import NormalizedClassifier, Victim
+from mmadvmoe.attacks.images import as_unit, check_unit
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.evaluation import CLEAN, WORST, RobustOutcomes
-from mmadvmoe.evaluation.data import Data, as_dataset, read_chunks
+from mmadvmoe.evaluation.data import Data, as_dataset, read_chunks, spread_images
 from mmadvmoe.evaluation.named_attacks import choose_attacks, with_route_attack
 from mmadvmoe.evaluation.run import RobustEvaluation
 from mmadvmoe.runtime.preflight import check_data
@@ -77,18 +78,24 @@ def inference(
 
     Args:
         model (NormalizedClassifier or Victim): Such as :func:`load_robust_model` gives.
-        images (Tensor): (B, 3, H, W) in [0, 1].
+        images (Tensor): (B, 3, H, W) in [0, 1], or uint8 or uint16.
         batch_size (int): Images at a time. Defaults to 256.
 
     Returns:
         tuple: Probabilities (B, K), and the expert that each of the L routers chose, (B, L) int64 (L is 0 for a dense
         model; of routers for tokens, the experts of all tokens, layer by layer); both on the CPU.
+
+    Raises:
+        TypeError: Images are of an integer type that does not tell their range.
+        ValueError: They are not in [0, 1].
+        FloatingPointError: A router gives logits that are not finite.
     """
+    images = as_unit(images)
     device = next(model.parameters()).device
     probabilities, experts = [], []
     with model.frozen():
         for part in images.split(batch_size):
-            logits, routings = model.forward_routed(part.to(device))
+            logits, routings = model.forward_routed(check_unit(part.to(device)))
             probabilities.append(logits.softmax(dim=1).cpu())
             chosen = [routing.decisions.cpu() for routing in routings]
             experts.append(torch.cat(chosen, dim=1) if chosen else torch.empty(len(part), 0, dtype=torch.int64))
@@ -173,10 +180,16 @@ def evaluate_robustness(
         >>> result.clean_accuracy, result.robust_accuracy
     """
     victim = model if isinstance(model, Victim) else Victim(model)
+    dataset = as_dataset(data)
+    if victim.num_classes is None and len(dataset):
+        # One pass tells how many classes the module of someone else has.
+        image, _ = spread_images(dataset, getattr(victim.classifier, 'data_preprocessor', None), 1)
+        device = next(iter(victim.parameters()), image).device
+        with victim.frozen(), torch.no_grad():
+            victim(image.to(device))
     if not isinstance(attacks, Mapping):
         attacks = choose_attacks(attacks, eps=eps, norm=norm)
     attacks = with_route_attack(attacks, victim)
-    dataset = as_dataset(data)
     check_data(dataset, 'data', victim.num_classes)
     evaluation = RobustEvaluation(
         victim, attacks, chunk_size=chunk_size, seed=seed, survivors_only=list(attacks) if cascade else ()

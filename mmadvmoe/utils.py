@@ -9,10 +9,18 @@ from typing import Any
 from mmengine.model import is_model_wrapper
 from torch import nn
 
+# What MMPretrain's backbones call the setting that saves memory so.
+_CHECKPOINTING = ('with_cp', 'use_checkpoint', 'memory_efficient')
+
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The model itself, where a distributed wrapper may stand around it."""
     return model.module if is_model_wrapper(model) else model
+
+
+def checkpointing(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules that are set to compute their activations anew in the backward pass, each with its attribute."""
+    return [(module, key) for module in model.modules() for key in _CHECKPOINTING if getattr(module, key, None) is True]
 
 
 def choose(name: Any, allowed: Collection[str], key: str) -> Any:

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
 from mmpretrain.registry import MODELS
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from mmadvmoe.apis import evaluate_robustness
 from mmadvmoe.attacks import Victim, build_attack
@@ -256,6 +258,19 @@ def test_a_full_disk_stops_with_a_word_and_the_evaluation_goes_on(tmp_path: Path
     assert _files(tmp_path / 'full') == _files(tmp_path / 'whole')
 
 
+class _Samples(Dataset):
+    """A data set of one sample."""
+
+    def __init__(self, sample: object) -> None:
+        self.sample = sample
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> object:
+        return self.sample
+
+
 BAD = {
     'not finite': (
         dict(model=nn.Sequential(nn.Flatten(), nn.LazyLinear(10))),
@@ -265,7 +280,7 @@ BAD = {
     'too few classes': (
         dict(model=nn.Sequential(nn.Flatten(), nn.Linear(192, 4))),
         ValueError,
-        r'image \d+ of the data set has label \d, but the model has classes 0 to 3',
+        r'num_classes=4 differs from the 10 classes of data\.dataset \(Digits\)',
     ),
     'eps of 0..255': (dict(attacks=dict(pgd=dict(type='PGD', eps=8))), ValueError, r'eps=8 is above 1.*8 / 255'),
     'L2 eps of 0..255': (
@@ -276,7 +291,32 @@ BAD = {
     'images of 0..255': (
         dict(data=(torch.full((4, 3, 8, 8), 200.0), torch.zeros(4, dtype=torch.int64))),
         ValueError,
-        r'images 0 to 3 of the data are not in \[0, 1\]: values from 200 to 200',
+        r'images 0 to 0 of the data must be in \[0, 1\], got values from 200 to 200; divide .* by 255',
+    ),
+    'images of int64': (
+        dict(data=(torch.full((4, 3, 8, 8), 200), torch.zeros(4, dtype=torch.int64))),
+        TypeError,
+        r'torch\.int64, which does not tell what is white; .* torch\.uint8 or torch\.uint16',
+    ),
+    'PIL images': (
+        dict(data=_Samples((Image.new('RGB', (8, 8)), 0))),
+        TypeError,
+        r'sample 0 .*\(Image, int\).* tensor \(C, H, W\); of PIL images .*to_tensor',
+    ),
+    'arrays': (
+        dict(data=_Samples((np.zeros((8, 8, 3), np.uint8), 0))),
+        TypeError,
+        r'sample 0 .*\(ndarray of shape \(8, 8, 3\), int\).* arrays \(H, W, C\)',
+    ),
+    'Hugging Face dicts': (
+        dict(data=_Samples(dict(image=Image.new('RGB', (8, 8)), label=0))),
+        TypeError,
+        r"inputs and data_samples, .* \['image', 'label'\]",
+    ),
+    'one-hot labels': (
+        dict(data=_Samples((torch.rand(3, 8, 8), torch.eye(10)[3]))),
+        TypeError,
+        r'Tensor of shape \(10,\).* class index; of one-hot labels that is label\.argmax\(\)',
     ),
     'labels of others': (
         dict(data=(torch.rand(4, 3, 8, 8), torch.zeros(3, dtype=torch.int64))),

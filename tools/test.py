@@ -12,6 +12,7 @@ from mmengine.evaluator import DumpResults
 
 from mmadvmoe.attacks import STANDARD_ATTACKS
 from mmadvmoe.evaluation.named_attacks import choose_attacks
+from mmadvmoe.runtime.config_checks import keywords_named
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
@@ -185,7 +186,8 @@ def main() -> None:
     runner = build_runner(cfg)
     if args.out_item == 'pred':
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    metrics = runner.test()
+    with keywords_named(cfg):
+        metrics = runner.test()
     if args.out_item == 'metrics' and is_main_process():
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         mmengine.dump(metrics, args.out)

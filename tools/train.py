@@ -4,6 +4,7 @@ import argparse
 
 from mmengine.config import Config
 
+from mmadvmoe.runtime.config_checks import keywords_named
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
@@ -73,7 +74,10 @@ def main() -> None:
     merge_args(cfg, args)
     check_config(cfg)
     prepare_distributed(cfg, args.launcher)
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    # Data sets, loops and optimizers are built by the first lines of this.
+    with keywords_named(cfg):
+        runner.train()
     finish_distributed()
 
 

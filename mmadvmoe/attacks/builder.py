@@ -19,6 +19,7 @@ from torchattacks.attack import Attack
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose
 
+from .images import check_unit
 from .library import L2_ATTACKS, NO_L1, SOFT_LABEL_ATTACKS
 from .steps import NORMS
 from .views import ROUTES, HeldVictim, Victim, clean_route
@@ -30,8 +31,6 @@ _COUNTS = (
     'noise_batch_size'
 ).split()
 _CLASS_COUNTS = ('n_classes', 'num_classes')
-# What rounding may add to images in [0, 1] that were normalised and brought back.
-_ROUNDING = 1e-4
 # Attacks draw from the random state of the process, of which there is one: threads attack one after the other.
 _RANDOM_STATE = threading.RLock()
 
@@ -127,7 +126,10 @@ def _fill_in_class_count(name: str, arguments: dict, parameters: Mapping, victim
     count = victim.num_classes
     given = arguments.get(key, count)
     if given is None:
-        raise ValueError(f'attack type={name!r} needs {key}, which the head of the model does not tell')
+        raise ValueError(
+            f'attack type={name!r} needs {key}, which the model does not tell before its first forward pass: classify '
+            f'an image first, or give {key}'
+        )
     if not _is_count(given) or given < 2 or (count is not None and given > count):
         most = 'any' if count is None else count
         raise ValueError(
@@ -302,13 +304,7 @@ class BoundAttack:
             )
         # Some attacks of torchattacks flatten images with view().
         images = images.detach().clone(memory_format=torch.contiguous_format)
-        low, high = images.amin().item(), images.amax().item()
-        # Written so that NaN fails too.
-        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
-            raise ValueError(
-                f'an attack needs images in [0, 1], got values from {low:.4g} to {high:.4g}; '
-                'normalisation belongs inside the victim (mean and std of the data_preprocessor)'
-            )
+        check_unit(images, 'images of an attack')
         self.check_radius(images[0].numel())
         return images.clamp_(0, 1)
 

@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
+import torch
+from mmpretrain.models.classifiers import BaseClassifier
 from torch import Tensor, nn
 
 from mmadvmoe.moe import Routing, forward_routed
-from mmadvmoe.utils import bare_model
+from mmadvmoe.utils import bare_model, checkpointing
+
+from .images import as_unit, check_unit
+
+# How far noise and the steps of attacks may lead out of [0, 1]; what is normalised or in 0..255 lies further out.
+_SLACK = 0.5
 
 
 class NormalizedClassifier(nn.Module):
@@ -26,17 +33,21 @@ class NormalizedClassifier(nn.Module):
             else as MMPretrain's ``ClsDataPreprocessor`` does, by ``mean`` and ``std`` in units of 0..255. Channel order
             and padding are left as they are. The classifier's own ``data_preprocessor`` stays a part of it. None for
             a classifier of [0, 1] images. Defaults to None.
-        num_classes (int, optional): K. Defaults to that of the head or the backbone.
+        num_classes (int, optional): K. Defaults to what an MMPretrain classifier tells, or the first forward pass.
 
     Raises:
-        TypeError: The classifier has no head, or the preprocessor does not tell its scale.
+        TypeError: An MMPretrain classifier, or one with routers, has no head, or the preprocessor does not tell its
+            scale.
     """
 
     def __init__(
         self, classifier: nn.Module, preprocessor: Optional[nn.Module] = None, num_classes: Optional[int] = None
     ) -> None:
         super().__init__()
-        if hasattr(classifier, 'backbone') and getattr(classifier, 'head', None) is None:
+        needs_head = isinstance(classifier, BaseClassifier) or hasattr(
+            getattr(classifier, 'backbone', None), 'forward_routed'
+        )
+        if needs_head and getattr(classifier, 'head', None) is None:
             raise TypeError(
                 f'{type(classifier).__name__} has no head, so there are no logits to attack; set model.head'
             )
@@ -50,7 +61,7 @@ class NormalizedClassifier(nn.Module):
         self.classifier = classifier
         self._normalized_by_itself = preprocessor is not None and preprocessor is _own_preprocessor(classifier)
         self.preprocessor = None if self._normalized_by_itself else preprocessor
-        self._num_classes = num_classes
+        self._given_classes = self._num_classes = num_classes
         self._freeze = _Freeze()
         self.training = classifier.training
 
@@ -67,8 +78,11 @@ class NormalizedClassifier(nn.Module):
 
     @property
     def num_classes(self) -> Optional[int]:
-        """K, or None where neither the head nor the backbone knows."""
-        if self._num_classes is not None:
+        """K: what was given, else the width of the logits of the last pass, else what the classifier tells, or None.
+
+        A module of someone else may mean anything by ``num_classes``, so it is not asked.
+        """
+        if self._num_classes is not None or not isinstance(self.classifier, BaseClassifier):
             return self._num_classes
         for part in (getattr(self.classifier, name, None) for name in ('head', 'backbone')):
             count = getattr(part, 'num_classes', None)
@@ -87,26 +101,36 @@ class NormalizedClassifier(nn.Module):
         return getattr(getattr(self.classifier, 'backbone', None), 'num_routers', 0)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Bring images in [0, 1] to what the network is fed."""
+        """Bring images in [0, 1] to what the network is fed, in the type of its weights."""
         # Flattened and back, because a gradient comes out of a flattening contiguous, as attacks expect it.
         images = images.flatten().view(images.shape)
         preprocessor = _own_preprocessor(self.classifier) if self._normalized_by_itself else self.preprocessor
-        if preprocessor is None:
-            return images
         if hasattr(preprocessor, 'normalize'):
-            return preprocessor.normalize(images)
-        pixels = images * 255
-        if preprocessor._enable_normalize:
-            pixels = (pixels - preprocessor.mean) / preprocessor.std
-        return pixels
+            images = preprocessor.normalize(images)
+        elif preprocessor is not None:
+            images = images * 255
+            if preprocessor._enable_normalize:
+                images = (images - preprocessor.mean) / preprocessor.std
+        weight = next(self.classifier.parameters(), images)
+        return images.to(weight.dtype) if weight.is_floating_point() else images
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        """What the network is fed for ``images``: in [0, 1], or of an integer type that tells its range."""
+        images = as_unit(images)
+        # Whoever holds the model frozen has looked at the images, and comes back many times.
+        if not (self._freeze.held or torch.jit.is_tracing() or torch.compiler.is_compiling()):
+            check_unit(images, slack=_SLACK)
+        return self.normalize(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K), in float32 also under autocast, of ``images`` (B, C, H, W) in [0, 1].
+        """Logits (B, K), in float32 also under autocast, of ``images`` (B, C, H, W) in [0, 1], or of 8 or 16 bits.
 
         Raises:
-            TypeError: The head gives something else than one (B, K) tensor.
+            TypeError: The head gives something else than one (B, K) tensor, or images are other integers.
+            ValueError: Images are far outside [0, 1]; noise and steps of attacks may lead a little out of it. Inside of
+                :meth:`frozen` that is left to the caller.
         """
-        return self._checked(self.classifier(self.normalize(images)))
+        return self._checked(self.classifier(self._inputs(images)))
 
     def forward_routed(
         self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
@@ -130,7 +154,7 @@ class NormalizedClassifier(nn.Module):
             if route is not None:
                 raise ValueError('a route was given, but the model has no router')
             return self(images), ()
-        logits, routings = forward_routed(self.classifier, self.normalize(images), route, with_logits, gated)
+        logits, routings = forward_routed(self.classifier, self._inputs(images), route, with_logits, gated)
         return self._checked(logits), routings
 
     def decide_routes(self, images: Tensor) -> tuple[Routing, ...]:
@@ -144,14 +168,15 @@ class NormalizedClassifier(nn.Module):
         """
         if not self.num_routers:
             raise ValueError('the model has no router, so there is no route to look at')
-        return self.classifier.backbone.decide_routes(self.normalize(images), gated=False)
+        return self.classifier.backbone.decide_routes(self._inputs(images), gated=False)
 
     @contextmanager
     def frozen(self) -> Iterator[NormalizedClassifier]:
         """Eval mode without parameter gradients inside; every flag as it was outside.
 
         Where several threads, or calls inside each other, freeze the model, the first one notes the flags and the last
-        one restores them. They are set module by module, past the ``train()`` methods of backbones, which re-apply
+        one restores them. Activation checkpointing is off inside, for its backward pass cannot give the gradient of
+        images alone. Flags are set module by module, past the ``train()`` methods of backbones, which re-apply
         frozen stages and would not bring back flags that someone else had set.
         """
         self._freeze.enter(self)
@@ -168,6 +193,12 @@ class NormalizedClassifier(nn.Module):
                 f'{type(maker).__name__} gives {shape} where an attack needs one tensor of class logits (B, K); use a '
                 'head such as LinearClsHead'
             )
+        if self._given_classes not in (None, logits.shape[1]):
+            raise ValueError(
+                f'num_classes={self._given_classes}, but {type(self.classifier).__name__} gives {logits.shape[1]} '
+                'logits'
+            )
+        self._num_classes = logits.shape[1]
         return full_precision(logits)
 
 
@@ -179,20 +210,29 @@ class _Freeze:
         self._holders = 0
         self._modes: list[tuple[nn.Module, bool]] = []
         self._gradients: list[tuple[nn.Parameter, bool]] = []
+        self._checkpointing: list[tuple[nn.Module, str]] = []
 
     def __reduce__(self) -> tuple:
         return type(self), ()
+
+    @property
+    def held(self) -> bool:
+        """Whether anyone holds the model frozen."""
+        return self._holders > 0
 
     def enter(self, model: nn.Module) -> None:
         with self._lock:
             if not self._holders:
                 self._modes = [(module, module.training) for module in model.modules()]
                 self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+                self._checkpointing = checkpointing(model)
             self._holders += 1
             for module in model.modules():
                 module.training = False
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
+            for module, key in self._checkpointing:
+                setattr(module, key, False)
 
     def leave(self) -> None:
         with self._lock:
@@ -203,7 +243,9 @@ class _Freeze:
                 module.training = training
             for parameter, requires_grad in self._gradients:
                 parameter.requires_grad_(requires_grad)
-            self._modes, self._gradients = [], []
+            for module, key in self._checkpointing:
+                setattr(module, key, True)
+            self._modes, self._gradients, self._checkpointing = [], [], []
 
 
 def full_precision(logits: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from mmadvmoe.evaluation.data import Chunk, as_dataset, class_names, spread_imag
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
+from mmadvmoe.runtime.config_checks import check_options
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.utils import did_you_mean
 
@@ -208,6 +209,7 @@ def load_subject(args: argparse.Namespace, kind: str) -> Subject:
     cfg = load_config(args.config)
     check_checkpoint(args.checkpoint, 'CHECKPOINT')
     if args.cfg_options is not None:
+        check_options(args.cfg_options, cfg)
         cfg.merge_from_dict(args.cfg_options)
     attacks = (cfg.get('test_cfg') or {}).get('attacks')
     if cfg.get('test_dataloader') is None or not attacks:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Optional, Union
 
+import numpy as np
 import torch
 from mmengine.registry import DefaultScope
 from mmpretrain.datasets import build_dataset
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks.images import as_unit, check_unit
 from mmadvmoe.datasets import ChunkSampler
+from mmadvmoe.models.data_preprocessor import as_pixels, check_images
 
 Data = Union[Mapping, Dataset, tuple[Tensor, Tensor]]
 
@@ -62,7 +65,7 @@ def as_dataset(data: Data) -> Dataset:
     Args:
         data: Config of a data set of MMPretrain; a data set whose samples are as MMPretrain packs them (``inputs``,
             ``data_samples``) or pairs of an image in [0, 1] and a label; or the tensors ``(images, labels)``,
-            (B, C, H, W) in [0, 1] or uint8, and (B,) int64.
+            (B, C, H, W) in [0, 1], uint8 or uint16, and (B,) int64.
 
     Raises:
         TypeError: It is something else.
@@ -140,7 +143,7 @@ def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: 
         Images (B, 3, H, W) in [0, 1], exactly on the grid of 1/255 where they came as uint8, and labels (B,) int64.
 
     Raises:
-        ValueError: The images have several sizes, or an image has not exactly one label.
+        ValueError: The images have several sizes or are not in 0..255, or an image has not exactly one label.
     """
     sizes = {tuple(image.shape) for image in batch['inputs']}
     if len(sizes) > 1:
@@ -148,6 +151,7 @@ def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: 
             f'images {span(indices)} of the data set have several sizes {sorted(sizes)}; add a Resize or a CenterCrop '
             'to the pipeline.'
         )
+    check_images(batch['inputs'], 'test_dataloader')
     for index, sample in zip(indices, batch['data_samples']):
         if 'gt_label' not in sample or sample.gt_label.numel() != 1:
             found = sample.gt_label.tolist() if 'gt_label' in sample else 'none'
@@ -156,7 +160,7 @@ def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: 
                 f'{found}.'
             )
     exact = all(image.dtype == torch.uint8 for image in batch['inputs'])
-    data = data_preprocessor(batch, False)
+    data = data_preprocessor(dict(batch, inputs=as_pixels(batch['inputs'])), False)
     images = data['inputs']
     if hasattr(data_preprocessor, 'to_unit'):
         images = data_preprocessor.to_unit(images)
@@ -182,20 +186,41 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     """Images (B, C, H, W) in [0, 1] and labels (B,)."""
     samples: list[Any] = [dataset[index] for index in indices]
-    if isinstance(samples[0], Mapping):
+    if isinstance(samples[0], Mapping) and {'inputs', 'data_samples'} <= set(samples[0]):
         batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
         return unit_batch(data_preprocessor or ClsDataPreprocessor(), batch, indices)
+    for index, sample in zip(indices, samples):
+        _check_pair(sample, index)
     sizes = {tuple(image.shape) for image, _ in samples}
     if len(sizes) > 1:
         raise ValueError(f'images {span(indices)} of the data have several sizes {sorted(sizes)}')
-    images = torch.stack([image for image, _ in samples])
-    if images.dtype == torch.uint8:
-        images = images / 255
-    low, high = images.amin().item(), images.amax().item()
-    # Written so that NaN fails too.
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f'images {span(indices)} of the data are not in [0, 1]: values from {low:.4g} to {high:.4g}. Normalisation '
-            'belongs inside the model'
-        )
+    images = as_unit(torch.stack([image for image, _ in samples]))
+    check_unit(images, f'images {span(indices)} of the data', slack=0.0)
     return images.float(), torch.as_tensor([int(label) for _, label in samples])
+
+
+def _check_pair(sample: Any, index: int) -> None:
+    """Raise TypeError unless a sample is an image and its class index."""
+    pair = sample if isinstance(sample, (tuple, list)) and len(sample) == 2 else None
+    if pair and isinstance(pair[0], Tensor) and pair[0].dim() == 3:
+        label = torch.as_tensor(pair[1]) if isinstance(pair[1], (int, Tensor, np.ndarray, np.generic)) else None
+        if label is not None and label.numel() == 1 and not label.is_floating_point():
+            return
+        cure = 'the label must be a class index; of one-hot labels that is label.argmax()'
+    elif isinstance(sample, Mapping):
+        cure = (
+            f'a dict must have inputs and data_samples, as PackInputs makes them, and this one has {list(sample)}; '
+            'wrap the data set in one that gives (image, label)'
+        )
+    else:
+        cure = (
+            'the image must be a tensor (C, H, W); of PIL images and arrays (H, W, C) '
+            'torchvision.transforms.functional.to_tensor makes one, as transform of the data set'
+        )
+    found = ', '.join(map(_kind, pair)) if pair else _kind(sample)
+    raise TypeError(f'sample {index} of the data ({found}) is no pair of an image and a label: {cure}')
+
+
+def _kind(value: Any) -> str:
+    shape = getattr(value, 'shape', None)
+    return type(value).__name__ + ('' if shape is None else f' of shape {tuple(shape)}')

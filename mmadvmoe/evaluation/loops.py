@@ -12,7 +12,7 @@ from mmpretrain.registry import LOOPS
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.runtime.preflight import check_data
+from mmadvmoe.runtime.preflight import check_data, check_topk
 from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import bare_model
 
@@ -60,6 +60,7 @@ class _RobustLoop:
         check_groups(attacks, survivors_only, worst_of or {}, self.mode)
         super().__init__(runner, self._in_chunks(dataloader, chunk_size), evaluator)
         check_data(self.dataloader.dataset, f'{self.mode}_dataloader', self.victim.num_classes)
+        check_topk(self.evaluator.metrics, f'{self.mode}_evaluator', self.victim.num_classes)
 
     def _in_chunks(self, dataloader: Mapping, chunk_size: int) -> dict:
         """Rewrite the config of a loader so that each of its batches is one chunk."""

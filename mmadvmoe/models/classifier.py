@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.attacks.views import ROUTES, decisions
-from mmadvmoe.moe import Routing, forward_routed
+from mmadvmoe.moe import NonFiniteRouterError, Routing, forward_routed
 from mmadvmoe.utils import choose
 
 from .data_preprocessor import AdvDataPreprocessor, targets_of
-from .losses import Objective, Outputs, RobustBatch, check_finite
+from .losses import ROUTER_LOGITS, NonFiniteError, Objective, Outputs, RobustBatch, check_finite
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,10 @@ class RobustClassifier(ImageClassifier):
             )
         objectives = self.robust_loss if turn != 'router' or self.router_loss is None else self.router_loss
         needs_classes = any(objective.needs_classes for objective in objectives)
-        if self.route == 'held' and turn != 'router' and getattr(self.backbone, 'num_routers', 0):
-            clean = Outputs(*forward_routed(self, inputs, gated=False))
-            adversarial = Outputs(*forward_routed(self, adv_inputs, decisions(clean.routings), with_logits=True))
-        else:
-            clean, adversarial = (self._outputs(images, needs_classes) for images in (inputs, adv_inputs))
+        try:
+            clean, adversarial = self._sides(inputs, adv_inputs, needs_classes, turn)
+        except NonFiniteRouterError as error:
+            raise NonFiniteError(f'{ROUTER_LOGITS} ({error.router})', turn, 'router') from error
         batch = RobustBatch(
             clean=clean,
             adversarial=adversarial,
@@ -168,6 +167,15 @@ class RobustClassifier(ImageClassifier):
                 losses[term] = losses[term] + value if term in losses else value
         check_finite(losses, (*batch.clean.routings, *batch.adversarial.routings), turn)
         return losses
+
+    def _sides(
+        self, inputs: Tensor, adv_inputs: Tensor, needs_classes: bool, turn: Optional[str]
+    ) -> tuple[Outputs, Outputs]:
+        """Outputs for the clean and for the adversarial images."""
+        if self.route == 'held' and turn != 'router' and getattr(self.backbone, 'num_routers', 0):
+            clean = Outputs(*forward_routed(self, inputs, gated=False))
+            return clean, Outputs(*forward_routed(self, adv_inputs, decisions(clean.routings), with_logits=True))
+        return self._outputs(inputs, needs_classes), self._outputs(adv_inputs, needs_classes)
 
     def _outputs(self, inputs: Tensor, needs_classes: bool) -> Outputs:
         if needs_classes:

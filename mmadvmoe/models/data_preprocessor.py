@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from mmpretrain.models.utils import ClsDataPreprocessor
@@ -11,10 +11,11 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from mmadvmoe.attacks import BoundAttack, NonFiniteImagesError, Victim, build_attack
-from mmadvmoe.moe import GROUPS
+from mmadvmoe.attacks.images import WHITE, as_unit
+from mmadvmoe.moe import GROUPS, NonFiniteRouterError
 from mmadvmoe.utils import choose
 
-from .losses import NonFiniteError
+from .losses import ROUTER_LOGITS, NonFiniteError
 
 MODES = ('pair', 'replace')
 _MAX_PIXEL = 255.0
@@ -91,8 +92,8 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         """Collate, and in training craft adversarial images.
 
         Args:
-            data (dict): ``inputs``, images in 0..255, and ``data_samples``, as the data loader gives them; in training
-                in turns also ``turn``, which decides the attack.
+            data (dict): ``inputs``, images in 0..255 or of 16 bits, and ``data_samples``, as the data loader gives
+                them; in training in turns also ``turn``, which decides the attack.
             training (bool): Whether this is a training step.
 
         Returns:
@@ -105,7 +106,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             NonFiniteError: The attack met logits or gradients that are not finite.
         """
         check_images(data['inputs'], 'train_dataloader' if training else 'val_dataloader or test_dataloader')
-        batch = super().forward(data, training)
+        batch = super().forward(dict(data, inputs=as_pixels(data['inputs'])), training)
         images = batch['inputs'] / _MAX_PIXEL
         if not training or self.attack_cfg is None:
             batch['inputs'] = self.normalize(images)
@@ -131,18 +132,19 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         attack = self._attacks[turn]
         try:
             return attack(images, targets_of(data_samples).to(images.device))
-        except NonFiniteImagesError as error:
-            raise NonFiniteError(_diagnose(images, attack)) from error
+        except (NonFiniteImagesError, NonFiniteRouterError) as error:
+            raise NonFiniteError(*_diagnose(images, attack, turn)) from error
 
 
 @torch.no_grad()
-def _diagnose(images: Tensor, attack: BoundAttack) -> str:
-    """Name what is not finite for clean images after an attack went wrong."""
-    with attack.victim.frozen() as victim:
-        logits, routings = victim.forward_routed(images)
-    named = [('router logits', routing.logits) for routing in routings] + [('class logits', logits)]
-    wrong = dict.fromkeys(name for name, value in named if not value.isfinite().all())
-    return ', '.join(wrong) or f'gradient of attack {attack.name}'
+def _diagnose(images: Tensor, attack: BoundAttack, turn: Optional[str]) -> tuple[str, Optional[str], Optional[str]]:
+    """Name what is not finite for clean images after an attack went wrong, as :class:`NonFiniteError` takes it."""
+    try:
+        with attack.victim.frozen() as victim:
+            finite = victim(images).isfinite().all()
+    except NonFiniteRouterError as error:
+        return f'{ROUTER_LOGITS} ({error.router})', turn, 'router'
+    return f'gradient of attack {attack.name}' if finite else 'class logits', turn, None
 
 
 def targets_of(data_samples: Sequence) -> Tensor:
@@ -169,22 +171,30 @@ def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]
         )
 
 
+def as_pixels(inputs: Union[Tensor, Sequence[Tensor]]) -> Union[Tensor, list[Tensor]]:
+    """Bring images of 16 bits to 0..255; others are left as they are."""
+    if isinstance(inputs, Tensor):
+        return as_unit(inputs) * _MAX_PIXEL if inputs.dtype == torch.uint16 else inputs
+    return [as_pixels(image) for image in inputs]
+
+
 def check_images(inputs: Sequence[Tensor], loader: str) -> None:
     """Check that images, each (C, H, W), can make up a batch of pixels in 0..255; ``loader`` is for messages.
 
     Raises:
-        ValueError: Images differ in size, or floating point images are not in 0..255.
+        ValueError: Images differ in size, or are not in 0..255 and of no type that tells their range.
     """
     images = list(inputs)
     pipeline = f'the pipeline of the data set ({loader}.dataset.pipeline)'
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(f'images of one batch differ in size: {sorted(shapes)}; add a Resize or a Crop to {pipeline}')
-    if not images[0].is_floating_point():
+    if images[0].dtype in WHITE:
         return
     low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
     # Written so that NaN fails too.
-    if not (low >= 0 and high <= _MAX_PIXEL) or 0 < high <= 1:
+    scaled = images[0].is_floating_point() and 0 < high <= 1
+    if not (low >= 0 and high <= _MAX_PIXEL) or scaled:
         raise ValueError(
             f'images lie in [{low:.3g}, {high:.3g}], but data_preprocessor expects 0..255: remove the scaling or '
             f'normalisation from {pipeline}'

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mmadvmoe.attacks import kl_divergence
 from mmadvmoe.moe import Routing
 
+#: What errors call the logits of the routers.
+ROUTER_LOGITS = 'router logits'
 # Keeps logarithms finite where a probability is exactly 0 or 1.
 _TINY = 1e-12
 
@@ -159,15 +161,27 @@ class MARTLoss(Objective):
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a router logit or a gradient is NaN or infinite; ``what`` names the values."""
+    """A loss, a router logit or a gradient of a training step is NaN or infinite.
 
-    def __init__(self, what: str) -> None:
+    Args:
+        what (str): Names the values.
+        turn (str, optional): Whose turn it is, where training takes turns.
+        group (str, optional): The parameters concerned, ``'experts'`` or ``'router'``. Defaults to None: those of the
+            turn, or all.
+    """
+
+    def __init__(self, what: str, turn: Optional[str] = None, group: Optional[str] = None) -> None:
         iteration = MessageHub.get_current_instance().get_info('iter')
         where = '' if iteration is None else f' at iteration {iteration + 1}'
+        whose = '' if turn is None else f' in a turn of the {turn}'
+        group = group or turn
+        key = 'optim_wrapper' if group is None else f'optim_wrapper.{group}'
+        joint = '' if group is None else '; in joint training optim_wrapper alone'
+        gate = ', or gate="softmax" in MoEBackbone' if group == 'router' else ''
         super().__init__(
-            f'not finite{where}: {what}. Training was stopped before the weights were touched. Try a smaller learning '
-            'rate of the group concerned (optim_wrapper.router.optimizer.lr), gradient clipping '
-            '(optim_wrapper.router.clip_grad=dict(max_norm=...)), or gate="softmax" in MoEBackbone'
+            f'not finite{where}: {what}{whose}. Training was stopped before the weights were touched. Try a smaller '
+            f'learning rate ({key}.optimizer.lr), clipping of gradients ({key}.clip_grad=dict(max_norm=...){joint}), '
+            f'or longer warm-up{gate}'
         )
 
 
@@ -186,9 +200,8 @@ def check_finite(
     """
     terms = ((name, [term] if isinstance(term, Tensor) else term) for name, term in losses.items())
     values = [(name, value) for name, term in terms for value in term]
-    values += [('router logits', routing.logits) for routing in routings if routing.logits is not None]
+    values += [(ROUTER_LOGITS, routing.logits) for routing in routings if routing.logits is not None]
     finite = torch.stack([value.detach().isfinite().all() for _, value in values]).tolist() if values else []
     wrong = [name for (name, _), is_finite in zip(values, finite) if not is_finite]
     if wrong:
-        where = '' if turn is None else f' in a turn of the {turn}'
-        raise NonFiniteError(', '.join(dict.fromkeys(wrong)) + where)
+        raise NonFiniteError(', '.join(dict.fromkeys(wrong)), turn, 'router' if ROUTER_LOGITS in wrong else None)

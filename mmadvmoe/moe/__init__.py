@@ -5,16 +5,8 @@ from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .pixel_routers import ConvRouter, MLPRouter
 from .placements import PLACEMENTS, Placement, placement_of
-from .routers import (
-    GROUPS,
-    BaseRouter,
-    LayerRouter,
-    ResNetRouter,
-    TokenRouter,
-    router_modules,
-    split_parameters,
-)
-from .routing import BaseRouting, Routing
+from .routers import GROUPS, BaseRouter, LayerRouter, ResNetRouter, TokenRouter, router_modules, split_parameters
+from .routing import BaseRouting, NonFiniteRouterError, Routing
 from .token_routing import TokenRouting
 
 __all__ = [
@@ -31,6 +23,7 @@ __all__ = [
     'MoEBackbone',
     'MoEConv2d',
     'MoELinear',
+    'NonFiniteRouterError',
     'Placement',
     'ResNetRouter',
     'Routing',

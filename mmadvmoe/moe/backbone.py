@@ -11,7 +11,7 @@ from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from mmadvmoe.utils import choose
+from mmadvmoe.utils import checkpointing, choose
 
 from .context import RouteContext
 from .expert_ffn import ExpertFFN
@@ -19,6 +19,7 @@ from .expert_layers import ExpertLayer
 from .placements import NO_ROUTERS, PLACEMENTS, Placement
 from .routers import BaseRouter
 from .routing import BaseRouting
+from .upcycling import with_found_prefix
 
 
 @MODELS.register_module()
@@ -81,6 +82,13 @@ class MoEBackbone(BaseBackbone):
         self.routing = routing
         self._dense_cfg = copy.deepcopy(backbone)
         self.network: nn.Module = MODELS.build(backbone)
+        found = checkpointing(self.network)
+        if num_experts > 1 and found:
+            module, key = found[0]
+            raise ValueError(
+                f'backbone.backbone sets {key}=True of {type(module).__name__}: layers would be computed anew in the '
+                f'backward pass, when the routes of the forward pass are gone; set backbone.backbone.{key}=False'
+            )
         self.context = RouteContext(num_experts, gate)
         self.router: Optional[BaseRouter] = None
         names = placement.match(self.network, include, exclude, share_stem)
@@ -102,6 +110,12 @@ class MoEBackbone(BaseBackbone):
                 f'backbone.router.type={kind.__name__} {"scores" if kind.reads_tokens else "does not score"} single '
                 f'tokens, which does not fit backbone.routing={self.routing!r}; its default is {default!r}'
             )
+        if getattr(kind, 'reads_images', False) and not self.placement.one_route_per_image:
+            raise ValueError(
+                f'backbone.router.type={kind.__name__} is a network for whole images, of which '
+                f'backbone.routing={self.routing!r} would build one for each of {self.placement.num_routers} layers, '
+                f'each as costly as a pathway; set backbone.router=dict(_delete_=True, type={default!r})'
+            )
         given = cfg.setdefault('num_experts', self.num_experts)
         if given != self.num_experts:
             raise ValueError(f'backbone.router.num_experts={given} must equal backbone.num_experts={self.num_experts}')
@@ -121,12 +135,24 @@ class MoEBackbone(BaseBackbone):
         """Initialise every expert as the dense network initialises that layer.
 
         The dense network is built and initialised once per expert, so fans are those of one expert, any backbone's
-        own scheme holds, and a pretrained dense checkpoint ends up in every expert.
+        own scheme holds, and a pretrained dense checkpoint ends up in every expert. Whether its names begin with
+        ``'backbone.'`` is found out.
+
+        Raises:
+            ValueError: That checkpoint has none of the layers that get experts.
         """
         if self.num_experts == 1 or self.init_cfg:
+            if not self.init_cfg:
+                own = getattr(self.network, 'init_cfg', None)
+                self.network.init_cfg = with_found_prefix(own, dict(self.network.named_parameters()))
             super().init_weights()
             return
         layers = dict(zip(self.expert_layer_names, self.expert_layers()))
+        wanted = {
+            f'{name}.{key}': view for name, each in layers.items() for key, view in each.expert_parameters(0).items()
+        }
+        if self._dense_cfg.get('init_cfg'):
+            self._dense_cfg['init_cfg'] = with_found_prefix(self._dense_cfg['init_cfg'], wanted)
         with torch.no_grad():
             for expert in range(self.num_experts):
                 dense: nn.Module = MODELS.build(copy.deepcopy(self._dense_cfg))
@@ -175,11 +201,15 @@ class MoEBackbone(BaseBackbone):
 
         Returns:
             tuple: The features, and one :class:`BaseRouting` per router.
+
+        Raises:
+            NonFiniteRouterError: A router gives logits that are not finite. Of routers for tokens that is looked at in
+                eval mode alone, as it would make a GPU wait.
         """
         if not self.num_routers:
             return self.network(x), ()
         self.placement.check_route(route)
-        with self.context.run(route, with_logits, gated) as routes:
+        with self.context.run(self.placement.router_names, route, with_logits, gated) as routes:
             return self.placement.forward(self, _with_contiguous_gradient(x), routes), routes.taken
 
     def decide_routes(self, x: Tensor, gated: bool = True) -> tuple[BaseRouting, ...]:

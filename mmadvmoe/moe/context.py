@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from mmadvmoe.utils import choose
 
 from .routers import BaseRouter, TokenRouter
-from .routing import GATES, BaseRouting, Routing
+from .routing import GATES, BaseRouting, NonFiniteRouterError, Routing
 from .token_routing import TokenRouting
 
 
 class RoutedPass:
     """The routes of one forward pass, given and taken so far; arguments as in :meth:`MoEBackbone.forward_routed`."""
 
-    def __init__(self, num_experts: int, gate: str, route: Optional[Tensor], with_logits: bool, gated: bool) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        gate: str,
+        names: Sequence[str],
+        route: Optional[Tensor],
+        with_logits: bool,
+        gated: bool,
+    ) -> None:
         self.num_experts, self.gate = num_experts, gate
+        self._names = names
         self._route, self._with_logits, self._gated = route, with_logits, gated
         self._columns = 0
         self._taken: list[BaseRouting] = []
@@ -40,6 +50,7 @@ class RoutedPass:
 
         Raises:
             ValueError: The router gives a number of logits other than N.
+            NonFiniteRouterError: It gives logits that are not finite.
         """
         given = self._next(1)
         logits = router(x) if given is None or self._with_logits else None
@@ -48,10 +59,13 @@ class RoutedPass:
                 f'backbone.num_experts={self.num_experts}, but {type(router).__name__} (backbone.router) gives '
                 f'{logits.shape[-1]} logits; it must give one for each expert'
             )
-        if given is None:
-            routing = Routing.decide(logits, self.gate if self._gated else None)
-        else:
-            routing = Routing.fixed(given.flatten(), self.num_experts, logits)
+        try:
+            if given is None:
+                routing = Routing.decide(logits, self.gate if self._gated else None)
+            else:
+                routing = Routing.fixed(given.flatten(), self.num_experts, logits)
+        except NonFiniteRouterError:
+            raise NonFiniteRouterError(self._names[len(self._taken)]) from None
         self._taken.append(routing)
         return routing
 
@@ -72,6 +86,16 @@ class RoutedPass:
                 f'route has {self._route.shape[1]} columns, but the choices of all tokens in all layers are '
                 f'{self._columns}; a route that was taken at another image size does not fit'
             )
+
+    def check_finite(self) -> None:
+        """Check the logits of all routers that were asked, at the cost of one transfer from the device.
+
+        Raises:
+            NonFiniteRouterError: Naming the first whose logits are not finite.
+        """
+        finite = torch.stack([routing.logits.detach().isfinite().all() for routing in self._taken]).tolist()
+        if not all(finite):
+            raise NonFiniteRouterError(self._names[finite.index(False)])
 
     def _next(self, columns: int) -> Optional[Tensor]:
         """The given route of the next router, (B,) or (B, columns), or None."""
@@ -105,16 +129,16 @@ class RouteContext:
 
     @contextmanager
     def run(
-        self, route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
+        self, names: Sequence[str], route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
     ) -> Iterator[RoutedPass]:
-        """Begin a forward pass of this thread; see :meth:`MoEBackbone.forward_routed`.
+        """Begin a forward pass of this thread through the routers ``names``; see :meth:`MoEBackbone.forward_routed`.
 
         Raises:
             RuntimeError: One is under way in this thread.
         """
         if getattr(self._local, 'running', None) is not None:
             raise RuntimeError('a MoEBackbone was entered again from inside its own forward pass')
-        self._local.running = RoutedPass(self.num_experts, self.gate, route, with_logits, gated)
+        self._local.running = RoutedPass(self.num_experts, self.gate, names, route, with_logits, gated)
         try:
             yield self._local.running
         finally:
@@ -129,5 +153,8 @@ class RouteContext:
         """
         running = getattr(self._local, 'running', None)
         if running is None:
-            raise RuntimeError('an expert layer can only run inside the forward pass of its MoEBackbone')
+            raise RuntimeError(
+                'an expert layer can only run inside the forward pass of its MoEBackbone, as the routes are those of '
+                'that pass; leave out what runs it again in the backward pass (activation_checkpointing in the config)'
+            )
         return running

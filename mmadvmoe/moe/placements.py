@@ -158,6 +158,8 @@ class TokenPlacement(Placement):
     def forward(self, backbone, x, routes):
         features = backbone.network(x)
         routes.check_spent()
+        if not backbone.training:
+            routes.check_finite()
         return features
 
 

@@ -31,9 +31,11 @@ class BaseRouter(BaseModule):
 
     Attributes:
         reads_tokens (bool): Whether it gives logits for each token, (B, T, N), rather than for each image.
+        reads_images (bool): Whether it is a network for images, too costly to stand in front of every layer.
     """
 
     reads_tokens = False
+    reads_images = False
 
     def __init__(self, num_experts: int, init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
@@ -97,6 +99,8 @@ class ResNetRouter(BaseRouter):
             standard deviation 0.01 for the linear layer, so that no expert is ahead at the start.
     """
 
+    reads_images = True
+
     def __init__(
         self,
         num_experts: int,
@@ -124,6 +128,11 @@ class ResNetRouter(BaseRouter):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> logits (B, N)."""
+        if x.shape[1] != self.conv1.in_channels:
+            raise ValueError(
+                f'backbone.router.in_channels={self.conv1.in_channels}, but images have {x.shape[1]} channels; set '
+                f'backbone.router.in_channels={x.shape[1]}'
+            )
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.blocks(x)
         return self.fc(x.mean(dim=(2, 3)))

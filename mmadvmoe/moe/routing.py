@@ -19,6 +19,18 @@ from mmadvmoe.utils import choose
 GATES = ('softmax', 'logit')
 
 
+class NonFiniteRouterError(FloatingPointError):
+    """A router gives logits that are NaN or infinite, of which the largest would be nothing but expert 0."""
+
+    def __init__(self, router: str = 'router') -> None:
+        super().__init__(
+            f'the logits of the router {router!r} are not finite, so it decides nothing: its weights, or what it is '
+            'given to read, are not finite. Look for the iteration at which they became so, and load a checkpoint from '
+            'before'
+        )
+        self.router = router
+
+
 class BaseRouting:
     """The decision of one router for one batch: all that its consumers read.
 
@@ -99,19 +111,20 @@ class Routing(BaseRouting):
 
         Raises:
             ValueError: ``logits`` is not (B, N), or ``gate`` is unknown.
+            NonFiniteRouterError: A logit is NaN or infinite.
         """
         if logits.dim() != 2:
             raise ValueError(f'router logits must have shape (B, N), got {tuple(logits.shape)}')
         if gate is not None:
             choose(gate, GATES, 'gate')
         expert = logits.detach().argmax(dim=1)
-        routing = cls.fixed(expert, logits.shape[1])
+        routing = cls.fixed(expert, logits.shape[1], logits)
         if gate is None or not logits.requires_grad:
-            return replace(routing, logits=logits)
+            return routing
         precise = torch.promote_types(logits.dtype, torch.float32)
         scores = logits.softmax(dim=1, dtype=precise) if gate == 'softmax' else logits
         chosen = scores.gather(1, expert[:, None]).squeeze(1)
-        return replace(routing, logits=logits, gate=1 + (chosen - chosen.detach()))
+        return replace(routing, gate=1 + (chosen - chosen.detach()))
 
     @classmethod
     def fixed(cls, expert: Tensor, num_experts: int, logits: Optional[Tensor] = None) -> Routing:
@@ -124,11 +137,17 @@ class Routing(BaseRouting):
 
         Raises:
             ValueError: ``expert`` is not (B,) or names an expert that does not exist.
+            NonFiniteRouterError: A logit is NaN or infinite.
         """
         if expert.dim() != 1:
             raise ValueError(f'a route must have shape (B,), got {tuple(expert.shape)}')
-        # One transfer to the host: a batched count, from which a bad index shows as well.
-        load = torch.bincount(expert.clamp(min=-1) + 1, minlength=num_experts + 1).tolist()
+        # One transfer to the host: a batched count, from which bad indices and logits show as well.
+        counted = expert.clamp(min=-1)
+        if logits is not None:
+            counted = counted.masked_fill(~logits.detach().isfinite().all(dim=1), -1)
+        load = torch.bincount(counted + 1, minlength=num_experts + 1).tolist()
+        if load[0] and logits is not None and not logits.isfinite().all():
+            raise NonFiniteRouterError()
         if load[0] or len(load) > num_experts + 1:
             raise ValueError(f'a route must name experts in [0, {num_experts}), got {sorted(set(expert.tolist()))}')
         order = torch.argsort(expert, stable=True)

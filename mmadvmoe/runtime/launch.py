@@ -19,6 +19,8 @@ from torch import distributed as torch_dist
 
 from mmadvmoe.utils import choose, did_you_mean
 
+from .config_checks import check_options, keywords_named
+
 # The variables that PyTorch reads, and those that each launcher sets in their place.
 _VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
 _LAUNCHER_VARIABLES = {
@@ -89,6 +91,7 @@ def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Seque
         for loader in _present(cfg, loaders):
             loader.pin_memory = False
     if args.cfg_options is not None:
+        check_options(args.cfg_options, cfg)
         cfg.merge_from_dict(args.cfg_options)
     if cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
@@ -153,8 +156,13 @@ def _optim_wrappers(optim_wrapper: Optional[Mapping]) -> dict[str, dict]:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """MMEngine's Runner, or the one that ``runner_type`` names."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    """MMEngine's Runner, or the one that ``runner_type`` names.
+
+    Raises:
+        TypeError: A part does not take a keyword, whose place in the config is named.
+    """
+    with keywords_named(cfg):
+        return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
 def prepare_distributed(cfg: Config, launcher: str) -> None:

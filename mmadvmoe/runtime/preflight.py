@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Optional
 
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS, MODELS
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.cost import size_must_fit
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
-from mmadvmoe.moe import GROUPS, placement_of
+from mmadvmoe.moe import GROUPS, placement_of, router_modules
+from mmadvmoe.moe.upcycling import check_has_experts
 from mmadvmoe.utils import bare_model, did_you_mean
 
+from .config_checks import check_schedules, warn_of_ended_schedules
 from .seeding import preserve_rng_state
 
 # Images of each data set that are read ahead of training.
@@ -34,8 +40,9 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     """Check what a whole training config alone can tell, before anything is built.
 
     Raises:
-        ValueError: A group of a training in turns has no schedule or an unknown name, or clean and adversarial images
-            go to a classifier that takes only one of them, or a width is no whole number.
+        ValueError: A group of a training in turns has no schedule or an unknown name, a schedule begins after training
+            ends, clean and adversarial images go to a classifier that takes only one of them, or a width is no whole
+            number.
     """
     constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
     scheduler = cfg.get('param_scheduler')
@@ -43,6 +50,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     # single scheduler applies to both groups.
     if _names(constructor, _TURNS_CONSTRUCTOR) and isinstance(scheduler, dict) and 'type' not in scheduler:
         check_groups('param_scheduler', scheduler)
+    check_schedules(cfg)
     model = cfg.get('model') or {}
     check_widths(model)
     preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
@@ -88,6 +96,9 @@ class PreflightHook(Hook):
     # After BindVictimHook.
     priority = 'HIGH'
 
+    def __init__(self) -> None:
+        self._trained_on: Optional[Sequence[str]] = None
+
     def before_train(self, runner: Runner) -> None:
         """Check all that is built."""
         check_config(runner.cfg)
@@ -95,15 +106,44 @@ class PreflightHook(Hook):
         preprocessor = model.data_preprocessor
         _check_attack(model, preprocessor)
         _check_batches(runner.train_dataloader)
-        shapes = {}
+        if runner.iter:
+            warn_of_ended_schedules(runner)
+        shapes, classes = {}, {}
         for key in ('train_dataloader', 'val_dataloader'):
             if key == 'val_dataloader' and runner.val_loop is None:
                 continue
+            classes[key] = _class_names(getattr(runner, key).dataset)
             # What a data set draws for a check must not change what it draws in training.
             with preserve_rng_state():
                 shapes[key] = _check_dataset(getattr(runner, key).dataset, key, model)
+        _check_class_names(classes)
+        if runner.val_loop is not None:
+            check_topk(runner.val_evaluator.metrics, 'val_evaluator', _classes_of(model))
         if placement_of(model).reads_tokens:
             _check_lengths(shapes)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note the classes that the weights were trained on, and that they are those of a mixture where they must be.
+
+        Raises:
+            ValueError: They are those of a dense network.
+        """
+        file = runner.cfg.get('load_from') or 'the latest of this run'
+        check_has_experts(checkpoint, bare_model(runner.model), file)
+        self._trained_on = (checkpoint.get('meta', {}).get('dataset_meta') or {}).get('classes')
+
+    def before_test(self, runner: Runner) -> None:
+        """Check the classes of the test set against those of training.
+
+        Raises:
+            ValueError: They are others, or in another order.
+        """
+        _check_class_names(
+            {
+                'training (meta.dataset_meta of the checkpoint)': self._trained_on,
+                'test_dataloader': _class_names(runner.test_dataloader.dataset),
+            }
+        )
 
 
 def _names(given: Any, wanted: str) -> bool:
@@ -195,8 +235,8 @@ def _check_dataset(dataset: Dataset, key: str, model: nn.Module) -> Optional[tup
     if samples:
         check_images([sample['inputs'] for sample in samples], key)
         _check_size(samples[0]['inputs'], key, model)
-    num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
-    check_data(dataset, key, num_classes, samples, getattr(model.data_preprocessor, 'num_classes', None))
+    of_preprocessor = getattr(model.data_preprocessor, 'num_classes', None)
+    check_data(dataset, key, _classes_of(model), samples, of_preprocessor)
     return tuple(samples[0]['inputs'].shape) if samples else None
 
 
@@ -204,8 +244,22 @@ def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
     """Let the network run on one image of the data set, (C, H, W)."""
     advice = f'enlarge them, with a Resize in {key}.dataset.pipeline'
     device = next(model.parameters()).device
-    with Victim.from_classifier(model).frozen() as victim, torch.no_grad(), size_must_fit(image.shape, advice):
+    counter = FlopCounterMode(display=False)
+    with Victim.from_classifier(model).frozen() as victim, torch.no_grad(), size_must_fit(image.shape, advice), counter:
         victim(image[None].to(device) / 255)
+    if victim.num_routers and key == 'train_dataloader':
+        names = {id(module): f'.{name}' for name, module in victim.named_modules()}
+        own = [names[id(router)] for router in router_modules(model)]
+        counts = {name: sum(count.values()) // 2 for name, count in counter.get_flop_counts().items()}
+        routing = sum(count for name, count in counts.items() if any(name.endswith(each) for each in own))
+        pathway = counts['Global'] - routing
+        print_log(
+            f'Of one image, {victim.num_routers} router(s) take {routing / 1e6:.4f} million multiply-adds beside the '
+            f'{pathway / 1e6:.4f} million of a pathway'
+            + (': routing costs more than it can save. Take a smaller backbone.router' * (routing > pathway)),
+            logger='current',
+            level=logging.WARNING if routing > pathway else logging.INFO,
+        )
 
 
 def _check_lengths(shapes: Mapping[str, Optional[tuple[int, ...]]]) -> None:
@@ -218,14 +272,54 @@ def _check_lengths(shapes: Mapping[str, Optional[tuple[int, ...]]]) -> None:
         )
 
 
-def _parts(dataset: Dataset) -> Iterator[Dataset]:
-    """The data sets inside wrappers such as ``ConcatDataset`` and ``RepeatDataset``."""
-    single = getattr(dataset, 'dataset', None)
-    inner = getattr(dataset, 'datasets', [] if single is None else [single])
-    if not inner:
-        yield dataset
-    for part in inner:
-        yield from _parts(part)
+def _classes_of(model: nn.Module) -> Optional[int]:
+    return getattr(getattr(model, 'head', None), 'num_classes', None)
+
+
+def check_topk(metrics: Sequence[Any], key: str, num_classes: Optional[int]) -> None:
+    """Check that metrics look for the label among no more classes than there are; ``key`` is that of the evaluator.
+
+    Raises:
+        ValueError: One does not.
+    """
+    for metric in metrics:
+        most = max(getattr(metric, 'topk', None) or (0,))
+        if num_classes is not None and most > num_classes:
+            raise ValueError(
+                f'{key}: {type(metric).__name__} with topk={metric.topk} looks for the label among the best {most} of '
+                f'{num_classes} classes; set topk to at most {num_classes}'
+            )
+
+
+def _class_names(dataset: Dataset) -> Optional[Sequence[str]]:
+    return (getattr(dataset, 'metainfo', None) or {}).get('classes')
+
+
+def _check_class_names(found: Mapping[str, Optional[Sequence[str]]]) -> None:
+    """Refuse data sets, by their keys, whose labels mean something else; those that name no classes are left out."""
+    known = {key: list(names) for key, names in found.items() if names is not None}
+    for (first, ours), (second, theirs) in pairwise(known.items()):
+        if ours == theirs:
+            continue
+        label = next((i for i, pair in enumerate(zip(ours, theirs)) if len(set(pair)) > 1), min(len(ours), len(theirs)))
+        names = [repr(each[label]) if label < len(each) else 'no class' for each in (ours, theirs)]
+        raise ValueError(
+            f'label {label} is {names[0]} in {first} and {names[1]} in {second}, so that accuracy means nothing: give '
+            f'both the same order with dataset.metainfo=dict(classes=[...]) (CustomDataset numbers folders by name)'
+        )
+
+
+def _labels(dataset: Dataset, rows: Optional[Sequence[int]] = None) -> Optional[set[int]]:
+    """The labels of a data set, or of its ``rows``; None where one inside cannot tell them without its images."""
+    rows = range(len(dataset)) if rows is None else rows
+    if hasattr(dataset, 'get_cat_ids'):
+        return {label for row in rows for label in dataset.get_cat_ids(row)}
+    if hasattr(dataset, 'datasets'):
+        parts = [_labels(part) for part in dataset.datasets]
+        return None if None in parts else set().union(*parts)
+    if isinstance(dataset, Subset):
+        return _labels(dataset.dataset, [dataset.indices[row] for row in rows])
+    return _labels(dataset.dataset) if hasattr(dataset, 'dataset') else None
 
 
 def _check_classes(dataset: Dataset, key: str, num_classes: int, of_preprocessor: Optional[int]) -> None:
@@ -233,7 +327,7 @@ def _check_classes(dataset: Dataset, key: str, num_classes: int, of_preprocessor
         raise ValueError(
             f'model.head.num_classes={num_classes} differs from data_preprocessor.num_classes={of_preprocessor}'
         )
-    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    classes = _class_names(dataset)
     if classes is not None and len(classes) != num_classes:
         raise ValueError(
             f'model.head.num_classes={num_classes} differs from the {len(classes)} classes of {key}.dataset '
@@ -242,14 +336,21 @@ def _check_classes(dataset: Dataset, key: str, num_classes: int, of_preprocessor
 
 
 def _check_labels(dataset: Dataset, samples: Sequence[dict], key: str, num_classes: int) -> None:
-    labels = {
-        label
-        for part in _parts(dataset)
-        if hasattr(part, 'get_cat_ids')
-        for index in range(len(part))
-        for label in part.get_cat_ids(index)
-    }
+    labels = _labels(dataset)
+    if labels is not None:
+        missing = sorted(set(range(num_classes)) - labels)
+        names = _class_names(dataset) or range(num_classes)
+        if missing:
+            print_log(
+                f'{key}.dataset ({type(dataset).__name__}) has no image of {len(missing)} of {num_classes} classes: '
+                f'{", ".join(str(names[label]) for label in missing[:5])}{", ..." if len(missing) > 5 else ""}. '
+                'Accuracy on it says nothing of them; the first images of a sorted data set (indices=...) are of one '
+                'class',
+                logger='current',
+                level=logging.WARNING,
+            )
     # Of a data set that cannot tell its labels without its images, these alone.
+    labels = set() if labels is None else labels
     for sample in samples:
         if 'gt_label' in sample['data_samples']:
             labels.update(sample['data_samples'].gt_label.tolist())

@@ -16,7 +16,7 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor
 
 from mmadvmoe.models import NonFiniteError
-from mmadvmoe.moe import Routing, router_modules
+from mmadvmoe.moe import Routing, router_modules, split_parameters
 from mmadvmoe.utils import bare_model
 
 VIEWS = ('clean', 'adversarial')
@@ -79,7 +79,7 @@ class RouterHealthHook(Hook):
                 f'RouterHealthHook: a {type(model).__name__} does not tell where its routers send images; set '
                 "model.type='RobustClassifier' or remove the hook"
             )
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        names = {id(p): (name, group) for group, own in split_parameters(model).items() for name, p in own}
         wrapper = runner.optim_wrapper
         for member in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper,):
             # A loss scaler produces such gradients on purpose, and skips the step itself.
@@ -145,15 +145,18 @@ class RouterHealthHook(Hook):
             )
 
 
-def _check_gradients(names: dict[int, str], optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Refuse a step of an optimizer on gradients that are not finite; ``names`` are those of the parameters by id."""
+def _check_gradients(
+    names: dict[int, tuple[str, str]], optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
+) -> None:
+    """Refuse a step on gradients that are not finite; ``names`` are those of parameters and their groups, by id."""
     parameters = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
     # The largest magnitude is finite exactly when all are; a sum of squares could overflow.
     largest = [torch.linalg.vector_norm(p.grad, math.inf) for p in parameters]
     finite = torch.stack(largest).isfinite().tolist() if largest else []
     for parameter, is_finite in zip(parameters, finite):
         if not is_finite:
-            raise NonFiniteError(f'gradient of {names[id(parameter)]}')
+            name, group = names[id(parameter)]
+            raise NonFiniteError(f'gradient of {name}', group=group)
 
 
 class _Tally:

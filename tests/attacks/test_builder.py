@@ -214,13 +214,18 @@ def test_class_count_is_passed_through(make_tiny, num_classes, targets):
     assert fab(images, labels).shape == images.shape
 
 
-def test_class_count_must_be_known(make_tiny):
-    victim, _, _ = make_tiny()
-    del victim.classifier.head.num_classes
-    with pytest.raises(ValueError, match="type='AutoAttack' needs n_classes"):
+def test_class_count_of_a_foreign_module_is_that_of_its_logits(make_tiny):
+    victim, images, _ = make_tiny()
+    victim.classifier.head.num_classes = 1000  # means something else there
+    victim = Victim(victim.classifier)
+    with pytest.raises(ValueError, match="type='AutoAttack' needs n_classes, .*: classify an image first"):
         build_attack(dict(type='AutoAttack'), victim)
     assert build_attack(dict(type='AutoAttack', n_classes=5), victim)
+    victim(images)
+    assert victim.num_classes == build_attack(dict(type='AutoAttack'), victim)._attack.n_classes == 5
     assert Victim(victim.classifier, num_classes=5).num_classes == 5
+    with pytest.raises(ValueError, match='num_classes=7, but TinyClassifier gives 5 logits'):
+        Victim(victim.classifier, num_classes=7)(images)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +316,7 @@ def test_bad_images_and_labels_are_named(make_tiny):
     cases = SimpleNamespace(
         normalised=(images * 2 - 1, labels, ValueError, 'normalisation belongs inside'),
         pixels=((images * 255).byte(), labels, TypeError, 'floating point images'),
-        nan=(images * float('nan'), labels, ValueError, r'images in \[0, 1\]'),
+        nan=(images * float('nan'), labels, ValueError, r'must be in \[0, 1\]'),
         high=(images, labels + 5, ValueError, r'outside \[0, num_classes=5\)'),
         negative=(images, labels - 5, ValueError, r'outside \[0, num_classes=5\)'),
         missing=(images, None, ValueError, "type='PGD' needs labels"),

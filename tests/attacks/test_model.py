@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel
+from mmpretrain.registry import MODELS
 from torch import nn
 
 from mmadvmoe.attacks import NormalizedClassifier, Victim, build_attack
@@ -246,3 +247,21 @@ def test_gradients_are_contiguous_whatever_the_routes(make_moe, routing, batch):
                 assert torch.autograd.grad(outputs.sum(), points)[0].is_contiguous()
     for cfg in (dict(type='PGDL2', steps=2), dict(type='SparseFool', steps=2), dict(type='DeepFool', steps=2)):
         assert build_attack(cfg, victim)(images, labels, seed=0).shape == images.shape
+
+
+@pytest.mark.parametrize('name', ['PGD', 'TRADESAttack', 'AutoAttack'])
+def test_activation_checkpointing_is_off_while_attacked_and_on_again(name):
+    backbone = dict(type='ResNet_CIFAR', depth=18, base_channels=4, stem_channels=4)
+    head = dict(type='LinearClsHead', num_classes=4, in_channels=32)
+    model = MODELS.build(
+        dict(type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
+    )
+    saving = copy.deepcopy(model)
+    for module in saving.modules():
+        if hasattr(module, 'with_cp'):
+            module.with_cp = True
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    cfg = dict(type=name, eps=0.1, steps=2) | (dict(attacks_to_run=['apgd-ce']) if name == 'AutoAttack' else {})
+    ours, theirs = (build_attack(cfg, Victim.from_classifier(each))(images, labels, seed=0) for each in (model, saving))
+    assert ours.equal(theirs) and not ours.equal(images)
+    assert saving.backbone.layer1[0].with_cp

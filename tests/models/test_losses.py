@@ -19,7 +19,7 @@ from mmadvmoe.models import (
     TRADESLoss,
     check_finite,
 )
-from mmadvmoe.moe import Routing
+from mmadvmoe.moe import Routing, TokenRouting
 
 NAN, INF = float('nan'), float('inf')
 
@@ -118,6 +118,11 @@ def routing(*logits):
     return Routing.decide(torch.tensor([logits]), gate=None)
 
 
+def token_routing(*logits):
+    """A router for tokens is not asked whether its logits are finite before the losses are known."""
+    return TokenRouting.decide(torch.tensor([[logits]]))
+
+
 def test_finite_terms_and_routes_that_were_given_pass():
     check_finite({})
     given = Routing.fixed(torch.tensor([1, 0]), num_experts=2)
@@ -131,13 +136,15 @@ def test_finite_terms_and_routes_that_were_given_pass():
         ({'experts/loss_natural': torch.tensor(NAN)}, (), 'experts/loss_natural'),
         ({'loss_a': torch.tensor(1.0), 'loss_b': torch.tensor([1.0, -INF])}, (), 'loss_b'),
         ({'loss_aux': [torch.tensor(1.0), torch.tensor(INF)]}, (), 'loss_aux'),
-        ({'loss': torch.tensor(0.0)}, (routing(0, 1.0), routing(0, INF)), 'router logits'),
-        ({'loss': torch.tensor(NAN)}, (routing(0, NAN), routing(NAN, 0)), 'loss, router logits'),
+        ({'loss': torch.tensor(0.0)}, (token_routing(0, 1.0), token_routing(0, INF)), 'router logits'),
+        ({'loss': torch.tensor(NAN)}, (token_routing(0, NAN), token_routing(NAN, 0)), 'loss, router logits'),
     ],
 )
 def test_what_is_not_finite_is_named(losses, routings, names):
-    with pytest.raises(NonFiniteError, match=f': {names}. Training was stopped'):
+    with pytest.raises(NonFiniteError, match=f': {names}. Training was stopped') as caught:
         check_finite(losses, routings)
+    assert ('optim_wrapper.router.optimizer.lr' in str(caught.value)) == ('router logits' in names)
+    assert ('gate="softmax"' in str(caught.value)) == ('router logits' in names)
 
 
 def test_the_iteration_is_named_as_the_log_counts_it():

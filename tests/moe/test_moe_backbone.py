@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from masked_oracle import MaskedMoE
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmpretrain.registry import MODELS
 
 from mmadvmoe.moe import (
@@ -166,13 +167,22 @@ def test_experts_are_initialised_one_by_one_with_their_own_fan_out():
     assert not torch.equal(experts[0], experts[1])
 
 
-def test_a_dense_checkpoint_is_upcycled_into_every_expert(tmp_path):
-    dense = MODELS.build(copy.deepcopy(RESNET['backbone']))
+def pretrained(tmp_path, before, prefix, channels=4):
+    """A dense network, and a mixture that is to begin with it; ``before`` stands in front of its names in the file."""
+    dense = MODELS.build(dict(RESNET['backbone'], base_channels=channels))
     dense.init_weights()
-    state = {f'backbone.{k}': v for k, v in dense.state_dict().items()}
+    state = {before + k: v for k, v in dense.state_dict().items()}
     torch.save(dict(state_dict=state), tmp_path / 'dense.pth')
-    source = dict(type='Pretrained', checkpoint=str(tmp_path / 'dense.pth'), prefix='backbone.')
-    network = dict(RESNET, backbone=dict(RESNET['backbone'], init_cfg=source))
+    source = dict(type='Pretrained', checkpoint=str(tmp_path / 'dense.pth'), prefix=prefix)
+    return dense, dict(RESNET, backbone=dict(RESNET['backbone'], init_cfg=source))
+
+
+@pytest.mark.parametrize(('before', 'prefix'), [('backbone.', 'backbone.'), ('backbone.', None), ('', 'backbone.')])
+def test_a_dense_checkpoint_is_upcycled_into_every_expert_with_the_prefix_that_it_has(tmp_path, before, prefix):
+    dense, network = pretrained(tmp_path, before, prefix)
+    plain = MODELS.build(dict(type='MoEBackbone', num_experts=1, **copy.deepcopy(network)))
+    plain.init_weights()
+    assert plain.network.layer1[0].conv1.weight.equal(dense.layer1[0].conv1.weight)
     model = build(network)
     for name, norm in dense.named_modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
@@ -181,6 +191,16 @@ def test_a_dense_checkpoint_is_upcycled_into_every_expert(tmp_path):
     for expert in range(3):
         features = model.forward_routed(images(), torch.full((8,), expert))[0]
         torch.testing.assert_close(features[0], dense(images())[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('before', 'channels', 'message'),
+    [('model.', 4, r'there is model\.layer1\.0\.conv1'), ('', 8, r'wanted, there is .*conv1\.weight \(8, 4, 3, 3\)')],
+)
+def test_a_checkpoint_without_a_layer_that_gets_experts_is_refused(tmp_path, before, channels, message):
+    _, network = pretrained(tmp_path, before, None, channels)
+    with pytest.raises(ValueError, match=rf'no layer that gets experts is in .*{message}.*init_cfg=dict'):
+        build(network)
 
 
 def test_parameters_are_split_without_rest_or_overlap():
@@ -215,7 +235,7 @@ def test_a_deep_copy_is_independent():
 
 def test_an_error_inside_the_forward_pass_leaves_the_backbone_usable():
     model = build()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r'router\.in_channels=3, but images have 5 channels'):
         model(torch.rand(2, 5, 32, 32))
     assert model(images())[0].shape[0] == 8
 
@@ -237,6 +257,10 @@ def test_expert_layers_of_convnext_are_convolutions_and_linear_layers():
         (dict(include='conv'), 'list'),
         (dict(routing='layers'), "did you mean 'layer'"),
         (dict(gate='soft'), "gate='soft'"),
+        (
+            dict(routing='layer', router=dict(type='ResNetRouter')),
+            r"ResNetRouter is a network for whole images.*one for each of 16 layers.*_delete_=True, type='LayerRouter'",
+        ),
         (dict(router=dict(type='ResNetRouter', num_experts=2)), 'router.num_experts=2.*num_experts=3'),
     ],
 )
@@ -244,6 +268,31 @@ def test_mistakes_are_named(change, message):
     cfg = dict(type='MoEBackbone', num_experts=3, **copy.deepcopy(RESNET))
     with pytest.raises(ValueError, match=message):
         MODELS.build({**cfg, **change})
+
+
+@pytest.mark.parametrize('routing', ['image', 'layer', 'token'])
+def test_activations_are_not_computed_anew_by_other_routes(routing):
+    model = token_mixture() if routing == 'token' else build(routing=routing)
+    block = 'network.layers.0' if routing == 'token' else 'network.layer1'
+    turn_on_activation_checkpointing(model, block)
+    x = torch.rand(4, 3, 8, 8) if routing == 'token' else images(4)
+    loss = projection(model.forward_routed(x.requires_grad_(), torch.tensor([0, 1, 2, 1]))[0])
+    with pytest.raises(RuntimeError, match='routes are those of that pass; leave out .*activation_checkpointing'):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        dict(RESNET['backbone'], with_cp=True),
+        dict(type='DenseNet', arch=dict(growth_rate=2, depths=[1, 1], init_channels=4), memory_efficient=True),
+    ],
+)
+def test_checkpointing_that_a_backbone_brings_is_refused_by_its_key(backbone):
+    cfg = dict(type='MoEBackbone', num_experts=2, include=['conv2'], backbone=backbone)
+    with pytest.raises(ValueError, match=r'backbone\.backbone\.(with_cp|memory_efficient)=False'):
+        MODELS.build(cfg)
+    MODELS.build(dict(cfg, num_experts=1))
 
 
 def test_a_bad_route_is_named():

@@ -4,13 +4,17 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmpretrain.datasets import build_dataset
 from mmpretrain.models import ImageClassifier
-from mmpretrain.registry import DATASETS, HOOKS
+from mmpretrain.registry import DATASETS, HOOKS, MODELS
 from tiny_runs import CLASSES, RandomImages, build_runner, group_cfg, model_cfg, run_cfg, turns_cfg
+from torch.utils.data import ConcatDataset, Subset
 
 import mmadvmoe  # noqa: F401
+from mmadvmoe.cost import count_cost
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.runtime import PreflightHook, check_config
+from mmadvmoe.runtime.preflight import check_data
 
 FGSM = dict(type='FGSM', eps=8 / 255)
 
@@ -293,3 +297,97 @@ def test_a_width_that_no_layer_can_have_is_named(width):
     model['backbone']['backbone']['base_channels'] = width
     with pytest.raises(ValueError, match=rf'model\.backbone\.backbone\.base_channels={width}.*nearest is'):
         check_config(dict(model=model))
+
+
+@DATASETS.register_module()
+class NamedImages(RandomImages):
+    """Sixteen images of classes a, b and c, that can be told without them."""
+
+    def __init__(self, classes='abc', labels=(0, 1, 2)):
+        super().__init__()
+        self.metainfo = dict(classes=tuple(classes))
+        self.labels = labels
+
+    def get_cat_ids(self, index):
+        return [self.labels[index % len(self.labels)]]
+
+
+def test_classes_in_another_order_are_refused(tmp_path):
+    cfg = joint_cfg(
+        tmp_path,
+        train_dataloader=loader(dict(type='NamedImages')),
+        **with_validation(type='NamedImages', classes='acb'),
+    )
+    message = stopped(cfg)
+    assert re.search(r"label 1 is 'b' in train_dataloader and 'c' in val_dataloader.*metainfo=dict\(classes", message)
+
+
+def test_classes_of_the_test_are_those_of_training(tmp_path):
+    checkpoint = dict(default_hooks=dict(checkpoint=dict(type='SafeCheckpointHook', interval=1)))
+    build_runner(joint_cfg(tmp_path, epochs=1, train_dataloader=loader(dict(type='NamedImages')), **checkpoint)).train()
+
+    def test(classes):
+        cfg = joint_cfg(tmp_path, load_from=str(tmp_path / 'epoch_1.pth'), test_cfg=dict())
+        cfg.merge_from_dict(
+            dict(
+                test_dataloader=dict(loader(dict(type='NamedImages', classes=classes)), batch_size=8),
+                test_evaluator=dict(type='Accuracy'),
+            )
+        )
+        return build_runner(cfg).test()
+
+    assert 'accuracy/top1' in test('abc')
+    with pytest.raises(ValueError, match=r"label 0 is 'a' in training .* and 'b' in test_dataloader"):
+        test('bac')
+
+
+def warnings_of(dataset, num_classes):
+    """What :func:`check_data` warns of."""
+    with pytest.MonkeyPatch.context() as patch:
+        heard = []
+        patch.setattr('mmadvmoe.runtime.preflight.print_log', lambda text, **_: heard.append(text))
+        check_data(dataset, 'val_dataloader', num_classes)
+    return heard
+
+
+def test_a_split_without_some_of_the_classes_is_warned_of():
+    assert warnings_of(NamedImages(), 3) == []
+    (warning,) = warnings_of(NamedImages(labels=(1,)), 3)
+    assert re.search(r'val_dataloader\.dataset \(NamedImages\) has no image of 2 of 3 classes: a, c\.', warning)
+    # What cannot tell its labels without its images is not asked.
+    assert warnings_of(RandomImages(), 3) == []
+
+
+def test_a_subset_of_some_classes_has_their_labels_alone():
+    digits = build_dataset(TEN)
+    few = [index for index in range(len(digits)) if digits.get_cat_ids(index)[0] < 4]
+    assert warnings_of(Subset(Subset(digits, few), range(40)), 4) == []
+    assert 'no image of 6 of 10' in warnings_of(Subset(digits, few), 10)[0]
+    assert 'no image of 6 of 10' in warnings_of(ConcatDataset([Subset(digits, few)] * 2), 10)[0]
+    with pytest.raises(ValueError, match=r'labels \[4, 5'):
+        check_data(Subset(digits, range(40)), 'data', 4)
+
+
+def test_topk_beyond_the_classes_is_named(tmp_path):
+    cfg = joint_cfg(tmp_path, **with_validation(type='RandomImages'))
+    cfg.val_evaluator = [dict(type='Accuracy', topk=(1, 5))]
+    assert re.search(r'val_evaluator: Accuracy with topk=\(1, 5\) .* best 5 of 3 classes', stopped(cfg))
+
+
+def test_a_dense_checkpoint_is_not_loaded_into_a_mixture_as_if_it_were_one(tmp_path):
+    dense = classifier(REPLACE)
+    dense['backbone'] = dense['backbone']['backbone']
+    torch.save(dict(state_dict=MODELS.build(dense).state_dict()), tmp_path / 'dense.pth')
+    message = stopped(joint_cfg(tmp_path, load_from=str(tmp_path / 'dense.pth')))
+    assert re.search(r"dense\.pth' has no expert layer of this mixture \(backbone\.network.*init_cfg=dict", message)
+
+
+def test_what_routing_costs_is_logged_beside_the_pathway(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr('mmadvmoe.runtime.preflight.print_log', lambda text, **_: lines.append(text))
+    runner = build_runner(joint_cfg(tmp_path, epochs=1))
+    runner.train()
+    (line,) = [line for line in lines if 'multiply-adds' in line]
+    cost = count_cost(runner.model, (3, 8, 8))
+    numbers = [float(number) for number in re.findall(r'(\d+\.\d+) million', line)]
+    assert numbers == pytest.approx([1000 * cost.router_gflops, 1000 * cost.pathway_gflops], rel=0.15)  # norms, which cost little, are not counted

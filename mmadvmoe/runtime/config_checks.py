@@ -1,0 +1,127 @@
+"""Find mistakes in the keys of a config, and in how long its schedules are."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mmengine.runner import Runner
+
+from mmadvmoe.utils import did_you_mean
+
+# What MMEngine and the tools read of a config beside the arguments of a Runner.
+_FURTHER_KEYS = (
+    'activation_checkpointing compile custom_imports efficient_conv_bn_eval env_cfg find_unused_parameters '
+    'model_wrapper_cfg runner_type sync_bn tta_model tta_pipeline'
+).split()
+_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def check_options(options: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
+    """Check that ``--cfg-options`` are about something that is there.
+
+    Args:
+        options: Values by dotted key.
+        cfg: The config that they are for.
+
+    Raises:
+        ValueError: The first part of a key is neither in the config nor read by anything.
+    """
+    known = sorted({*cfg, *inspect.signature(Runner.__init__).parameters, *_FURTHER_KEYS} - {'self', 'cfg'})
+    for key in options:
+        first = key.split('.')[0]
+        if first not in known:
+            raise ValueError(
+                f'--cfg-options {key}: nothing reads {first!r}{did_you_mean(first, known)}; the config has '
+                f'{", ".join(cfg)}'
+            )
+
+
+@contextmanager
+def keywords_named(cfg: Mapping[str, Any]) -> Iterator[None]:
+    """Build from a config inside of this, to hear where in it a keyword stands that something does not take.
+
+    Raises:
+        TypeError: With the path of the key in the message.
+    """
+    try:
+        yield
+    except TypeError as error:
+        found = _KEYWORD.search(str(error))
+        paths = list(_paths(cfg, found[1])) if found else []
+        if not paths:
+            raise
+        raise TypeError(f'the config has {" and ".join(paths)}, which nothing takes there. {error}') from error
+
+
+def _paths(part: Any, key: str, path: str = '') -> Iterator[str]:
+    """Where ``key`` stands in nested dicts and lists."""
+    inner = enumerate(part) if isinstance(part, (list, tuple)) else part.items() if isinstance(part, Mapping) else ()
+    for name, value in inner:
+        here = f'{path}[{name}]' if isinstance(name, int) else f'{path}.{name}' if path else str(name)
+        if name == key:
+            yield here
+        yield from _paths(value, key, here)
+
+
+def schedules(param_scheduler: Any) -> dict[str, Sequence[Any]]:
+    """The schedulers of a config by the key under which they stand: one for all, or one for each optimizer."""
+    if isinstance(param_scheduler, Mapping) and 'type' not in param_scheduler:
+        parts = {f'param_scheduler.{name}': part for name, part in param_scheduler.items()}
+    else:
+        parts = {'param_scheduler': param_scheduler}
+    return {key: part if isinstance(part, (list, tuple)) else [part] for key, part in parts.items() if part is not None}
+
+
+def check_schedules(cfg: Mapping[str, Any]) -> None:
+    """Check that every schedule begins before training ends.
+
+    Raises:
+        ValueError: One does not, as one that follows a warm-up which is longer than the training.
+    """
+    train_cfg = cfg.get('train_cfg') or {}
+    lengths = {True: train_cfg.get('max_epochs'), False: train_cfg.get('max_iters')}
+    for key, parts in schedules(cfg.get('param_scheduler')).items():
+        for index, part in enumerate(parts):
+            if not isinstance(part, Mapping):
+                continue
+            by_epoch = part.get('by_epoch', True)
+            length, begin = lengths[by_epoch], part.get('begin', 0)
+            if length is None or begin < length:
+                continue
+            unit, setting = ('epochs', 'max_epochs') if by_epoch else ('iterations', 'max_iters')
+            before = parts[index - 1] if index else part
+            raise ValueError(
+                f'{key}: {_name(part)} begins after {begin} {unit} (begin={begin}), and training is {length} {unit} '
+                f'long (train_cfg.{setting}); before it {_name(before)} takes {before.get("end", begin)} {unit} (end). '
+                f'Shorten end and begin, or set train_cfg.{setting} to more than {begin}'
+            )
+
+
+def warn_of_ended_schedules(runner: Runner) -> None:
+    """Warn where a run goes on longer than its schedules, which are those of the run that is resumed."""
+    built = runner.param_schedulers or []
+    for name, parts in built.items() if isinstance(built, Mapping) else [(None, built)]:
+        key = 'param_scheduler' if name is None else f'param_scheduler.{name}'
+        given = schedules(runner.cfg.get('param_scheduler'))
+        given = given.get(key) or given.get('param_scheduler') or [{}]
+        if not parts or given[-1].get('end') is not None:
+            continue
+        last = parts[-1]
+        length = runner.max_epochs if last.by_epoch else runner.max_iters
+        if last.end < length:
+            unit = 'epochs' if last.by_epoch else 'iterations'
+            values = sorted({group[last.param_name] for group in last.optimizer.param_groups})
+            runner.logger.warning(
+                f'{key}: the {type(last).__name__} of the run that is resumed ends after {last.end} {unit}, and '
+                f'training now goes on to {length}: {last.param_name} stays at '
+                f'{", ".join(f"{value:.3g}" for value in values)}. To stretch the schedule, begin anew from the '
+                'weights alone: load_from=..., resume=False'
+            )
+
+
+def _name(scheduler: Mapping[str, Any]) -> str:
+    return getattr(scheduler['type'], '__name__', scheduler['type'])
