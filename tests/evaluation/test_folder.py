@@ -12,7 +12,7 @@ import torch
 from mmadvmoe.evaluation import Chunk, Outcome, OutcomeFolder, RobustOutcomes, read_evaluation
 from mmadvmoe.runtime.atomic import PARTIAL, write_atomically
 
-RUN = dict(format=1, settings=dict(attacks=dict(a={}, b={}), seed=0), versions=dict(torch='2'), machine=dict(threads=1))
+RUN = dict(format=2, settings=dict(attacks=dict(a={}, b={}), seed=0), versions=dict(torch='2'), machine=dict(threads=1))
 
 
 def _outcome(seed: int = 0) -> Outcome:
@@ -36,6 +36,12 @@ def _folder(path: Path) -> OutcomeFolder:
 def _chunk(number: int = 0) -> Chunk:
     indices = range(4 * number, 4 * number + 4)
     return Chunk(number, indices, torch.full((4, 3, 2, 2), number / 10), torch.tensor([0, 1, 2, 0]))
+
+
+def _run_of(path: Path) -> dict:
+    run = json.loads((path / 'run.json').read_text())
+    assert run.pop('sha256')
+    return run
 
 
 @contextmanager
@@ -79,13 +85,16 @@ def test_another_run_is_refused_and_nothing_is_touched(tmp_path: Path, what: str
     folder = _folder(tmp_path)
     folder.prepare(RUN)
     folder.write(_chunk(), 'a', _outcome())
-    other = RUN | {what: 2 if what == 'format' else RUN[what] | dict(seed=1, torch='3')}
+    folder.close()
+    other = RUN | {what: 1 if what == 'format' else RUN[what] | dict(seed=1, torch='3')}
     before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     with pytest.raises(ValueError, match=rf'{what}.* there and .* here.*begin anew.*--overwrite'):
         folder.prepare(other)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    if what == 'format':
+        return  # nobody writes the old one any more
     folder.prepare(other, overwrite=True)
-    assert json.loads((tmp_path / 'run.json').read_text()) == other
+    assert _run_of(tmp_path) == other
     assert folder.read(_chunk(), 'a') is None
 
 
@@ -96,7 +105,7 @@ def test_another_machine_goes_on(tmp_path: Path) -> None:
     folder.prepare(RUN | dict(machine=dict(threads=8)))
     assert folder.read(_chunk(), 'a') is not None
     # The run that was begun is the one that is described.
-    assert json.loads((tmp_path / 'run.json').read_text()) == RUN
+    assert _run_of(tmp_path) == RUN
 
 
 def test_only_what_is_its_own_is_deleted(tmp_path: Path) -> None:
@@ -106,6 +115,7 @@ def test_only_what_is_its_own_is_deleted(tmp_path: Path) -> None:
     (tmp_path / 'parts').mkdir()
     (tmp_path / 'parts' / f'.000000.00-clean.pt.1{PARTIAL}').write_text('cut off')
     folder.prepare(RUN, overwrite=True)
+    folder.close()
     assert sorted(path.name for path in tmp_path.rglob('*')) == ['notes.txt', 'parts', 'run.json']
 
 
@@ -114,7 +124,9 @@ def test_results_of_nobody_knows_what_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'holds metrics\.json, but no run\.json'):
         _folder(tmp_path).prepare(RUN)
     assert (tmp_path / 'metrics.json').read_text() == '{"mine": 1}'
-    _folder(tmp_path).prepare(RUN, overwrite=True)
+    folder = _folder(tmp_path)
+    folder.prepare(RUN, overwrite=True)
+    folder.close()
     assert [path.name for path in tmp_path.iterdir()] == ['run.json']
 
 
@@ -143,14 +155,59 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path: Path) -> None
     assert json.loads((tmp_path / 'metrics.json').read_text()) == {'clean/accuracy/top1': 50.0}
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize('content', [b'', b'PK', None])
+def test_a_damaged_part_is_named(tmp_path: Path, content: bytes | None) -> None:
     folder = _folder(tmp_path)
     folder.prepare(RUN)
     folder.write(_chunk(), 'a', _outcome())
     path = folder.part(0, 'a')
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
     with pytest.raises(ValueError, match=r'000000\.01-a\.pt.* is damaged .*Delete it'):
         folder.read(_chunk(), 'a')
+
+
+@pytest.mark.parametrize('content', ['', '{', '{}', '[]', '{"format": 2, "versions": {}, "settings": {"attacks": {}}}'])
+def test_a_damaged_run_file_is_named(tmp_path: Path, content: str) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    folder.write(_chunk(), 'a', _outcome())
+    folder.close()
+    (tmp_path / 'run.json').write_text(content)
+    for read in (read_evaluation, lambda path: _folder(path).prepare(RUN)):
+        with pytest.raises(ValueError, match=r'run\.json.* is damaged.*begin anew \(--overwrite'):
+            read(tmp_path)
+    _folder(tmp_path).prepare(RUN, overwrite=True)
+    assert _run_of(tmp_path) == RUN
+
+
+def _as_written_before(folder: Path) -> None:
+    """Rewrite a folder in format 1: parts without a seal or a run, and a run.json without a checksum."""
+    for path in folder.glob('parts/*'):
+        part = torch.load(path, weights_only=True)
+        del part['run']
+        torch.save(part, path)
+    (folder / 'run.json').write_text(json.dumps(RUN | dict(format=1)))
+
+
+def test_a_folder_of_the_format_before_is_read_and_not_gone_on_with(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    for number, name in enumerate(('clean', 'a', 'b')):
+        folder.write(_chunk(), name, _outcome(number))
+    folder.close()
+    _as_written_before(tmp_path)
+    assert _same(read_evaluation(tmp_path).outcomes.by_name['a'], _outcome(1))
+    with pytest.raises(ValueError, match='format is 1 there and 2 here'):
+        _folder(tmp_path).prepare(RUN)
+    a, b = (folder.part(0, name) for name in 'ab')
+    content = bytearray(a.read_bytes())
+    a.write_bytes(b.read_bytes())
+    with pytest.raises(ValueError, match=r"01-a\.pt.* does not hold what its name says, but .* under 'b'"):
+        read_evaluation(tmp_path)
+    content[len(content) // 2] ^= 1
+    a.write_bytes(content)
+    with pytest.raises(ValueError, match=r'01-a\.pt.* is damaged .*CRC-32'):
+        read_evaluation(tmp_path)
 
 
 def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:
