@@ -4,7 +4,7 @@ from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .placements import PLACEMENTS, Placement, placement_of
 from .routers import GROUPS, BaseRouter, LayerRouter, ResNetRouter, TokenRouter, router_modules, split_parameters
-from .routing import BaseRouting, Routing
+from .routing import BaseRouting, Route, Routing
 from .token_routing import TokenRouting
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     'MoELinear',
     'Placement',
     'ResNetRouter',
+    'Route',
     'Routing',
     'TokenRouter',
     'TokenRouting',

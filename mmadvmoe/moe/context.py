@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import Optional, Union
 
 from torch import Tensor
 
 from mmadvmoe.utils import choose
 
 from .routers import BaseRouter, TokenRouter
-from .routing import GATES, BaseRouting, Routing
+from .routing import GATES, BaseRouting, Route, Routing
 from .token_routing import TokenRouting
 
 
 class RoutedPass:
     """The routes of one forward pass, given and taken so far; arguments as in :meth:`MoEBackbone.forward_routed`."""
 
-    def __init__(self, num_experts: int, gate: str, route: Optional[Tensor], with_logits: bool, gated: bool) -> None:
+    def __init__(self, num_experts: int, gate: str, route: Optional[Route], with_logits: bool, gated: bool) -> None:
         self.num_experts, self.gate = num_experts, gate
         self._route, self._with_logits, self._gated = route, with_logits, gated
         self._columns = 0
@@ -41,7 +42,7 @@ class RoutedPass:
         Raises:
             ValueError: The router gives a number of logits other than N.
         """
-        given = self._next(1)
+        given = self._next(1, len(x))
         logits = router(x) if given is None or self._with_logits else None
         if logits is not None and logits.shape[-1] != self.num_experts:
             raise ValueError(
@@ -50,14 +51,16 @@ class RoutedPass:
             )
         if given is None:
             routing = Routing.decide(logits, self.gate if self._gated else None)
-        else:
+        elif isinstance(given, Tensor):
             routing = Routing.fixed(given.flatten(), self.num_experts, logits)
+        else:
+            routing = given.again(logits)
         self._taken.append(routing)
         return routing
 
     def route_tokens(self, router: TokenRouter, x: Tensor, training: bool) -> TokenRouting:
         """Let ``router`` decide for the tokens ``x`` (B, T, C), unless a route was given, and note the decision."""
-        routing = router.route(x, self._next(x.shape[1] * router.top_k), training, self._gated)
+        routing = router.route(x, self._next(x.shape[1] * router.top_k, len(x)), training, self._gated)
         self._taken.append(routing)
         return routing
 
@@ -67,18 +70,28 @@ class RoutedPass:
         Raises:
             ValueError: It has more.
         """
-        if self._route is not None and self._route.dim() > 1 and self._route.shape[1] != self._columns:
+        if isinstance(self._route, Tensor) and self._route.dim() > 1 and self._route.shape[1] != self._columns:
             raise ValueError(
                 f'route has {self._route.shape[1]} columns, but the choices of all tokens in all layers are '
                 f'{self._columns}; a route that was taken at another image size does not fit'
             )
 
-    def _next(self, columns: int) -> Optional[Tensor]:
-        """The given route of the next router, (B,) or (B, columns), or None."""
+    def _next(self, columns: int, batch: int) -> Union[None, Tensor, BaseRouting]:
+        """The given route of the next router, (B,) or (B, columns), or its routing of an earlier pass, or None."""
         start, self._columns = self._columns, self._columns + columns
-        if self._route is None or self._route.dim() == 1:
-            return self._route
-        return self._route[:, start : start + columns]
+        if self._route is None:
+            return None
+        if isinstance(self._route, Tensor):
+            return self._route if self._route.dim() == 1 else self._route[:, start : start + columns]
+        routing = self._route[len(self._taken)]
+        shape = len(routing.expert), routing.num_experts, math.prod(routing.expert.shape[1:])
+        if shape != (batch, self.num_experts, columns):
+            raise ValueError(
+                f'a routing of {shape[0]} images, {shape[1]} experts and {shape[2]} decisions for each image does not '
+                f'fit a router that takes {columns} decisions between {self.num_experts} experts for each of {batch} '
+                'images; a route may be given as the routings of an earlier pass on the same batch'
+            )
+        return routing
 
 
 class RouteContext:
@@ -104,9 +117,7 @@ class RouteContext:
         self.__init__(**state)
 
     @contextmanager
-    def run(
-        self, route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
-    ) -> Iterator[RoutedPass]:
+    def run(self, route: Optional[Route] = None, with_logits: bool = False, gated: bool = True) -> Iterator[RoutedPass]:
         """Begin a forward pass of this thread; see :meth:`MoEBackbone.forward_routed`.
 
         Raises:
