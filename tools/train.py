@@ -15,6 +15,7 @@ from mmadvmoe.runtime.launch import (
     prepare_distributed,
 )
 from mmadvmoe.runtime.preflight import check_config
+from mmadvmoe.training.dry_run import dry_run
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +40,16 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='set persistent_workers=False in all data loaders',
     )
-    return parser.parse_args()
+    parser.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='do not train: one turn of each group, one attacked validation batch, one save and load, then an estimate '
+        'of time and memory',
+    )
+    args = parser.parse_args()
+    if args.dry_run and args.launcher != 'none':
+        parser.error(f'--dry-run is for one process; leave out --launcher {args.launcher}')
+    return args
 
 
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:
@@ -72,6 +82,9 @@ def main() -> None:
     cfg = load_config(args.config)
     merge_args(cfg, args)
     check_config(cfg)
+    if args.dry_run:
+        print(dry_run(cfg))
+        return
     prepare_distributed(cfg, args.launcher)
     build_runner(cfg).train()
     finish_distributed()
