@@ -2,16 +2,22 @@
 
 from .cifar import CIFAR10Split, CIFAR100Split
 from .digits import Digits
+from .folders import ImageFolders
 from .imagenet import ImageNetSplit, TinyImageNet
+from .memory import BatchedCropFlip, InMemory, keep_batch
 from .samplers import ChunkSampler
 from .splits import stratified_split
 
 __all__ = [
+    'BatchedCropFlip',
     'CIFAR10Split',
     'CIFAR100Split',
     'ChunkSampler',
     'Digits',
+    'ImageFolders',
     'ImageNetSplit',
+    'InMemory',
     'TinyImageNet',
+    'keep_batch',
     'stratified_split',
 ]
