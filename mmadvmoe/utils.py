@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import os.path as osp
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from typing import Any, Union
 
 import numpy as np
 from mmengine.model import is_model_wrapper
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 
 # What MMPretrain's backbones call the setting that saves memory so.
 _CHECKPOINTING = ('with_cp', 'use_checkpoint', 'memory_efficient')
+
+#: Ending of files that are being written. One that is left over was cut off by a kill, and is surely ours to delete.
+PARTIAL = '.mmadvmoe-partial'
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -60,3 +66,37 @@ def as_plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     return value.__name__ if isinstance(value, type) else repr(value)
+
+
+def write_atomically(path: Union[str, Path], content: bytes) -> None:
+    """Write a file under another name, force it to disk, and rename it over the old one; missing folders are made.
+
+    Raises:
+        OSError: If it cannot be written, because the disk is full say. What was there before is unharmed, and nothing
+            half written is left.
+    """
+    path = os.fspath(path)
+    folder = osp.dirname(path) or '.'
+    partial = osp.join(folder, f'.{osp.basename(path)}.{os.getpid()}{PARTIAL}')
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(partial, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(folder)
+    except OSError:
+        if osp.exists(partial):
+            os.remove(partial)
+        raise
+
+
+def _sync_folder(folder: str) -> None:
+    """Force the renaming itself to disk, before anything older is deleted."""
+    if os.name == 'posix':
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

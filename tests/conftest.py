@@ -17,6 +17,19 @@ from mmadvmoe.datasets import CIFAR10Split, CIFAR100Split, TinyImageNet
 _RNG = np.random.RandomState(0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--device', default='cuda', help='device of the tests marked gpu; without it they are skipped')
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device of a test marked ``gpu``, which is skipped where there is none."""
+    device = torch.device(request.config.getoption('--device'))
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        pytest.skip('no GPU')
+    return device
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     random.seed(0)

@@ -16,6 +16,7 @@ from mmadvmoe.runtime.launch import (
     prepare_distributed,
 )
 from mmadvmoe.runtime.preflight import check_config
+from mmadvmoe.training.dry_run import dry_run
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +41,16 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='set persistent_workers=False in all data loaders',
     )
-    return parser.parse_args()
+    parser.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='do not train: one turn of each group, one attacked validation batch, one save and load, then an estimate '
+        'of time and memory',
+    )
+    args = parser.parse_args()
+    if args.dry_run and args.launcher != 'none':
+        parser.error(f'--dry-run is for one process; leave out --launcher {args.launcher}')
+    return args
 
 
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:
@@ -73,6 +83,9 @@ def main() -> None:
     cfg = load_config(args.config)
     merge_args(cfg, args)
     check_config(cfg)
+    if args.dry_run:
+        print(dry_run(cfg))
+        return
     prepare_distributed(cfg, args.launcher)
     runner = build_runner(cfg)
     # Data sets, loops and optimizers are built by the first lines of this.

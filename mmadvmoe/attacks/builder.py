@@ -19,7 +19,7 @@ from torchattacks.attack import Attack
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose
 
-from .images import check_unit
+from .images import check_range
 from .library import L2_ATTACKS, NO_L1, SOFT_LABEL_ATTACKS
 from .steps import NORMS
 from .views import ROUTES, HeldVictim, Victim, clean_route
@@ -257,8 +257,7 @@ class BoundAttack:
         """
         # Inference tensors cannot be saved for a backward pass; a clone made outside can.
         with _RANDOM_STATE, torch.inference_mode(False), torch.enable_grad(), self.victim.frozen():
-            images = self._checked_images(images)
-            labels = self._checked_labels(labels, len(images))
+            images, labels = self._checked(images, labels)
             with self._random_state(images.device, seed) as seed:
                 adversarial = self._run(images, labels, seed).detach()
         if not torch.isfinite(adversarial).all():
@@ -297,23 +296,33 @@ class BoundAttack:
             adversarial[rows] = _run_seeded(attack, images[rows], None if labels is None else labels[rows], seed)
         return adversarial
 
-    def _checked_images(self, images: Tensor) -> Tensor:
+    def _checked(self, images: Tensor, labels: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        """Copies of images and labels, after checks that take one transfer to the host."""
         if not torch.is_floating_point(images) or images.dim() != 4:
             raise TypeError(
                 f'an attack needs floating point images (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}'
             )
         # Some attacks of torchattacks flatten images with view().
         images = images.detach().clone(memory_format=torch.contiguous_format)
-        check_unit(images, 'images of an attack')
+        labels = self._checked_labels(labels, images)
+        indices = [] if labels is None or torch.is_floating_point(labels) else [labels]
+        bounds = [bound.float() for values in (images, *indices) for bound in (values.amin(), values.amax())]
+        low, high, *of_labels = torch.stack(bounds).tolist()
+        check_range(low, high, 'images of an attack')
+        count = self.victim.num_classes
+        if of_labels and (of_labels[0] < 0 or (count is not None and of_labels[1] >= count)):
+            first, last = map(int, of_labels)
+            raise ValueError(f'labels from {first} to {last} are outside [0, num_classes={count})')
         self.check_radius(images[0].numel())
-        return images.clamp_(0, 1)
+        return images.clamp_(0, 1), labels
 
-    def _checked_labels(self, labels: Optional[Tensor], batch: int) -> Optional[Tensor]:
+    def _checked_labels(self, labels: Optional[Tensor], images: Tensor) -> Optional[Tensor]:
+        """A copy of the labels beside the images, checked but for their range."""
         if labels is None:
             if self.needs_labels:
                 raise ValueError(f'attack type={self.name!r} needs labels')
             return None
-        labels = labels.detach().clone()
+        labels, batch = labels.detach().to(images.device, copy=True), len(images)
         soft = torch.is_floating_point(labels)
         if labels.dim() != 1 + soft or len(labels) != batch or labels.dtype == torch.bool:
             raise TypeError(
@@ -328,10 +337,6 @@ class BoundAttack:
                     'or TRADESAttack'
                 )
             return labels
-        count = self.victim.num_classes
-        low, high = labels.amin().item(), labels.amax().item()
-        if low < 0 or (count is not None and high >= count):
-            raise ValueError(f'labels from {low} to {high} are outside [0, num_classes={count})')
         return labels.long()
 
     @contextmanager

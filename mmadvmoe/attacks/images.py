@@ -40,11 +40,15 @@ def check_unit(images: Tensor, what: str = 'images', slack: float = ROUNDING) ->
     """
     if not images.numel():
         return images
-    low, high = torch.stack([*images.detach().aminmax()]).tolist()
+    check_range(*torch.stack([*images.detach().aminmax()]).tolist(), what, slack)
+    return images
+
+
+def check_range(low: float, high: float, what: str = 'images', slack: float = ROUNDING) -> None:
+    """Raise ValueError unless the least and the largest value of images lie in [0, 1]; see :func:`check_unit`."""
     # Written so that NaN fails too.
     if not (low >= -slack and high <= 1 + slack):
         raise ValueError(
             f'{what} must be in [0, 1], got values from {low:.4g} to {high:.4g}; divide pixels in 0..255 by 255; '
             'normalisation belongs inside the model (mean and std of the data_preprocessor)'
         )
-    return images

@@ -11,7 +11,7 @@ import torch
 from mmpretrain.models.classifiers import BaseClassifier
 from torch import Tensor, nn
 
-from mmadvmoe.moe import Routing, forward_routed
+from mmadvmoe.moe import Route, Routing, forward_routed
 from mmadvmoe.utils import bare_model, checkpointing
 
 from .images import as_unit, check_unit
@@ -133,14 +133,15 @@ class NormalizedClassifier(nn.Module):
         return self._checked(self.classifier(self._inputs(images)))
 
     def forward_routed(
-        self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
+        self, images: Tensor, route: Optional[Route] = None, with_logits: bool = True, gated: bool = True
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits, and the decisions of the routers that led to them.
 
         Args:
             images (Tensor): (B, C, H, W) in [0, 1].
-            route (Tensor, optional): Experts to take in place of the routers' choice: (B,) int64 for all routers, or
-                (B, L). Then no gradient flows through the choice.
+            route (Tensor or Sequence[BaseRouting], optional): Experts to take in place of the routers' choice: (B,)
+                int64 for all routers, or (B, L), or the routings of an earlier pass. Then no gradient flows through
+                the choice.
             with_logits (bool): With a given route, ask the routers for their logits all the same.
             gated (bool): Whether the routers' own choice carries the gradient of the gate.
 

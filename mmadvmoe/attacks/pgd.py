@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmadvmoe.moe import Routing
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose
 
 from .steps import BallAttack
-from .views import ROUTES, Victim, clean_route
+from .views import ROUTES, Victim
 
 
 @ATTACKS.register_module()
@@ -62,11 +63,11 @@ class PGD(BallAttack):
             labels (Tensor): (B,) int64, or class probabilities (B, K).
         """
         images, labels = images.detach().to(self.device), labels.to(self.device)
-        route = clean_route(self.model, images) if self.route == 'held' and self.model.num_routers else None
+        held = self._clean_routings(images) if self.route == 'held' and self.model.num_routers else None
 
-        def losses(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        def losses(points: Tensor, rows: Tensor, route: tuple | None) -> tuple[Tensor, Tensor]:
             """Cross entropy (b,), and whether the prediction is wrong (b,)."""
-            logits = self._logits(points, None if route is None else route[rows])
+            logits = self._logits(points, route)
             target = labels[rows]
             wrong = logits.argmax(1) != (target if target.dim() == 1 else target.argmax(1))
             return F.cross_entropy(logits, target, reduction='none'), wrong
@@ -78,23 +79,32 @@ class PGD(BallAttack):
             start = self._start(images)
             if not len(remaining):
                 break
+            route = held
+            if held is not None and len(remaining) < len(images):
+                route = tuple(routing.take(remaining) for routing in held)
 
-            def gradient(points: Tensor, rows: Tensor, remaining: Tensor = remaining) -> tuple[Tensor, None]:
-                (grad,) = torch.autograd.grad(losses(points, remaining[rows])[0].sum(), points)
+            def gradient(
+                points: Tensor, _: Tensor, rows: Tensor = remaining, route: tuple | None = route
+            ) -> tuple[Tensor, None]:
+                (grad,) = torch.autograd.grad(losses(points, rows, route)[0].sum(), points)
                 return grad, None
 
             points, _ = self._climb(gradient, start[remaining], images[remaining])
             if self.restarts == 1:
                 return points
             with torch.no_grad():
-                loss, fooled = losses(points, remaining)
+                loss, fooled = losses(points, remaining, route)
             # Written so that a loss that is no number shows in the images.
             better = fooled | ~(loss <= largest[remaining])
             adversarial[remaining[better]], largest[remaining[better]] = points[better], loss[better]
             remaining = remaining[~fooled]
         return adversarial
 
-    def _logits(self, points: Tensor, route: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def _clean_routings(self, images: Tensor) -> tuple[Routing, ...]:
+        return tuple(routing.detach() for routing in self.model.decide_routes(images))
+
+    def _logits(self, points: Tensor, route: tuple | None) -> Tensor:
         if route is None:
             return self.get_logits(points)
         return self.model.forward_routed(points, route, with_logits=False)[0]

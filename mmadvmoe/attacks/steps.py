@@ -210,13 +210,13 @@ def _shrink(offset: Tensor, room: Tensor, eps: float, norm: str) -> Tensor:
     order = 2 if norm == 'L2' else 1
     shrunk = torch.minimum(size, room)
     # Written so that NaN is not taken for inside.
-    outside = ~(shrunk.norm(p=order, dim=1) <= eps)
-    if outside.any():
-        near = solve(size[outside], room[outside], eps)
-        length = near.norm(p=order, dim=1, keepdim=True)
-        # What rounding has left.
-        shrunk[outside] = near * torch.where(length > eps, eps / length, torch.ones_like(length))
-    return shrunk * offset.sign()
+    outside = ~(shrunk.norm(p=order, dim=1, keepdim=True) <= eps)
+    # For all images, as a look at which ones need it would make the host wait in every step.
+    near = solve(size, room, eps)
+    length = near.norm(p=order, dim=1, keepdim=True)
+    # What rounding has left.
+    near = near * torch.where(length > eps, eps / length, torch.ones_like(length))
+    return torch.where(outside, near, shrunk) * offset.sign()
 
 
 def _shrink_l2(size: Tensor, room: Tensor, eps: float) -> Tensor:

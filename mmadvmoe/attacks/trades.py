@@ -12,7 +12,7 @@ from mmadvmoe.utils import choose
 
 from .model import full_precision
 from .steps import check_norm, climb
-from .views import ROUTES, Victim, decisions
+from .views import ROUTES, Victim
 
 
 @ATTACKS.register_module()
@@ -83,14 +83,13 @@ class TRADESAttack(Attack):
         images = images.detach().to(self.device)
         with torch.no_grad():
             clean, routings = self.model.forward_routed(images, gated=False)
-        held = decisions(routings) if self.route == 'held' and routings else None
+        held = routings if self.route == 'held' and routings else None
         # Router logits where they count.
         clean_routes = [routing.logits for routing in routings] if self.router_weight and held is None else []
         points = images + self.start_noise * self._noise(images)
 
         def divergence(points: Tensor, rows: Tensor) -> tuple[Tensor, None]:
-            given = None if held is None else held[rows]
-            logits, routings = self.model.forward_routed(points, given, with_logits=False, gated=self.gated)
+            logits, routings = self.model.forward_routed(points, held, with_logits=False, gated=self.gated)
             total = kl_divergence(clean[rows], logits).sum()
             for clean_route, routing in zip(clean_routes, routings):
                 total = total + self.router_weight * kl_divergence(clean_route[rows], routing.logits).sum()

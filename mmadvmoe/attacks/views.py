@@ -13,7 +13,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
-from mmadvmoe.moe import Routing, TokenRouting
+from mmadvmoe.moe import BaseRouting, Route, Routing, TokenRouting
 
 from .model import NormalizedClassifier
 
@@ -85,7 +85,7 @@ class Victim:
         return self._base(images)
 
     def forward_routed(
-        self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
+        self, images: Tensor, route: Optional[Route] = None, with_logits: bool = True, gated: bool = True
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """See :meth:`NormalizedClassifier.forward_routed`."""
         return self._base.forward_routed(images, route, with_logits, gated)
@@ -127,7 +127,31 @@ class Victim:
         return self.train(False)
 
 
-class HeldVictim(Victim):
+class _OneRoute(Victim):
+    """Base of views that take one route whatever they are shown.
+
+    The routings of the last pass are taken again where a batch has as many images, so that no step of an attack waits
+    for the device to count them.
+    """
+
+    def __init__(self, model: Union[nn.Module, Victim]) -> None:
+        super().__init__(model)
+        self._kept: tuple[BaseRouting, ...] = ()
+
+    def _forward_alike(
+        self, images: Tensor, route: Tensor, with_logits: bool, gated: bool
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Logits and routings of images (B, C, H, W) that all take ``route`` (B,) or (B, D)."""
+        kept = self._kept
+        taken = kept if kept and len(kept[0].expert) == len(images) else route
+        logits, routings = self._base.forward_routed(images, taken, with_logits, gated)
+        # Where (B,) leaves a choice, of second experts, it can fall on others in the next pass.
+        settled = route.dim() > 1 or all(routing.top_k == 1 for routing in routings)
+        self._kept = tuple(routing.detach() for routing in routings) if settled else ()
+        return logits, routings
+
+
+class HeldVictim(_OneRoute):
     """A mixture of experts that takes one route for whatever it is shown: any attack can be run with the route held.
 
     Args:
@@ -144,15 +168,15 @@ class HeldVictim(Victim):
         return self.forward_routed(images, with_logits=False)[0]
 
     def forward_routed(
-        self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
+        self, images: Tensor, route: Optional[Route] = None, with_logits: bool = True, gated: bool = True
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """See :meth:`NormalizedClassifier.forward_routed`; where no route is given the held one is taken."""
         if route is None:
-            route = self.route.expand(len(images), -1)
+            return self._forward_alike(images, self.route.expand(len(images), -1), with_logits, gated)
         return super().forward_routed(images, route, with_logits, gated)
 
 
-class Pathway(Victim):
+class Pathway(_OneRoute):
     """The network that is left of a mixture when one expert computes everything.
 
     To an attack it is a model without routers, so any attack finds what this expert does wrong and nothing of what
@@ -181,7 +205,7 @@ class Pathway(Victim):
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) of ``images`` (B, C, H, W) in [0, 1]."""
         route = torch.full((len(images),), self.expert, device=images.device)
-        return self._base.forward_routed(images, route, with_logits=False, gated=False)[0]
+        return self._forward_alike(images, route, with_logits=False, gated=False)[0]
 
     def forward_routed(
         self, images: Tensor, route: None = None, with_logits: bool = True, gated: bool = True
@@ -221,7 +245,7 @@ class Rescaled(Victim):
         return super().__call__(images) / self.scale
 
     def forward_routed(
-        self, images: Tensor, route: Optional[Tensor] = None, with_logits: bool = True, gated: bool = True
+        self, images: Tensor, route: Optional[Route] = None, with_logits: bool = True, gated: bool = True
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """See :meth:`NormalizedClassifier.forward_routed`; the logits of the routers are as they were."""
         logits, routings = super().forward_routed(images, route, with_logits, gated)

@@ -3,17 +3,23 @@
 from .cifar import CIFAR10Split, CIFAR100Split
 from .digits import Digits
 from .fashion_mnist import FashionMNISTSplit
+from .folders import ImageFolders
 from .imagenet import ImageNetSplit, TinyImageNet
+from .memory import BatchedCropFlip, InMemory, keep_batch
 from .samplers import ChunkSampler
 from .splits import stratified_split
 
 __all__ = [
+    'BatchedCropFlip',
     'CIFAR10Split',
     'CIFAR100Split',
     'ChunkSampler',
     'Digits',
     'FashionMNISTSplit',
+    'ImageFolders',
     'ImageNetSplit',
+    'InMemory',
     'TinyImageNet',
+    'keep_batch',
     'stratified_split',
 ]

@@ -14,7 +14,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from mmadvmoe.attacks import Victim
-from mmadvmoe.attacks.views import ROUTES, decisions
+from mmadvmoe.attacks.views import ROUTES
 from mmadvmoe.moe import NonFiniteRouterError, Routing, forward_routed
 from mmadvmoe.utils import choose
 
@@ -174,7 +174,7 @@ class RobustClassifier(ImageClassifier):
         """Outputs for the clean and for the adversarial images."""
         if self.route == 'held' and turn != 'router' and getattr(self.backbone, 'num_routers', 0):
             clean = Outputs(*forward_routed(self, inputs, gated=False))
-            return clean, Outputs(*forward_routed(self, adv_inputs, decisions(clean.routings), with_logits=True))
+            return clean, Outputs(*forward_routed(self, adv_inputs, clean.routings, with_logits=True))
         return self._outputs(inputs, needs_classes), self._outputs(adv_inputs, needs_classes)
 
     def _outputs(self, inputs: Tensor, needs_classes: bool) -> Outputs:

@@ -7,7 +7,7 @@ from typing import Optional, Union
 
 import torch
 from mmpretrain.models.utils import ClsDataPreprocessor
-from mmpretrain.registry import MODELS
+from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor
 
 from mmadvmoe.attacks import BoundAttack, NonFiniteImagesError, Victim, build_attack
@@ -38,6 +38,8 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         mean (Sequence[float], optional): Of R, G, B in 0..255, as everywhere in MMPretrain. Defaults to None: the
             network sees images in [0, 1].
         std (Sequence[float], optional): In 0..255. Defaults to None.
+        augment (dict, optional): Augmentation of whole training batches (B, C, H, W) in 0..255, on the device and
+            before everything else, such as ``dict(type='BatchedCropFlip', padding=4)``. Defaults to None.
         **kwargs: As for ``ClsDataPreprocessor``: to_rgb, num_classes, batch_augments, ...
 
     Raises:
@@ -51,6 +53,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         mode: str = 'pair',
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
+        augment: Optional[dict] = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -58,6 +61,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         self.mode = choose(mode, MODES, 'data_preprocessor.mode')
         self.attack_cfg = attack
         self.router_attack_cfg = router_attack
+        self.augment = None if augment is None else TRANSFORMS.build(augment)
         for name, given, default in (('mean', mean, 0.0), ('std', std, _MAX_PIXEL)):
             value = torch.tensor([default] if given is None else given, dtype=torch.float32)
             self.register_buffer(name, value.view(-1, 1, 1), persistent=False)
@@ -106,7 +110,11 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             NonFiniteError: The attack met logits or gradients that are not finite.
         """
         check_images(data['inputs'], 'train_dataloader' if training else 'val_dataloader or test_dataloader')
-        batch = super().forward(dict(data, inputs=as_pixels(data['inputs'])), training)
+        inputs = as_pixels(data['inputs'])
+        if training and self.augment is not None:
+            inputs = self.cast_data(inputs)
+            inputs = self.augment(inputs if isinstance(inputs, Tensor) else torch.stack(inputs))
+        batch = super().forward(dict(data, inputs=inputs), training)
         images = batch['inputs'] / _MAX_PIXEL
         if not training or self.attack_cfg is None:
             batch['inputs'] = self.normalize(images)

@@ -168,7 +168,7 @@ class RouterBalanceLoss(AuxiliaryRouterLoss):
     def measure(self, routing: Routing) -> Tensor:
         """In [0, N]."""
         probability = _probabilities(routing).mean(dim=0)
-        share = probability.new_tensor(routing.counts)
+        share = routing.load.to(probability.dtype)
         share = share / share.sum()
         # Linear in P, so with the global share its mean over processes is the loss of the global batch.
         all_reduce(share, 'mean')

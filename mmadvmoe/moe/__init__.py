@@ -6,7 +6,7 @@ from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .pixel_routers import ConvRouter, MLPRouter
 from .placements import PLACEMENTS, Placement, placement_of
 from .routers import GROUPS, BaseRouter, LayerRouter, ResNetRouter, TokenRouter, router_modules, split_parameters
-from .routing import BaseRouting, NonFiniteRouterError, Routing
+from .routing import BaseRouting, NonFiniteRouterError, Route, Routing
 from .token_routing import TokenRouting
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     'NonFiniteRouterError',
     'Placement',
     'ResNetRouter',
+    'Route',
     'Routing',
     'TokenRouter',
     'TokenRouting',

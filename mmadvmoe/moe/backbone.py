@@ -18,7 +18,7 @@ from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer
 from .placements import NO_ROUTERS, PLACEMENTS, Placement
 from .routers import BaseRouter
-from .routing import BaseRouting
+from .routing import BaseRouting, Route
 from .upcycling import with_found_prefix
 
 
@@ -183,16 +183,18 @@ class MoEBackbone(BaseBackbone):
         return self.forward_routed(x)[0]
 
     def forward_routed(
-        self, x: Tensor, route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
+        self, x: Tensor, route: Optional[Route] = None, with_logits: bool = False, gated: bool = True
     ) -> tuple[Any, tuple[BaseRouting, ...]]:
         """Features, and the decisions that led to them.
 
         Args:
             x (Tensor): (B, C, H, W).
-            route (Tensor, optional): Experts to take instead of the routers' choice: (B,) for all routers or (B, L).
-                There is no gate then, so no gradient reaches the input through the choice. With token-level routing,
-                (B,) for all tokens, or the ``decisions`` of all routings side by side; the weights of the experts
-                are then those that the routers give to this choice, with their gradient.
+            route (Tensor or Sequence[BaseRouting], optional): Experts to take instead of the routers' choice: (B,)
+                for all routers or (B, L). There is no gate then, so no gradient reaches the input through the choice.
+                With token-level routing, (B,) for all tokens, or the ``decisions`` of all routings side by side; the
+                weights of the experts are then those that the routers give to this choice, with their gradient. Or
+                the routings of an earlier pass on the same batch, which are taken without another transfer to the
+                host.
             with_logits (bool): Ask the routers for their logits although a route is given; token routers are asked
                 in any case. Defaults to False.
             gated (bool): Whether the routers' choice carries the gradient of the straight-through gate. Without it,
@@ -247,14 +249,14 @@ def _with_contiguous_gradient(x: Tensor) -> Tensor:
 
 
 def forward_routed(
-    classifier: nn.Module, inputs: Tensor, route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
+    classifier: nn.Module, inputs: Tensor, route: Optional[Route] = None, with_logits: bool = False, gated: bool = True
 ) -> tuple[Any, tuple[BaseRouting, ...]]:
     """Class logits of an MMPretrain classifier, and the decisions that led to them.
 
     Args:
         classifier (nn.Module): Has ``backbone``, ``head`` and perhaps ``neck``, as ``ImageClassifier`` has.
         inputs (Tensor): Network inputs, (B, C, H, W).
-        route (Tensor, optional): See :meth:`MoEBackbone.forward_routed`.
+        route (Tensor or Sequence[BaseRouting], optional): See :meth:`MoEBackbone.forward_routed`.
         with_logits (bool): See :meth:`MoEBackbone.forward_routed`.
         gated (bool): See :meth:`MoEBackbone.forward_routed`.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from mmadvmoe.utils import choose
 
 from .routers import BaseRouter, TokenRouter
-from .routing import GATES, BaseRouting, NonFiniteRouterError, Routing
+from .routing import GATES, BaseRouting, NonFiniteRouterError, Route, Routing
 from .token_routing import TokenRouting
 
 
@@ -25,7 +26,7 @@ class RoutedPass:
         num_experts: int,
         gate: str,
         names: Sequence[str],
-        route: Optional[Tensor],
+        route: Optional[Route],
         with_logits: bool,
         gated: bool,
     ) -> None:
@@ -52,7 +53,7 @@ class RoutedPass:
             ValueError: The router gives a number of logits other than N.
             NonFiniteRouterError: It gives logits that are not finite.
         """
-        given = self._next(1)
+        given = self._next(1, len(x))
         logits = router(x) if given is None or self._with_logits else None
         if logits is not None and logits.shape[-1] != self.num_experts:
             raise ValueError(
@@ -62,8 +63,10 @@ class RoutedPass:
         try:
             if given is None:
                 routing = Routing.decide(logits, self.gate if self._gated else None)
-            else:
+            elif isinstance(given, Tensor):
                 routing = Routing.fixed(given.flatten(), self.num_experts, logits)
+            else:
+                routing = given.again(logits)
         except NonFiniteRouterError:
             raise NonFiniteRouterError(self._names[len(self._taken)]) from None
         self._taken.append(routing)
@@ -71,7 +74,7 @@ class RoutedPass:
 
     def route_tokens(self, router: TokenRouter, x: Tensor, training: bool) -> TokenRouting:
         """Let ``router`` decide for the tokens ``x`` (B, T, C), unless a route was given, and note the decision."""
-        routing = router.route(x, self._next(x.shape[1] * router.top_k), training, self._gated)
+        routing = router.route(x, self._next(x.shape[1] * router.top_k, len(x)), training, self._gated)
         self._taken.append(routing)
         return routing
 
@@ -81,7 +84,7 @@ class RoutedPass:
         Raises:
             ValueError: It has more.
         """
-        if self._route is not None and self._route.dim() > 1 and self._route.shape[1] != self._columns:
+        if isinstance(self._route, Tensor) and self._route.dim() > 1 and self._route.shape[1] != self._columns:
             raise ValueError(
                 f'route has {self._route.shape[1]} columns, but the choices of all tokens in all layers are '
                 f'{self._columns}; a route that was taken at another image size does not fit'
@@ -97,12 +100,22 @@ class RoutedPass:
         if not all(finite):
             raise NonFiniteRouterError(self._names[finite.index(False)])
 
-    def _next(self, columns: int) -> Optional[Tensor]:
-        """The given route of the next router, (B,) or (B, columns), or None."""
+    def _next(self, columns: int, batch: int) -> Union[None, Tensor, BaseRouting]:
+        """The given route of the next router, (B,) or (B, columns), or its routing of an earlier pass, or None."""
         start, self._columns = self._columns, self._columns + columns
-        if self._route is None or self._route.dim() == 1:
-            return self._route
-        return self._route[:, start : start + columns]
+        if self._route is None:
+            return None
+        if isinstance(self._route, Tensor):
+            return self._route if self._route.dim() == 1 else self._route[:, start : start + columns]
+        routing = self._route[len(self._taken)]
+        shape = len(routing.expert), routing.num_experts, math.prod(routing.expert.shape[1:])
+        if shape != (batch, self.num_experts, columns):
+            raise ValueError(
+                f'a routing of {shape[0]} images, {shape[1]} experts and {shape[2]} decisions for each image does not '
+                f'fit a router that takes {columns} decisions between {self.num_experts} experts for each of {batch} '
+                'images; a route may be given as the routings of an earlier pass on the same batch'
+            )
+        return routing
 
 
 class RouteContext:
@@ -129,7 +142,7 @@ class RouteContext:
 
     @contextmanager
     def run(
-        self, names: Sequence[str], route: Optional[Tensor] = None, with_logits: bool = False, gated: bool = True
+        self, names: Sequence[str], route: Optional[Route] = None, with_logits: bool = False, gated: bool = True
     ) -> Iterator[RoutedPass]:
         """Begin a forward pass of this thread through the routers ``names``; see :meth:`MoEBackbone.forward_routed`.
 

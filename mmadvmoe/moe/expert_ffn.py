@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .context import RouteContext
 from .expert_layers import EXPERT_LAYERS, MoELinear
-from .grouped_linear import grouped_linear
+from .grouped_linear import GroupSizes, grouped_linear
 from .routers import TokenRouter
 
 
@@ -78,9 +78,9 @@ class _TokenLinear(MoELinear):
         super().__init__(dense, num_experts, context)
         self.top_k = top_k
 
-    def forward(self, x: Tensor, load: Tensor) -> Tensor:
-        """x: (S, C_in), the rows of each expert ``load`` (N,) -> (S, C_out)."""
-        return grouped_linear(x, self.weight, self.bias, load)
+    def forward(self, x: Tensor, sizes: GroupSizes) -> Tensor:
+        """x: (S, C_in), sorted by expert -> (S, C_out)."""
+        return grouped_linear(x, self.weight, self.bias, sizes)
 
 
 def _leaves(module: nn.Module, name: Optional[str] = None) -> Iterator[tuple[str, nn.Module]]:

@@ -5,6 +5,7 @@ Dimension letters: S rows (a token once for each expert that it goes to), N expe
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Optional
 
 import torch
@@ -13,7 +14,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], load: Tensor) -> Tensor:
+class GroupSizes:
+    """How many rows each expert has: on the device, and on the host from the first time on that somebody asks.
+
+    Args:
+        load (Tensor): (N,) int64, the rows of each expert; they sum to S.
+    """
+
+    def __init__(self, load: Tensor) -> None:
+        self.load = load
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """N numbers; the first to ask waits for the device."""
+        return tuple(self.load.tolist())
+
+    def __len__(self) -> int:
+        return len(self.load)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], sizes: GroupSizes) -> Tensor:
     """Apply to each row the linear map of its expert.
 
     One grouped matrix product where torch has a kernel for the device and the type (bfloat16 on CUDA devices of compute
@@ -23,7 +43,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], load: Tens
         x (Tensor): (S, C_in), sorted by expert.
         weight (Tensor): (N * C_out, C_in), expert by expert.
         bias (Tensor, optional): (N * C_out,), expert by expert.
-        load (Tensor): (N,) int64, the rows of each expert; they sum to S.
+        sizes (GroupSizes): The rows of each expert.
 
     Returns:
         Tensor: (S, C_out), in the type of the ambient autocast, if any.
@@ -33,7 +53,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], load: Tens
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return (_one_product if _has_grouped_kernel(x, weight, len(load)) else _products)(x, weight, bias, load)
+    return (_one_product if _has_grouped_kernel(x, weight, len(sizes)) else _products)(x, weight, bias, sizes)
 
 
 def _has_grouped_kernel(x: Tensor, weight: Tensor, num_experts: int) -> bool:
@@ -44,15 +64,16 @@ def _has_grouped_kernel(x: Tensor, weight: Tensor, num_experts: int) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] >= 9 and all(width % 8 == 0 for width in widths)
 
 
-def _products(x: Tensor, weight: Tensor, bias: Optional[Tensor], load: Tensor) -> Tensor:
+def _products(x: Tensor, weight: Tensor, bias: Optional[Tensor], sizes: GroupSizes) -> Tensor:
     """One product per expert."""
-    counts = load.tolist()
+    counts = sizes.counts
     biases = [None] * len(counts) if bias is None else bias.chunk(len(counts))
     return torch.cat([F.linear(*each) for each in zip(x.split(counts), weight.chunk(len(counts)), biases)])
 
 
-def _one_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], load: Tensor) -> Tensor:
+def _one_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], sizes: GroupSizes) -> Tensor:
     """All experts in one product, without the host having to know how many rows each has."""
+    load = sizes.load
     stacked = weight.unflatten(0, (len(load), -1))
     out = F.grouped_mm(x.contiguous(), stacked.transpose(1, 2), offs=load.cumsum(0, dtype=torch.int32))
     if bias is None:

@@ -16,7 +16,7 @@ from .convert import convert_ffns, convert_layers, match_ffns, match_layers
 from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer
 from .routers import BaseRouter
-from .routing import BaseRouting, Routing
+from .routing import BaseRouting, Route, Routing
 
 
 class Placement:
@@ -74,14 +74,22 @@ class Placement:
         """The converted layers, in the order of the network."""
         return [network.get_submodule(name) for name in self.layer_names]
 
-    def check_route(self, route: Optional[Tensor]) -> None:
-        """Check the shape of a given route, (B,) or (B, L).
+    def check_route(self, route: Optional[Route]) -> None:
+        """Check a given route: (B,), (B, L), or a routing for each router.
 
         Raises:
-            ValueError: It is neither.
+            ValueError: It is none of these.
         """
-        if route is not None and route.dim() != 1 and route.shape[1:] != (self.num_routers,):
+        if route is None:
+            return
+        if not isinstance(route, Tensor):
+            if len(route) != self.num_routers:
+                raise ValueError(f'a route of {len(route)} routings was given to {self.num_routers} routers')
+        elif not self._fits(route):
             raise ValueError(f'route must have shape (B,) or (B, {self.num_routers}), got {tuple(route.shape)}')
+
+    def _fits(self, route: Tensor) -> bool:
+        return route.dim() == 1 or route.shape[1:] == (self.num_routers,)
 
     def forward(self, backbone: nn.Module, x: Tensor, routes: RoutedPass) -> Any:
         """Features of ``x`` (B, C, H, W), in the order of the batch."""
@@ -151,9 +159,9 @@ class TokenPlacement(Placement):
     def expert_layers(self, network):
         return [module for module in network.modules() if isinstance(module, ExpertFFN)]
 
-    def check_route(self, route):
+    def _fits(self, route):
         # How many columns a route has depends on the image: that is checked when all are taken.
-        pass
+        return True
 
     def forward(self, backbone, x, routes):
         features = backbone.network(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -237,14 +237,19 @@ class TokenRouter(BaseRouter):
             return F.linear(x.to(precise), self.weight.to(precise))
 
     def route(
-        self, x: Tensor, given: Optional[Tensor] = None, training: bool = False, gated: bool = True
+        self,
+        x: Tensor,
+        given: Union[None, Tensor, TokenRouting] = None,
+        training: bool = False,
+        gated: bool = True,
     ) -> TokenRouting:
         """Choose experts for tokens, or take the given ones.
 
         Args:
             x (Tensor): (B, T, C).
-            given (Tensor, optional): (B, T * K): the experts of each token. Or (B,): an expert that every token of
-                the image takes; with K > 1 beside the K - 1 others that the router likes best.
+            given (Tensor or TokenRouting, optional): (B, T * K): the experts of each token. Or (B,): an expert that
+                every token of the image takes; with K > 1 beside the K - 1 others that the router likes best. Or the
+                decision of an earlier pass.
             training (bool): Whether the capacity is that of training. Noise is added while this module itself is
                 in training mode.
             gated (bool): See :meth:`MoEBackbone.forward_routed`.
@@ -264,11 +269,13 @@ class TokenRouter(BaseRouter):
                 per_image=not training,
                 straight_through=gated,
             )
+        if isinstance(given, TokenRouting):
+            return given.again(logits, self.softmax)
         expert = self._forced(logits, given) if given.dim() == 1 else self._held(logits, given)
         return TokenRouting.fixed(expert, logits, self.softmax, self.noise_std)
 
     def _forced(self, logits: Tensor, expert: Tensor) -> Tensor:
-        if len(expert) != len(logits) or expert.amin() < 0 or expert.amax() >= self.num_experts:
+        if len(expert) != len(logits) or ((expert < 0) | (expert >= self.num_experts)).any():
             raise ValueError(
                 f'a route must name one expert in [0, {self.num_experts}) for each of {len(logits)} images, '
                 f'got {expert.unique().tolist()} in shape {tuple(expert.shape)}'

@@ -7,8 +7,9 @@ Dimension letters used in this package::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Optional
+from typing import ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class BaseRouting:
         dropped (int): Choices that no expert computes. Defaults to 0.
         noise_std (float): Standard deviation of the noise that training adds to the logits. Defaults to 0.
         counts (tuple[int]): Choices that fell on each expert, dropped ones included: N numbers.
+        load (Tensor): The same on the device, (N,) int64.
         num_experts (int): N.
         top_k (int): K, the experts of each image or token.
         decisions (Tensor): (B, T * K) int64, T = 1 for images: what was decided for each image; given to
@@ -54,6 +56,7 @@ class BaseRouting:
     dropped: int = 0
     noise_std: float = 0.0
     counts: tuple[int, ...]
+    load: Tensor
     num_experts: int
     top_k: int
     decisions: Tensor
@@ -70,8 +73,16 @@ class BaseRouting:
         return (own == self.decisions.view_as(own)).all(-1)
 
     def detach(self) -> BaseRouting:
-        """Give the same decision without any gradient, for logs."""
+        """Give the same decision without any gradient, for logs or for a further pass."""
         raise NotImplementedError
+
+    def take(self, rows: Tensor) -> BaseRouting:
+        """Give the decision for some of the images, ``rows`` (b,) int64."""
+        raise NotImplementedError
+
+
+#: Experts to take in place of the routers' choice: see :meth:`MoEBackbone.forward_routed`.
+Route = Union[Tensor, Sequence[BaseRouting]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +103,7 @@ class Routing(BaseRouting):
     expert: Tensor
     order: Tensor
     inverse: Tensor
+    load: Tensor
     counts: tuple[int, ...]
     logits: Optional[Tensor] = None
     gate: Optional[Tensor] = None
@@ -142,16 +154,25 @@ class Routing(BaseRouting):
         if expert.dim() != 1:
             raise ValueError(f'a route must have shape (B,), got {tuple(expert.shape)}')
         # One transfer to the host: a batched count, from which bad indices and logits show as well.
-        counted = expert.clamp(min=-1)
+        counted = expert.clamp(-1, num_experts) + 1
         if logits is not None:
-            counted = counted.masked_fill(~logits.detach().isfinite().all(dim=1), -1)
-        load = torch.bincount(counted + 1, minlength=num_experts + 1).tolist()
-        if load[0] and logits is not None and not logits.isfinite().all():
+            counted = counted.masked_fill(~logits.detach().isfinite().all(dim=1), 0)
+        load = count(counted, num_experts + 2)
+        below, *counts, above = load.tolist()
+        if below and logits is not None and not logits.isfinite().all():
             raise NonFiniteRouterError()
-        if load[0] or len(load) > num_experts + 1:
+        if below or above:
             raise ValueError(f'a route must name experts in [0, {num_experts}), got {sorted(set(expert.tolist()))}')
         order = torch.argsort(expert, stable=True)
-        return cls(expert, order, inverse_of(order), tuple(load[1:]), logits)
+        return cls(expert, order, inverse_of(order), load[1:-1], tuple(counts), logits)
+
+    def again(self, logits: Optional[Tensor] = None) -> Routing:
+        """Route the images of a further pass likewise, without a gate; nothing is counted or sorted once more.
+
+        Args:
+            logits (Tensor, optional): (B, N) logits of the router in that pass, to be carried along.
+        """
+        return replace(self, logits=logits, gate=None)
 
     @property
     def num_experts(self) -> int:
@@ -184,6 +205,18 @@ class Routing(BaseRouting):
     def detach(self) -> Routing:
         """Give the same decision without any gradient, for logs."""
         return replace(self, logits=None if self.logits is None else self.logits.detach(), gate=None)
+
+    def take(self, rows: Tensor) -> Routing:
+        """Give the decision for some of the images, ``rows`` (b,) int64; without a gate."""
+        return Routing.fixed(self.expert[rows], self.num_experts, None if self.logits is None else self.logits[rows])
+
+
+def count(values: Tensor, size: int) -> Tensor:
+    """How often each of 0 to ``size`` - 1 occurs in ``values`` (S,) int64: (size,) int64.
+
+    As ``torch.bincount``, which on a GPU makes the host wait.
+    """
+    return values.new_zeros(size).scatter_add_(0, values, torch.ones_like(values))
 
 
 def inverse_of(order: Tensor, length: Optional[int] = None) -> Tensor:

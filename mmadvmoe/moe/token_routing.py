@@ -13,8 +13,8 @@ from typing import ClassVar, Optional
 import torch
 from torch import Tensor
 
-from .grouped_linear import take_rows
-from .routing import BaseRouting, inverse_of
+from .grouped_linear import GroupSizes, take_rows
+from .routing import BaseRouting, count, inverse_of
 
 #: Whether gates are probabilities among all experts, or among the chosen ones.
 SOFTMAX = ('before', 'after')
@@ -28,7 +28,7 @@ class TokenRouting(BaseRouting):
         expert (Tensor): (B, T, K), the choices of each token, best first.
         gate (Tensor): Weight of each choice in the output, (B, T, K); 0 for choices that were dropped.
         load (Tensor): Choices that fell on each expert, dropped ones included, (N,) int64; they sum to B * T * K.
-        computed (Tensor): Choices that each expert computes, (N,) int64; they sum to S.
+        computed (GroupSizes): Choices that each expert computes, N numbers; they sum to S.
         order (Tensor): (S,) choices sorted by expert, indices into the (K * B * T,) layout.
         inverse (Tensor): (K * B * T,) the slot of each choice; of a dropped one any slot.
         kept (Tensor, optional): (K * B * T,) bool, choices that were not dropped; None where none was.
@@ -39,7 +39,7 @@ class TokenRouting(BaseRouting):
     gate: Tensor
     logits: Tensor
     load: Tensor
-    computed: Tensor
+    computed: GroupSizes
     order: Tensor
     inverse: Tensor
     kept: Optional[Tensor]
@@ -102,7 +102,8 @@ class TokenRouting(BaseRouting):
         """
         num_experts = logits.shape[-1]
         ranked = expert.sort(-1).values
-        if ranked.amin() < 0 or ranked.amax() >= num_experts or (ranked[..., 1:] == ranked[..., :-1]).any():
+        outside = (ranked < 0) | (ranked >= num_experts)
+        if outside.any() | (ranked[..., 1:] == ranked[..., :-1]).any():
             named = expert.unique().tolist()
             raise ValueError(f'a route must name different experts in [0, {num_experts}) for each token, got {named}')
         threshold = logits.gather(-1, expert).amin(-1)
@@ -112,8 +113,15 @@ class TokenRouting(BaseRouting):
     def _of(cls, expert: Tensor, gate: Tensor, logits: Tensor, threshold: Tensor, noise_std: float) -> TokenRouting:
         by_choice = expert.permute(2, 0, 1).flatten()
         order = by_choice.argsort(stable=True)
-        load = torch.bincount(by_choice, minlength=logits.shape[-1])
-        return cls(expert, gate, logits, load, load, order, inverse_of(order), None, threshold, noise_std)
+        load = count(by_choice, logits.shape[-1])
+        return cls(expert, gate, logits, load, GroupSizes(load), order, inverse_of(order), None, threshold, noise_std)
+
+    def again(self, logits: Tensor, softmax: str = 'after') -> TokenRouting:
+        """Route the tokens of a further pass likewise, as :meth:`fixed` does; arguments as there."""
+        if self.kept is not None:
+            return self.fixed(self.expert, logits, softmax, self.noise_std)
+        gate = _gate(logits, self.expert, softmax, straight_through=False)
+        return replace(self, gate=gate, logits=logits, threshold=logits.gather(-1, self.expert).amin(-1))
 
     def _limited(self, capacity_factor: Optional[float], per_image: bool) -> TokenRouting:
         if capacity_factor is None:
@@ -124,7 +132,7 @@ class TokenRouting(BaseRouting):
         group = torch.arange(groups, device=self.expert.device).repeat_interleave(batch * tokens // groups)
         cell = self.expert.permute(2, 0, 1).flatten() * groups + group.repeat(top_k)
         order = cell.argsort(stable=True)
-        sizes = torch.bincount(cell, minlength=self.num_experts * groups)
+        sizes = count(cell, self.num_experts * groups)
         rank = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[cell[order]]
         within = rank < capacity
         if bool(within.all()):
@@ -134,7 +142,7 @@ class TokenRouting(BaseRouting):
         return replace(
             self,
             gate=self.gate * kept.view(top_k, batch, tokens).permute(1, 2, 0),
-            computed=sizes.clamp(max=capacity).view(self.num_experts, groups).sum(1),
+            computed=GroupSizes(sizes.clamp(max=capacity).view(self.num_experts, groups).sum(1)),
             order=order[within],
             inverse=inverse_of(order[within], len(order)),
             kept=kept,
@@ -153,7 +161,7 @@ class TokenRouting(BaseRouting):
     @property
     def counts(self) -> tuple[int, ...]:
         """See :class:`BaseRouting`; they sum to B * T * K."""
-        return tuple(self.load.tolist())
+        return self.computed.counts if self.kept is None else tuple(self.load.tolist())
 
     @property
     def dropped(self) -> int:
@@ -178,6 +186,11 @@ class TokenRouting(BaseRouting):
     def detach(self) -> TokenRouting:
         """Give the same decision without any gradient, for logs."""
         return replace(self, gate=self.gate.detach(), logits=self.logits.detach(), threshold=self.threshold.detach())
+
+    def take(self, rows: Tensor) -> TokenRouting:
+        """Give the decision for some of the images, ``rows`` (b,) int64, with nothing dropped."""
+        parts = (part[rows] for part in (self.expert, self.gate, self.logits, self.threshold))
+        return self._of(*parts, self.noise_std)
 
 
 def _gate(scores: Tensor, expert: Tensor, softmax: str, straight_through: bool) -> Tensor:

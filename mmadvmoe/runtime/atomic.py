@@ -10,34 +10,11 @@ from typing import Union
 
 from mmengine.fileio import LocalBackend, register_backend
 
+from mmadvmoe.utils import PARTIAL, write_atomically
+
 from .seal import seal
 
-#: Ending of files that are being written. One that is left over was cut off by a kill, and is surely ours to delete.
-PARTIAL = '.mmadvmoe-partial'
-
-
-def write_atomically(path: Union[str, Path], content: bytes) -> None:
-    """Write a file under another name, force it to disk, and rename it over the old one; missing folders are made.
-
-    Raises:
-        OSError: If it cannot be written, because the disk is full say. What was there before is unharmed, and nothing
-            half written is left.
-    """
-    path = os.fspath(path)
-    folder = osp.dirname(path) or '.'
-    partial = osp.join(folder, f'.{osp.basename(path)}.{os.getpid()}{PARTIAL}')
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(partial, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(folder)
-    except OSError:
-        if osp.exists(partial):
-            os.remove(partial)
-        raise
+__all__ = ['PARTIAL', 'AtomicLocalBackend', 'check_writable', 'use_atomic_files', 'write_atomically']
 
 
 def check_writable(path: Union[str, Path], argument: str) -> None:
@@ -60,16 +37,6 @@ def check_writable(path: Union[str, Path], argument: str) -> None:
         os.remove(probe)
     except OSError as error:
         raise OSError(error.errno, f'{argument}: {path!r} cannot be written ({error.strerror})') from error
-
-
-def _sync_folder(folder: str) -> None:
-    """Force the renaming itself to disk, before anything older is deleted."""
-    if os.name == 'posix':
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class AtomicLocalBackend(LocalBackend):

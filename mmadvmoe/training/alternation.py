@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -235,7 +236,13 @@ class AlternatingOptimHook(Hook):
 
 
 def _named_by_turn(outputs: Mapping[str, Any], turn: str) -> dict[str, Any]:
-    return {f'{turn}/{name}': value for name, value in outputs.items()}
+    """The outputs under the name of their turn, numbers as those of Python: MMEngine would fetch each by itself."""
+    named = {f'{turn}/{name}': value for name, value in outputs.items()}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor) and value.numel() == 1}
+    if tensors:
+        values = torch.stack([value.detach().double().view(()) for value in tensors.values()])
+        named.update(zip(tensors, values.tolist()))
+    return named
 
 
 def _copy_batch(batch: Any) -> Any:

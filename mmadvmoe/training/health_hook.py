@@ -168,7 +168,7 @@ class _Tally:
     def __init__(self, routings: Sequence[Routing]) -> None:
         self.num_experts = routings[0].num_experts
         num_routers, device = len(routings), routings[0].expert.device
-        self.counts = torch.zeros(len(VIEWS), num_routers, self.num_experts, dtype=torch.float64)
+        self.counts = torch.zeros(len(VIEWS), num_routers, self.num_experts, dtype=torch.float64, device=device)
         # Decisions whose clean and adversarial versions are both known; softmaxes in the entropy; choices dropped.
         self.pairs, self.softmaxes, self.dropped = torch.zeros(3, num_routers, dtype=torch.float64)
         zeros = torch.zeros(num_routers, dtype=torch.float64, device=device)
@@ -178,7 +178,7 @@ class _Tally:
         """Add a batch: the routings of each router, of either view or both."""
         for view, routings in enumerate((clean, adversarial)):
             if routings:
-                self.counts[view] += torch.tensor([routing.counts for routing in routings])
+                self.counts[view] += torch.stack([routing.load for routing in routings])
                 largest = [_largest_logit(routing) for routing in routings]
                 self.max_logit = torch.maximum(self.max_logit, torch.stack(largest))
                 self.dropped += torch.tensor([routing.dropped for routing in routings])
@@ -191,8 +191,8 @@ class _Tally:
 
     def reduce(self) -> None:
         """Sum over all processes."""
-        sums = torch.cat([self.counts.flatten(), self.pairs, self.softmaxes, self.dropped])
-        sums = torch.cat([sums.to(self.entropy.device), self.changed, self.entropy])
+        sums = torch.cat([self.pairs, self.softmaxes, self.dropped]).to(self.entropy.device)
+        sums = torch.cat([self.counts.flatten(), sums, self.changed, self.entropy])
         all_reduce(sums)
         all_reduce(self.max_logit, op='max')
         sizes = [self.counts.numel(), *[len(self.pairs)] * 5]

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 def start(command, tmp_path, **variables):
     env = {name: value for name, value in os.environ.items() if not name.startswith('MASTER_')}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests' / 'helpers')])
-    env.update(PYTHONPATH=paths, CUDA_VISIBLE_DEVICES='-1', OMP_NUM_THREADS='1', **variables)
+    paths = [str(ROOT), str(ROOT / 'tests' / 'helpers'), *filter(None, [env.get('PYTHONPATH')])]
+    env.update(dict(PYTHONPATH=os.pathsep.join(paths), CUDA_VISIBLE_DEVICES='-1', OMP_NUM_THREADS='1') | variables)
     return subprocess.Popen(
         [sys.executable, *command, str(tmp_path)],
         env=env,

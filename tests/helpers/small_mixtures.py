@@ -59,8 +59,8 @@ def two_experts(weights, biases):
     return Victim(model).eval()
 
 
-def random_mixture(routing, num_experts=3):
-    """A mixture with random weights, large enough that attacks change its predictions and routes."""
+def mixture_cfg(routing, num_experts=3):
+    """A mixture of four classes, with 16 or 8 features before the head."""
     token = routing == 'token'
     dense = dict(
         type='VisionTransformer',
@@ -89,7 +89,12 @@ def random_mixture(routing, num_experts=3):
     )
     head = dict(type='LinearClsHead', num_classes=4, in_channels=16 if token else 8)
     neck = None if token else dict(type='GlobalAveragePooling')
-    model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, neck=neck, head=head))
+    return dict(type='ImageClassifier', backbone=backbone, neck=neck, head=head)
+
+
+def random_mixture(routing, num_experts=3):
+    """A mixture with random weights, large enough that attacks change its predictions and routes."""
+    model = MODELS.build(mixture_cfg(routing, num_experts))
     victim = Victim(model).eval()
     nn.init.normal_(model.head.fc.weight)
     images = torch.rand(64, 3, 8, 8)
@@ -99,7 +104,7 @@ def random_mixture(routing, num_experts=3):
                 nn.init.normal_(parameter)
         with torch.no_grad():
             logits = victim.forward_routed(images)[1][index].logits
-            if not token:
+            if routing != 'token':
                 # In the middle, where images go to different experts and an attack can change that.
                 router.fc.bias -= logits.mean(0)
     return victim

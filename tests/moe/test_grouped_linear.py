@@ -2,9 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmadvmoe.moe.grouped_linear import _one_product, _products, grouped_linear, take_rows
+from mmadvmoe.moe.grouped_linear import GroupSizes, _one_product, _products, grouped_linear, take_rows
 
 LOAD = torch.tensor([5, 0, 3, 8])
+SIZES = GroupSizes(LOAD)
 
 
 def operands(dtype, bias=True, grads=(True, True, True)):
@@ -27,7 +28,7 @@ def plain(x, weight, bias=None):
 @pytest.mark.parametrize('bias', [True, False])
 def test_both_kernels_equal_one_linear_layer_per_expert(kernel, dtype, tolerance, bias):
     ours, theirs = operands(dtype, bias), operands(dtype, bias)
-    out = kernel(*ours, *[None] * (not bias), LOAD)
+    out = kernel(*ours, *[None] * (not bias), SIZES)
     expected = plain(*theirs)
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -42,7 +43,7 @@ def test_an_attack_keeps_no_input_and_gets_no_gradient_of_weights():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         x, weight, bias = operands(torch.float32, grads=(True, False, False))
-        grouped_linear(x, weight, bias, LOAD).sum().backward()
+        grouped_linear(x, weight, bias, SIZES).sum().backward()
     assert kept == [(8, 24)] * 4  # the weight of each expert
     assert x.grad is not None and weight.grad is None and bias.grad is None
 
@@ -50,7 +51,7 @@ def test_an_attack_keeps_no_input_and_gets_no_gradient_of_weights():
 def test_autocast_decides_the_type():
     x, weight, bias = operands(torch.float32)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        out = grouped_linear(x, weight, bias, LOAD)
+        out = grouped_linear(x, weight, bias, SIZES)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert all(item.grad.dtype == torch.float32 for item in (x, weight, bias))

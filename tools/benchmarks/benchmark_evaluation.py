@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyautoattack
+import timing
 import torch
 from benchmark_moe import run_attack_step
 from mmengine.config import Config
@@ -60,8 +61,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--queries', type=int, default=5000, help='of Square [5000, as published]')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--threads', type=int, help='threads of one operation [what PyTorch takes]')
+    timing.add_device(parser)
     parser.add_argument('--json', help='file to write the results to')
     args = parser.parse_args()
+    timing.check_device(parser, args)
     for name in ('images', 'batch_size', 'iterations', 'queries', 'rounds', 'threads'):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -71,9 +74,9 @@ def parse_args() -> argparse.Namespace:
 
 def bare_autoattack(model: Victim, eps: float, iterations: int, queries: int) -> pyautoattack.AutoAttack:
     """AutoAttack by its authors."""
-    attack = pyautoattack.AutoAttack(model, eps=eps, seed=0)
+    attack = pyautoattack.AutoAttack(model, eps=eps, seed=0, device=str(next(model.parameters()).device))
     # APGD plans its steps when it is built.
-    budget = dict(n_iter=iterations, eps=eps, seed=0, device='cpu')
+    budget = dict(n_iter=iterations, eps=eps, seed=0, device=str(next(model.parameters()).device))
     attack.apgd, attack.apgd_targeted = APGDAttack(model, **budget), APGDAttack_targeted(model, **budget)
     attack.fab.n_iter, attack.square.n_queries = iterations, queries
     for part in (attack.apgd_targeted, attack.fab):
@@ -87,6 +90,7 @@ class Contest:
     def __init__(self, model: Victim, sampler: ChunkSampler, args: argparse.Namespace) -> None:
         self.model = model
         self.sampler = sampler
+        self.device = args.device
         self.chunks: list[Chunk] = list(read_chunks(sampler.dataset, sampler, model))
         self.bare = bare_autoattack(model, args.eps, args.iterations, args.queries)
         pgd = {f'pgd{STEPS}': standard_attack(f'pgd{STEPS}', args.eps)}
@@ -138,6 +142,7 @@ class Contest:
             for name in (*once, *PGD_REPEATS * pgd):
                 start = {clock: now() for clock, now in CLOCKS.items()}
                 standing[name] = self.contestants[name]()
+                timing.wait(self.device)
                 for clock, now in CLOCKS.items():
                     seconds[clock][name].append(now() - start[clock])
         return seconds, standing
@@ -155,7 +160,7 @@ def main() -> None:
     # What an evaluation logs is not the point here.
     MMLogger.get_instance('benchmark', log_level='ERROR')
     config = Config.fromfile(args.config)
-    model = Victim(load_robust_model(config, args.checkpoint))
+    model = Victim(load_robust_model(config, args.checkpoint, device=args.device))
     dataset = as_dataset(config.test_dataloader.dataset.to_dict() | dict(indices=args.images))
     contest = Contest(model, ChunkSampler(dataset, args.batch_size), args)
     seconds, standing = contest.run(args.rounds)
@@ -174,6 +179,7 @@ def main() -> None:
         iterations=args.iterations,
         queries=args.queries,
         threads=torch.get_num_threads(),
+        device=timing.name_of(args.device),
         rounds=args.rounds,
         ratios=medians(ratios),
         ratios_of_rounds=ratios,

@@ -20,10 +20,11 @@ import importlib.util
 import json
 import math
 import statistics
-import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
+import timing
 import torch
 import vit_family
 from mmengine.config import Config
@@ -55,9 +56,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--threads', type=int, help='threads of one operation [what PyTorch takes]')
+    timing.add_device(parser)
     parser.add_argument('--json', help='file to write the rows to')
     parser.set_defaults(**FAMILIES[parser.parse_known_args()[0].family])
     args = parser.parse_args()
+    timing.check_device(parser, args)
     for name in ('batch_size', 'image_size', 'rounds', 'threads'):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -107,7 +110,7 @@ def spread_images(router: nn.Module, images: Tensor) -> None:
     router(images)
     hook.remove()
     mean = inputs[0].mean(dim=0)
-    scores = torch.randn(len(images), router.num_experts)
+    scores = torch.randn(len(images), router.num_experts, device=images.device)
     router.fc.weight.copy_((torch.linalg.pinv(inputs[0] - mean, rtol=1e-3) @ scores).T)
     router.fc.bias.copy_(-router.fc.weight @ mean)
 
@@ -140,19 +143,16 @@ STEPS = dict(forward=run_forward, attack=run_attack_step, training=run_training_
 
 def time_rounds(models: dict[str, nn.Module], batches: Tensor, rounds: int, step) -> dict[str, list[float]]:
     """Seconds of ``step`` for each model in each round, models in turn; the masked form in every fifth round."""
-    # What other processes take does not count; with several threads there is no such clock.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    device = batches.device.type
     for name, model in models.items():
         for images in batches[: 1 if name == 'masked' else None]:
-            step(model, images)
+            timing.warm_up(partial(step, model, images), device)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for i in range(rounds):
         for name, model in models.items():
             if name == 'masked' and i % MASKED_EVERY:
                 continue
-            start = clock()
-            step(model, batches[i % len(batches)])
-            seconds[name].append(clock() - start)
+            seconds[name].append(timing.seconds_of(partial(step, model, batches[i % len(batches)]), device))
     return seconds
 
 
@@ -178,10 +178,11 @@ class LikeMixture(nn.Module):
 
 def benchmark(config: dict, num_experts: int, batches: Tensor, rounds: int) -> tuple[dict, dict]:
     """One row of medians for the JSON file, and what the printed table adds to it."""
-    moe = build_backbone({**config, 'num_experts': num_experts})
+    device = batches.device
+    moe = build_backbone({**config, 'num_experts': num_experts}).to(device)
     spread_images(moe.router, batches.flatten(0, 1))
     models = dict(
-        dense=LikeMixture(build_backbone(config['backbone'])),
+        dense=LikeMixture(build_backbone(config['backbone']).to(device)),
         router=LikeMixture(copy.deepcopy(moe.router)),
         moe=moe,
         masked=load_masked_form()(copy.deepcopy(moe)),
@@ -222,7 +223,7 @@ def main() -> None:
             f'{args.config}: backbone must be a MoEBackbone with routing="{routing}" for --family {args.family}'
         )
     torch.manual_seed(0)
-    print(f'{args.config}: batch {args.batch_size}, {args.rounds} rounds, {torch.get_num_threads()} threads')
+    print(f'{args.config}: batch {args.batch_size}, {args.rounds} rounds, {timing.name_of(args.device)}')
     if args.family == 'vit':
         rows = vit_family.run(args, config, time_rounds, dict(forward=run_forward, attack=run_attack_step))
     else:
@@ -233,7 +234,7 @@ def main() -> None:
 
 def run_cnns(args: argparse.Namespace, config: dict) -> list[dict]:
     """One row per number of experts."""
-    batches = torch.rand(NUM_BATCHES, args.batch_size, 3, args.image_size, args.image_size)
+    batches = torch.rand(NUM_BATCHES, args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     rows = []
     for num_experts in args.num_experts:
         row, extra = benchmark(config, num_experts, batches, args.rounds)

@@ -58,8 +58,9 @@ def spread_tokens(moe: nn.Module, images: Tensor) -> None:
 
     def fit(layer: ExpertFFN, args: tuple[Tensor]) -> None:
         tokens = args[0].flatten(0, -2)
+        # On the CPU, which has a solver for tokens that do not span the space.
         scores = torch.randn(len(tokens), layer.num_experts)
-        layer.router.weight.copy_(torch.linalg.lstsq(tokens, scores, driver='gelsd').solution.T)
+        layer.router.weight.copy_(torch.linalg.lstsq(tokens.cpu(), scores, driver='gelsd').solution.T)
 
     hooks = [layer.register_forward_pre_hook(fit) for layer in moe.expert_layers()]
     moe(images)
@@ -75,6 +76,12 @@ def bytes_of(*networks: nn.Module) -> int:
 
 def peak_bytes(network: nn.Module, images: Tensor, step: Step) -> int:
     """The weights, and the most that ``step`` has allocated at a time, as the allocator reports it."""
+    if images.device.type == 'cuda':
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(network, images)
+        return bytes_of(network) + torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(network, images)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +109,7 @@ def run(args: argparse.Namespace, config: dict, time_rounds: Callable[..., dict]
     for tokens in args.tokens:
         side = math.isqrt(tokens) * config['backbone']['patch_size']
         config['backbone']['img_size'] = side
-        batches = torch.rand(NUM_BATCHES, args.batch_size, 3, side, side)
+        batches = torch.rand(NUM_BATCHES, args.batch_size, 3, side, side, device=args.device)
         for num_experts in args.num_experts:
             rows.append(_benchmark(config, tokens, num_experts, batches, args.rounds, time_rounds, steps))
     return rows
@@ -117,7 +124,7 @@ def _benchmark(
     time_rounds: Callable[..., dict],
     steps: dict[str, Step],
 ) -> dict:
-    dense, moe = build_pair(config, num_experts)
+    dense, moe = (network.to(batches.device) for network in build_pair(config, num_experts))
     spread_tokens(moe, batches[0])
     routings = moe.forward_routed(batches[-1])[1]
     loads = [load for routing in routings for load in routing.counts]

@@ -1,0 +1,191 @@
+"""Try out a training before it is started: each of its parts once, on real data, and what the whole will cost."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Optional
+from uuid import uuid4
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmadvmoe.runtime.launch import build_runner
+from mmadvmoe.runtime.safe_load import check_state_dict, load_from_local
+from mmadvmoe.utils import bare_model
+
+from .alternation import AlternatingOptimHook, TurnSchedule
+
+#: Images that are attacked as in a validation.
+VAL_IMAGES = 32
+# Iterations of each group: on a GPU the first ones also load kernels.
+_CYCLES = dict(cpu=1, cuda=4)
+_NAME = 'dry_run.pth'
+
+
+@dataclass
+class DryRun:
+    """What was measured.
+
+    Attributes:
+        seconds (dict[str, float]): Of one iteration by turn, ``'joint'`` where training takes none; data loading, which
+            runs beside it, is not in it.
+        iterations (dict[str, int]): How many of them the whole training has.
+        val_seconds (float): Of one validation; 0 without one.
+        validations (int): How many of them the whole training has.
+        memory (int): Bytes at the peak, of the GPU or, without one, of the process.
+        checkpoint (int): Bytes of a checkpoint.
+        device (str): Where it ran.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    iterations: dict[str, int] = field(default_factory=dict)
+    val_seconds: float = 0.0
+    validations: int = 0
+    memory: int = 0
+    checkpoint: int = 0
+    device: str = 'cpu'
+
+    @property
+    def total_seconds(self) -> float:
+        """Of the whole training, validations included and the final test not."""
+        training = sum(count * self.seconds[turn] for turn, count in self.iterations.items())
+        return training + self.validations * self.val_seconds
+
+    def __str__(self) -> str:
+        rows = [
+            f'{count:8,d} iterations ({turn}) of {self.seconds[turn]:.3f} s' for turn, count in self.iterations.items()
+        ]
+        rows.append(f'{self.validations:8,d} validations of {self.val_seconds:.1f} s')
+        total = timedelta(seconds=round(self.total_seconds))
+        return '\n'.join(
+            [
+                f'dry run on {self.device}: each turn, an attacked validation batch, a save and a load went well',
+                *(f'  {row}' for row in rows),
+                f'  about {total} in all, without the final test',
+                f'  peak memory {self.memory / 2**20:,.0f} MiB, a checkpoint {self.checkpoint / 2**20:,.1f} MiB',
+            ]
+        )
+
+
+def dry_run(cfg: Config) -> DryRun:
+    """Build everything, train one turn of each group, attack a validation batch, save and load.
+
+    Nothing is kept: the run has a folder of its own, which is deleted. The process is not what it was (seeds, logger).
+
+    Args:
+        cfg (Config): Of a training in one process; not changed.
+
+    Raises:
+        Exception: Whatever the training would raise.
+    """
+    cfg = Config(deepcopy(cfg.to_dict()))
+    found = DryRun(device='cuda' if torch.cuda.is_available() else 'cpu')
+    schedule = _shorten(cfg)
+    with TemporaryDirectory() as folder:
+        cfg.work_dir, cfg.experiment_name = folder, f'dry_run_{uuid4().hex}'
+        runner = build_runner(cfg)
+        watch = _Watch(found, _CYCLES[found.device] * (1 if schedule is None or schedule.reuse_batch else 2))
+        runner.register_hook(watch, priority='LOWEST')
+        _until_enough(runner.train)
+        if runner.val_loop is not None:
+            start = time.perf_counter()
+            _until_enough(runner.val_loop.run)
+            share = len(runner.val_dataloader.dataset) / min(watch.val_images, len(runner.val_dataloader.dataset))
+            found.val_seconds = (time.perf_counter() - start) * share
+            found.validations = _count_validations(runner)
+        runner.save_checkpoint(folder, _NAME)
+        path = Path(folder, _NAME)
+        check_state_dict(bare_model(runner.model), load_from_local(str(path)), str(path))
+        found.checkpoint = path.stat().st_size
+        found.iterations = _count_iterations(runner, schedule, found)
+    found.memory = _peak_memory()
+    return found
+
+
+class _Enough(Exception):  # noqa: N818  no error
+    """Thrown to leave a loop of MMEngine's that has shown what it should."""
+
+
+def _until_enough(run) -> None:
+    try:
+        run()
+    except _Enough:
+        pass
+
+
+class _Watch(Hook):
+    """Times iterations, and leaves after some of them and after one batch of validation."""
+
+    def __init__(self, found: DryRun, iterations: int) -> None:
+        self.found, self.iterations = found, iterations
+        self.val_images = 1
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+        self._start = _now()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
+    ) -> None:
+        # The latest of a turn counts: the first ones are slow.
+        self.found.seconds[(data_batch or {}).get('turn', 'joint')] = _now() - self._start
+        if batch_idx + 1 == min(self.iterations, len(runner.train_dataloader)):
+            raise _Enough
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[list] = None
+    ) -> None:
+        self.val_images = len(outputs)
+        raise _Enough
+
+
+def _shorten(cfg: Config) -> Optional[TurnSchedule]:
+    """Make a turn last one iteration and a validation batch small; give the schedule as it was, if there is one."""
+    if cfg.get('visualizer') is not None:
+        cfg.visualizer.vis_backends = []
+    if cfg.get('val_cfg') and 'attacks' in cfg.val_cfg:
+        cfg.val_cfg.chunk_size = VAL_IMAGES
+    for hook in cfg.get('custom_hooks') or []:
+        if hook['type'] in (AlternatingOptimHook, AlternatingOptimHook.__name__):
+            keys = {key: hook.pop(key) for key in ('k_experts', 'k_router', 'warmup_iters') if key in hook}
+            groups = {name: cfg.optim_wrapper[name] for name in ('experts', 'router')}
+            counts = {name: group.pop('accumulative_counts', 1) for name, group in groups.items()}
+            return TurnSchedule(**keys, reuse_batch=hook.get('reuse_batch', False), accumulative_counts=counts)
+    return None
+
+
+def _count_iterations(runner: Runner, schedule: Optional[TurnSchedule], found: DryRun) -> dict[str, int]:
+    if schedule is None or schedule.reuse_batch:
+        (turn,) = found.seconds
+        return {turn: runner.max_iters}
+    return {turn: schedule.count_before(turn, runner.max_iters) for turn in found.seconds}
+
+
+def _count_validations(runner: Runner) -> int:
+    loop = runner.train_loop
+    end = getattr(loop, 'max_epochs', None) or loop.max_iters
+    if runner.cfg.train_cfg.get('by_epoch') is False:
+        end = loop.max_iters
+    due = range(loop.val_begin, end + 1)
+    return sum(step % loop.val_interval == 0 or step == end for step in due)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # In KiB but on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
