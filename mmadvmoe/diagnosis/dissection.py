@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from mmadvmoe.attacks import Pathway, Victim, build_attack
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 
+from .certified import certified_routes
 from .subject import Images, ThreatModel, percent
 
 END_TO_END = 'end_to_end'
@@ -41,6 +43,7 @@ class Dissection:
         num_experts: N; 1 for a dense model.
         num_classes: K.
         widths: Decisions of each router for one image; they sum to D.
+        certified: Whether the route of each image provably cannot change, (B,) bool; None where there are no bounds.
     """
 
     label: Tensor
@@ -49,6 +52,7 @@ class Dissection:
     num_experts: int
     num_classes: int
     widths: Sequence[int]
+    certified: Optional[Tensor] = None
 
 
 def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
@@ -88,7 +92,8 @@ def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
         pathways.append((data.classified(pathway, data.images), data.classified(pathway, adversarial, name)))
     with torch.no_grad(), victim.frozen():
         widths = [routing.decisions.shape[1] for routing in victim.forward_routed(data.images[:1])[1]]
-    return Dissection(label, outcomes, pathways, victim.num_experts, clean.logits.shape[1], widths)
+    certified = certified_routes(victim, data, threat)
+    return Dissection(label, outcomes, pathways, victim.num_experts, clean.logits.shape[1], widths, certified)
 
 
 def worse_of(clean: Outcome, first: Outcome, second: Outcome, label: Tensor) -> Outcome:
@@ -111,7 +116,8 @@ def summarize(dissection: Dissection) -> dict:
     Returns:
         ``sa``; ``attacks`` with the :func:`attack_summary` of each; ``failures``, see :func:`failures`; for each of
         the ``experts`` its ``sa`` and ``ra`` when it computes all images, and those of the ``best_expert`` of each
-        image; ``load`` with the :func:`expert_load` without an attack and under each.
+        image; ``load`` with the :func:`expert_load` without an attack and under each;
+        ``routes_certified``, the share of images whose route provably cannot change, None where there are no bounds.
     """
     outcomes, label = dissection.outcomes, dissection.label
     clean = outcomes[CLEAN]
@@ -128,6 +134,7 @@ def summarize(dissection: Dissection) -> dict:
         best_expert=dict(zip(('sa', 'ra'), best)) if is_moe else None,
         # With the route frozen the load is that without an attack.
         load={name: expert_load(dissection, o) for name, o in outcomes.items() if name != 'experts'} if is_moe else {},
+        routes_certified=None if dissection.certified is None else float(dissection.certified.double().mean()),
     )
 
 

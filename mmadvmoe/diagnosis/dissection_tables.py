@@ -64,7 +64,20 @@ def _attacks(report: Mapping) -> str:
     if not is_moe:
         return text_table([*header[:2], 'stand', 'fall'], [row[:4] for row in rows])
     counted = 'Attacks. Counts: route/prediction, of the images that are right without an attack'
-    return f'{counted}\n{text_table(header, rows)}'
+    table = f'{counted}\n{text_table(header, rows)}'
+    certified = report['routes_certified']
+    if certified is None:
+        return table
+    changed = report['attacks']['router']['route_changed']
+    return f'{table}\n{routes_text(certified, changed)}'
+
+
+def routes_text(certified: float, changed: float) -> str:
+    """Shares of images whose route provably cannot change and whose route an attack changed, and what lies between."""
+    return (
+        f'Routes: {certified:.1%} of the images provably keep theirs whatever the perturbation, {changed:.1%} lose it '
+        f'to the attack on the router, {max(1 - certified - changed, 0):.1%} are open.'
+    )
 
 
 def _failures(report: Mapping) -> str:

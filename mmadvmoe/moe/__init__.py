@@ -3,13 +3,12 @@ from .class_groups import ClassGroups
 from .convert import convert_ffns, convert_layers, match_ffns, match_layers
 from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
+from .pixel_routers import ConvRouter, MLPRouter
 from .placements import PLACEMENTS, Placement, placement_of
 from .routers import (
     GROUPS,
     BaseRouter,
-    ConvRouter,
     LayerRouter,
-    MLPRouter,
     ResNetRouter,
     TokenRouter,
     router_modules,

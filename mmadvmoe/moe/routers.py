@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Optional, Union
+from collections.abc import Callable
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +40,13 @@ class BaseRouter(BaseModule):
         if num_experts < 2:
             raise ValueError(f'router.num_experts={num_experts}: a router chooses between at least 2 experts')
         self.num_experts = num_experts
+
+    def affine_maps(self) -> Optional[tuple[Callable[[Tensor], Tensor], ...]]:
+        """Affine maps that with a ReLU between each two make up the router, as bounds on its logits need them.
+
+        None for a router that is not made so.
+        """
+        return None
 
 
 class _RouterBlock(nn.Module):
@@ -121,106 +127,6 @@ class ResNetRouter(BaseRouter):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.blocks(x)
         return self.fc(x.mean(dim=(2, 3)))
-
-
-class _Pixels(nn.Module):
-    """Average pooling of images (B, C, H, W) whose size is known."""
-
-    def __init__(self, image_size: Union[int, Sequence[int]], pool: int) -> None:
-        super().__init__()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if pool < 1 or any(side % pool for side in self.image_size):
-            raise ValueError(f'router.pool={pool} must divide router.image_size={self.image_size}')
-        self.pool = pool
-        #: Height and width of what is given.
-        self.size = tuple(side // pool for side in self.image_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != self.image_size:
-            raise ValueError(f'router.image_size={self.image_size} does not fit images of {tuple(x.shape[-2:])}')
-        return F.avg_pool2d(x, self.pool) if self.pool > 1 else x
-
-
-@MODELS.register_module()
-class MLPRouter(BaseRouter):
-    """An image-level router on the pixels: one hidden layer, no norm, no pooling over all positions.
-
-    It sees where something is, which average pooling over all positions hides, and is so small that an attack finds
-    little to take hold of.
-
-    Args:
-        num_experts (int): N >= 2.
-        image_size (int or Sequence[int]): Height and width of the images.
-        in_channels (int): Channels of the images. Defaults to 3.
-        hidden (int): Width of the hidden layer; 0 leaves a linear router. Defaults to 16.
-        pool (int): Average pooling of so many pixels in height and in width in front. Defaults to 1: none.
-        init_cfg (dict, optional): Defaults to None: PyTorch's initialisation of linear layers.
-
-    Raises:
-        ValueError: A size is out of range, or images are of another size than said.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        image_size: Union[int, Sequence[int]],
-        in_channels: int = 3,
-        hidden: int = 16,
-        pool: int = 1,
-        init_cfg: Optional[dict] = None,
-    ) -> None:
-        super().__init__(num_experts, init_cfg)
-        self.pixels = _Pixels(image_size, pool)
-        if hidden < 0:
-            raise ValueError(f'router.hidden={hidden} must be at least 0')
-        numbers = in_channels * math.prod(self.pixels.size)
-        self.hidden = nn.Linear(numbers, hidden) if hidden else None
-        self.fc = nn.Linear(hidden or numbers, num_experts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W) -> logits (B, N)."""
-        x = self.pixels(x).flatten(1)
-        return self.fc(x if self.hidden is None else F.relu(self.hidden(x)))
-
-
-@MODELS.register_module()
-class ConvRouter(BaseRouter):
-    """An image-level router of strided 3x3 convolutions and a linear layer that reads every position.
-
-    Args:
-        num_experts (int): N >= 2.
-        image_size (int or Sequence[int]): Height and width of the images.
-        in_channels (int): Channels of the images. Defaults to 3.
-        channels (Sequence[int]): Of each convolution; each halves height and width. Defaults to (4, 8).
-        pool (int): As for :class:`MLPRouter`. Defaults to 1.
-        init_cfg (dict, optional): Defaults to None: PyTorch's initialisation.
-
-    Raises:
-        ValueError: See :class:`MLPRouter`.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        image_size: Union[int, Sequence[int]],
-        in_channels: int = 3,
-        channels: Sequence[int] = (4, 8),
-        pool: int = 1,
-        init_cfg: Optional[dict] = None,
-    ) -> None:
-        super().__init__(num_experts, init_cfg)
-        self.pixels = _Pixels(image_size, pool)
-        widths = [in_channels, *channels]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
-        positions = math.prod(-(-side // 2 ** len(channels)) for side in self.pixels.size)
-        self.fc = nn.Linear(widths[-1] * positions, num_experts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W) -> logits (B, N)."""
-        x = self.pixels(x)
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        return self.fc(x.flatten(1))
 
 
 @MODELS.register_module()

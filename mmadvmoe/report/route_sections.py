@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mmadvmoe.diagnosis.dissection_tables import routes_text
 from mmadvmoe.moe import PLACEMENTS
 from mmadvmoe.visualization import draw_image_grid, draw_loads, draw_parts, draw_patch_routes
 
@@ -86,6 +87,9 @@ def _attack_table(model: ModelResults) -> Table:
         'route changed, flipped',
     )
     caption = f'{model.name}: {found["num_images"]:,} images, of which {percent(found["sa"])} right without an attack'
+    certified = found.get('routes_certified')
+    if certified is not None:
+        caption += f'. {routes_text(certified, found["attacks"]["router"]["route_changed"])}'
     return Table(caption, head, rows, wide=True)
 
 

@@ -135,6 +135,7 @@ def _dissection(folder, kind, ra):
             failures=dict(standing=112, experts=170, router=60),
             experts=[dict(expert=n, sa=91.0, ra=12.0) for n in experts],
             best_expert=dict(sa=96.0, ra=35.0),
+            routes_certified=0.61 if kind['routing'] == 'image' else None,
             load={name: load for name in ('clean', 'gate', 'end_to_end', 'router')},
         )
     _write(folder / 'dissection.json', content)

@@ -39,7 +39,9 @@ def rows_of(page):
 def test_the_summary_has_a_column_for_each_model(tmp_path):
     (one,) = results(tmp_path, 'AdvMoE', ra=30.0)
     (other,) = results(tmp_path, 'AT(MoE)', ra=20.0)
-    rows = rows_of(write_report(tmp_path, [one, other]))
+    page = write_report(tmp_path, [one, other])
+    rows = rows_of(page)
+    assert '61.0% of the images provably keep theirs' in page.read_text()
     assert ['', 'AdvMoE', 'AT(MoE)'] in rows
     assert ['SA (clean)', '95.0', '95.0'] in rows
     assert ['pgd50', '40.0', '30.0'] in rows
