@@ -29,12 +29,12 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join([text[0], '-' * max(map(len, text)), *text[1:]])
 
 
-def threat_text(report: Mapping) -> str:
-    """The threat model in one line."""
+def threat_text(report: Mapping, images: str = 'test images') -> str:
+    """The threat model, and on how many of which ``images``, in one line."""
     threat = report['threat_model']
     return (
         f'{threat["norm"]} ball of eps {threat["eps"]:.4g}, {threat["steps"]} steps of {threat["alpha"]:.4g}, '
-        f'{report["num_images"]} test images'
+        f'{report["num_images"]} {images}'
     )
 
 

@@ -16,9 +16,11 @@ from itertools import repeat
 from typing import Any, Optional
 
 import torch
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger, print_log
+from mmengine.runner import set_random_seed
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, attack_norm
@@ -29,6 +31,7 @@ from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.config_checks import check_options
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
+from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import did_you_mean
 
 #: Version of the files of results; to be raised when a number in them changes its meaning.
@@ -161,27 +164,42 @@ class Subject:
 
     Attributes:
         victim: The trained model.
-        data: Test images, evenly spread over the test set.
+        data: Images, evenly spread over the test set, or over that of another loader.
         threat: The threat model that the config tests with.
         header: How the file of results begins.
+        cfg: The config.
     """
 
     victim: Victim
     data: Images
     threat: ThreatModel
     header: Mapping
+    cfg: Config
+
+    def more_images(self, loader: str, count: int) -> Images:
+        """Read ``count`` images, or all if there are fewer, of another loader of the config, augmented once.
+
+        Raises:
+            ValueError: The config has no such loader.
+        """
+        with preserve_rng_state():
+            set_random_seed(self.data.seed)
+            return read_images(self.cfg, loader, self.victim, count, self.data.seed)[0]
 
 
-def parse_arguments(parser: argparse.ArgumentParser, num_images: int) -> argparse.Namespace:
+def parse_arguments(
+    parser: argparse.ArgumentParser, num_images: int, loader: str = 'test_dataloader'
+) -> argparse.Namespace:
     """Parse the arguments of a tool and those that say what to analyse; refuse what cannot work.
 
     Args:
         parser: The parser, with the tool's own arguments.
         num_images: Default of ``--num-images``.
+        loader: Where the images come from, see :func:`load_subject`.
     """
-    parser.add_argument('config', help='config file, with test_dataloader and test_cfg.attacks')
+    parser.add_argument('config', help=f'config file, with {loader} and test_cfg.attacks')
     parser.add_argument('checkpoint', help='checkpoint file or address')
-    many = 'test images to attack, evenly spread over the test set [%(default)s, or all if there are fewer]'
+    many = f'images of {loader} to attack, evenly spread over it [%(default)s, or all if there are fewer]'
     parser.add_argument('--num-images', type=int, default=num_images, metavar='M', help=many)
     which = 'attack of test_cfg.attacks whose norm, eps, alpha and steps are used [the first that has them]'
     parser.add_argument('--attack', metavar='NAME', help=which)
@@ -197,8 +215,13 @@ def parse_arguments(parser: argparse.ArgumentParser, num_images: int) -> argpars
     return args
 
 
-def load_subject(args: argparse.Namespace, kind: str) -> Subject:
+def load_subject(args: argparse.Namespace, kind: str, loader: str = 'test_dataloader') -> Subject:
     """Load the model and the images that the arguments name, for results of a kind.
+
+    Args:
+        args: From :func:`parse_arguments`.
+        kind: Of results, for the file.
+        loader: The data loader of the config whose images are attacked.
 
     Raises:
         FileNotFoundError: There is no such config or checkpoint.
@@ -212,19 +235,18 @@ def load_subject(args: argparse.Namespace, kind: str) -> Subject:
         check_options(args.cfg_options, cfg)
         cfg.merge_from_dict(args.cfg_options)
     attacks = (cfg.get('test_cfg') or {}).get('attacks')
-    if cfg.get('test_dataloader') is None or not attacks:
-        raise ValueError(f'{args.config} must set test_dataloader and test_cfg.attacks')
+    if cfg.get(loader) is None or not attacks:
+        raise ValueError(f'{args.config} must set {loader} and test_cfg.attacks')
     threat = ThreatModel.from_attacks(attacks, args.attack)
     victim = Victim(load_robust_model(cfg, args.checkpoint, args.device))
-    dataset = as_dataset(cfg.test_dataloader.dataset)
-    images, labels = spread_images(dataset, victim.classifier.data_preprocessor, args.num_images)
+    data, dataset = read_images(cfg, loader, victim, args.num_images, args.seed)
     placement = placement_of(victim.classifier)
     header = dict(
         kind=kind,
         format=FORMAT,
         config=args.config,
         checkpoint=args.checkpoint,
-        num_images=len(images),
+        num_images=len(data),
         seed=args.seed,
         class_names=class_names(dataset, victim.num_classes),
         threat_model=asdict(threat),
@@ -232,7 +254,20 @@ def load_subject(args: argparse.Namespace, kind: str) -> Subject:
         num_experts=victim.num_experts,
         routers=list(placement.router_names),
     )
-    return Subject(victim, Images(images, labels, cfg.test_cfg.get('chunk_size', 128), args.seed), threat, header)
+    return Subject(victim, data, threat, header, cfg)
+
+
+def read_images(cfg: Config, loader: str, victim: Victim, count: int, seed: int) -> tuple[Images, Dataset]:
+    """Images spread over the data set of a loader of the config, and the data set.
+
+    Raises:
+        ValueError: The config has no such loader.
+    """
+    if cfg.get(loader) is None:
+        raise ValueError(f'{cfg.filename} must set {loader}')
+    dataset = as_dataset(cfg[loader].dataset)
+    images, labels = spread_images(dataset, victim.classifier.data_preprocessor, count)
+    return Images(images, labels, cfg.test_cfg.get('chunk_size', 128), seed), dataset
 
 
 def write_json(path: str, content: Mapping) -> None:

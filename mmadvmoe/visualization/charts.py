@@ -9,8 +9,9 @@ from typing import Optional
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from .style import COLORMAP, MARKERS, PALETTE, new_figure, plain, single_axes, style
+from .style import COLORMAP, MARKERS, PALETTE, WIDTH, new_figure, plain, single_axes, style
 
 _STROKES = ('-', '--', ':', '-.')
 _HATCHES = ('', '///', '...', 'xx')
@@ -159,6 +160,41 @@ def draw_loads(
             panels[0].set_yticks(range(len(rows)), [plain(name) for name in rows])
         panels[0].set_ylabel(row_kind)
         figure.colorbar(picture, ax=list(panels), label=f'share of {counted}', format='{x:.0%}', shrink=0.9)
+    return figure
+
+
+def draw_confusion(confusion: np.ndarray, groups: Sequence[Sequence[int]], names: Sequence[str], title: str) -> Figure:
+    """Draw a heat map of what images of each class are taken for, classes in the order of their groups.
+
+    Args:
+        confusion (np.ndarray): Counts (K, K), the true class by row.
+        groups (Sequence[Sequence[int]]): The classes of each group, which has a frame.
+        names (Sequence[str]): Names of the K classes.
+
+    Raises:
+        ValueError: The groups do not hold each class once.
+    """
+    order = [index for group in groups for index in group]
+    if sorted(order) != list(range(len(confusion))):
+        raise ValueError(f'groups={groups} do not hold each of {len(confusion)} classes once')
+    rates = (confusion / np.maximum(confusion.sum(1, keepdims=True), 1))[np.ix_(order, order)]
+    with style():
+        labelled = len(order) <= _LABELLED_ROWS
+        figure, axes = single_axes(WIDTH, title, 'taken for', 'class')
+        picture = axes.imshow(rates, cmap=COLORMAP, vmin=0, vmax=1, interpolation='nearest')
+        axes.grid(False)
+        if len(order) <= 12:
+            _label_cells(axes, np.where(rates >= 0.005, rates, np.nan))
+        ticks = range(len(order)) if labelled else []
+        shown = [plain(names[index]) for index in order] if labelled else []
+        axes.set_xticks(ticks, shown, rotation=90)
+        axes.set_yticks(ticks, shown)
+        start = -0.5
+        for group in groups:
+            box = Rectangle((start, start), len(group), len(group), fill=False, edgecolor=PALETTE[1], linewidth=2)
+            axes.add_patch(box)
+            start += len(group)
+        figure.colorbar(picture, ax=axes, label='share of the class', format='{x:.0%}', shrink=0.8)
     return figure
 
 

@@ -122,3 +122,26 @@ def test_files_hold_numbers_only(tmp_path):
     with pytest.raises(ValueError, match='not JSON compliant'):
         write_json(tmp_path / 'found.json', dict(ra=float('nan')))
     assert not list(tmp_path.iterdir())
+
+
+def test_class_groups(run_tool, tmp_path):
+    config, out, figure = 'baselines/at_sdense_resnet18_digits.py', tmp_path / 'groups.json', tmp_path / 'groups.png'
+    few = ['--num-images', 20, '--num-train', 20, '--iterations', 1, '--num-groups', 2, 3, '--count', 1]
+    printed = run_tool('find_class_groups.py', config, *few, '--out', out, '--figure', figure, *FEW_STEPS)
+    found = json.loads(out.read_text())
+    assert set(HEAD) < set(found) and found['kind'] == 'class_groups' and figure.stat().st_size > 1000
+    confusion = torch.tensor(found['confusion'])
+    assert confusion.shape == (10, 10) and confusion.sum() == 20
+    assert [(each['place'], len(each['groups'])) for each in found['partitions']] == [
+        ('1', 2),
+        ('y mod N', 2),
+        ('1', 3),
+        ('y mod N', 3),
+    ]
+    for each in found['partitions']:
+        assert sorted(index for group in each['groups'] for index in group) == list(range(10))
+        assert each['router']['ra'] <= each['router']['sa']
+    best = found['partitions'][found['best']]
+    assert best['place'] == '1' and f'{best["router"]["flips"]:.1f} % of its routes flip' in printed
+    assert f'backbone=dict(num_experts={len(best["groups"])}' in printed
+    assert 'No router was tried' in run_tool('find_class_groups.py', config, *few, '--iterations', 0, *FEW_STEPS)

@@ -12,6 +12,7 @@ from PIL import Image
 from mmadvmoe.evaluation import Examples
 from mmadvmoe.visualization import (
     Line,
+    draw_confusion,
     draw_image_grid,
     draw_lines,
     draw_loads,
@@ -69,6 +70,19 @@ def test_loads_of_a_thousand_classes_stay_small():
     figure = draw_loads({'clean': load}, [str(n) for n in range(1000)], 'load')
     assert figure.get_size_inches()[1] <= 9
     assert not figure.axes[0].texts
+
+
+def test_confusion_is_sorted_by_group_and_framed():
+    confusion = np.array([[3, 0, 1], [0, 4, 0], [2, 0, 2]])
+    axes = draw_confusion(confusion, [[0, 2], [1]], ['cat', 'car', 'dog'], 'title').axes[0]
+    (picture,) = axes.get_images()
+    assert picture.get_array().tolist() == [[0.75, 0.25, 0], [0.5, 0.5, 0], [0, 0, 1]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['cat', 'dog', 'car']
+    assert [(box.get_x(), box.get_width()) for box in axes.patches] == [(-0.5, 2), (1.5, 1)]
+    many = draw_confusion(np.eye(100), [list(range(100))], [str(n) for n in range(100)], 'title').axes[0]
+    assert not many.texts and not many.get_yticklabels()
+    with pytest.raises(ValueError, match='do not hold each of 3 classes once'):
+        draw_confusion(confusion, [[0, 1]], ['cat', 'car', 'dog'], 'title')
 
 
 def test_parts_fill_the_bar():

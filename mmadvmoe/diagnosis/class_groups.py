@@ -1,0 +1,194 @@
+"""Groups of classes whose routes can hold: which classes an attack confuses, and how to part them between experts.
+
+Dimension letters: K classes, N groups, P partitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Optional
+
+import numpy as np
+import torch
+
+from mmadvmoe.attacks import Victim, build_attack
+
+from .subject import Images, ThreatModel
+
+#: With at most this many partitions, all are looked at; else clusterings are improved class by class.
+_MOST_PARTITIONS = 50_000
+#: Partitions scored at a time.
+_BATCH = 4096
+#: Clusterings to begin with: linkages of agglomerative clustering, and seeds of spectral clustering.
+_LINKAGES, _SEEDS = ('average', 'complete'), range(5)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Classes in groups, one for each expert.
+
+    Attributes:
+        groups: The classes of each group, by index; the groups in the order of their first class.
+        kept: Share of the attacked predictions that stay in the group of the true class, in [0, 1].
+        load: Share of the images of each group.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    kept: float
+    load: tuple[float, ...]
+
+    @classmethod
+    def of(cls, group_of: Sequence[int], confusion: np.ndarray) -> Partition:
+        """The partition in which class k is in group ``group_of[k]``; empty groups are left out."""
+        groups: dict[int, list[int]] = {}
+        for index, group in enumerate(group_of):
+            groups.setdefault(int(group), []).append(index)
+        total = confusion.sum()
+        kept = sum(confusion[np.ix_(group, group)].sum() for group in groups.values()) / total
+        load = tuple(float(confusion[group].sum() / total) for group in groups.values())
+        return cls(tuple(map(tuple, groups.values())), float(kept), load)
+
+
+def attacked_confusion(victim: Victim, data: Images, threat: ThreatModel) -> np.ndarray:
+    """Count what images of each class are taken for under attack: (K, K), the true class by row.
+
+    The attack is RoutePGD, which is PGD on a dense network.
+
+    Raises:
+        RuntimeError: The attack fails.
+    """
+    adversarial = data.attacked('PGD', build_attack(threat.attack('RoutePGD'), victim))
+    predicted = data.classified(victim, adversarial, 'PGD').prediction
+    size = victim.num_classes
+    return torch.bincount(data.labels.cpu() * size + predicted, minlength=size**2).view(size, size).numpy()
+
+
+def find_class_groups(
+    confusion: np.ndarray, num_groups: int, max_load: Optional[float] = None, count: int = 3
+) -> list[Partition]:
+    """Find the partitions of the classes that an attack leaves most seldom, the best one first.
+
+    Of few classes all partitions are tried. Of many, clusterings of the confusion (agglomerative and spectral) are
+    improved by moving one class at a time.
+
+    Args:
+        confusion (np.ndarray): From :func:`attacked_confusion`, (K, K).
+        num_groups (int): N, 2 to K.
+        max_load (float, optional): Largest share of the images in one group, as a group of nearly all classes would
+            be easy to stay in, and of no use. Defaults to 2 / N, and 0.8 for two groups.
+        count (int): How many. Defaults to 3; there may be fewer.
+
+    Raises:
+        ValueError: ``num_groups`` or ``max_load`` is out of range, or no partition keeps to it.
+    """
+    confusion = np.asarray(confusion, dtype=np.float64)
+    classes = len(confusion)
+    if confusion.shape != (classes, classes) or not confusion.sum() > 0:
+        raise ValueError(f'confusion must be (K, K) counts, got shape {confusion.shape}')
+    if not 2 <= num_groups <= classes:
+        raise ValueError(f'num_groups={num_groups} must lie between 2 and the number of classes, {classes}')
+    if max_load is None:
+        max_load = min(2 / num_groups, 0.8)
+    if not 1 / num_groups <= max_load <= 1:
+        raise ValueError(f'max_load={max_load} must lie between 1 / num_groups = {1 / num_groups:.3g} and 1')
+    share = confusion.sum(1) / confusion.sum()
+    if _num_partitions(classes, num_groups) <= _MOST_PARTITIONS:
+        candidates = _all_partitions(classes, num_groups)
+    else:
+        candidates = (
+            _improved(start, confusion, num_groups, max_load) for start in _clusterings(confusion, num_groups)
+        )
+    best: dict[tuple, Partition] = {}
+    while batch := list(islice(candidates, _BATCH)):
+        group_of = np.stack(batch)
+        same = group_of[:, :, None] == group_of[:, None]
+        kept = (same * confusion).sum((1, 2))
+        load = (np.arange(num_groups)[:, None, None] == group_of) @ share
+        kept[load.max(0) > max_load + 1e-9] = -1
+        for row in np.argsort(-kept, kind='stable')[:count]:
+            if kept[row] >= 0:
+                found = Partition.of(group_of[row], confusion)
+                best[found.groups] = found
+    if not best:
+        raise ValueError(
+            f'max_load={max_load:.3g}: no partition into {num_groups} groups keeps to it; the largest class has '
+            f'{share.max():.3g} of the images. Raise max_load, or ask for another number of groups'
+        )
+    return sorted(best.values(), key=lambda partition: -partition.kept)[:count]
+
+
+def modulo_partition(confusion: np.ndarray, num_groups: int) -> Partition:
+    """Class y in group y mod N, as in the AdvMoE reference code, to compare with."""
+    return Partition.of(np.arange(len(confusion)) % num_groups, confusion)
+
+
+def _num_partitions(classes: int, groups: int) -> int:
+    """Partitions of a set into so many parts (Stirling numbers of the second kind)."""
+    row = [1] + [0] * groups
+    for _ in range(classes):
+        row = [0] + [k * row[k] + row[k - 1] for k in range(1, groups + 1)]
+    return row[groups]
+
+
+def _all_partitions(classes: int, groups: int) -> Iterator[np.ndarray]:
+    """The group of each class; a new group is always the next one, so no partition comes twice."""
+
+    def extend(prefix: list[int], used: int) -> Iterator[np.ndarray]:
+        left = classes - len(prefix)
+        if not left:
+            yield np.array(prefix)
+            return
+        for group in range(min(used + 1, groups)):
+            now = max(used, group + 1)
+            if groups - now < left:
+                yield from extend([*prefix, group], now)
+
+    return extend([], 0)
+
+
+def _clusterings(confusion: np.ndarray, num_groups: int) -> Iterator[np.ndarray]:
+    # A slow import, and of use here alone.
+    from sklearn.cluster import AgglomerativeClustering, SpectralClustering
+
+    rates = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    # Pairs that were never confused are a little alike all the same: the graph must be connected.
+    alike = rates + rates.T + 1e-4
+    np.fill_diagonal(alike, alike.max())
+    for linkage in _LINKAGES:
+        yield AgglomerativeClustering(num_groups, metric='precomputed', linkage=linkage).fit_predict(
+            alike.max() - alike
+        )
+    for seed in _SEEDS:
+        yield SpectralClustering(num_groups, affinity='precomputed', random_state=seed).fit_predict(alike)
+
+
+def _improved(start: np.ndarray, confusion: np.ndarray, num_groups: int, max_load: float) -> np.ndarray:
+    """Move single classes, first to keep to the load, then as long as more predictions are kept."""
+    group_of = start.copy()
+    share = confusion.sum(1) / confusion.sum()
+    both = confusion + confusion.T
+    np.fill_diagonal(both, 0)
+    classes = np.arange(len(confusion))
+    # Each move of the first kind takes from what is too much, each of the second gains: more than enough.
+    for _ in range(20 * len(confusion)):
+        member = np.eye(num_groups)[group_of]
+        load, size = share @ member, member.sum(0)
+        # What each class would keep in each group, compared with where it is.
+        gain = both @ member
+        gain -= gain[classes, group_of][:, None]
+        allowed = (load + share[:, None] <= max_load + 1e-9) & (size[group_of] > 1)[:, None] & (member == 0)
+        forced = load[group_of] > max_load + 1e-9
+        empty = size == 0
+        if empty.any():
+            allowed[:, ~empty] = False
+        elif forced.any():
+            allowed[~forced] = False
+        else:
+            allowed &= gain > 1e-9
+        if not allowed.any():
+            break
+        moved, to = np.unravel_index(np.where(allowed, gain, -np.inf).argmax(), gain.shape)
+        group_of[moved] = to
+    return group_of
