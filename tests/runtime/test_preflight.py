@@ -390,4 +390,6 @@ def test_what_routing_costs_is_logged_beside_the_pathway(tmp_path, monkeypatch):
     (line,) = [line for line in lines if 'multiply-adds' in line]
     cost = count_cost(runner.model, (3, 8, 8))
     numbers = [float(number) for number in re.findall(r'(\d+\.\d+) million', line)]
-    assert numbers == pytest.approx([1000 * cost.router_gflops, 1000 * cost.pathway_gflops], rel=0.15)  # norms, which cost little, are not counted
+    assert numbers == pytest.approx(
+        [1000 * cost.router_gflops, 1000 * cost.pathway_gflops], rel=0.15
+    )  # norms, which cost little, are not counted

@@ -32,7 +32,7 @@ FAMILIES = {
         'AT(MoE)': 'configs/baselines/at_moe_resnet18_digits.py',
         'AdvMoE': 'configs/advmoe_resnet18_digits.py',
         'AdvMoE (paper)': 'configs/advmoe_resnet18_digits_paper.py',
-        'AdvMoE (reference)': 'configs/advmoe_resnet18_digits_reference.py',
+        'AdvMoE (stabilised)': 'configs/advmoe_resnet18_digits_stabilised.py',
     },
     'vit': {
         'AT(Dense ViT)': 'configs/baselines/at_dense_vit-small_digits.py',
