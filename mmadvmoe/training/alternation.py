@@ -108,7 +108,7 @@ class TurnSchedule:
 
 
 @contextmanager
-def train_only(model: nn.Module, group: str) -> Iterator[None]:
+def train_only(model: nn.Module, group: str, in_eval: bool = True) -> Iterator[None]:
     """Fix the group that is not to be trained; on exit every flag is as it was.
 
     Its parameters require no gradient and its modules are in eval mode, so neither weights nor norm statistics move.
@@ -116,9 +116,11 @@ def train_only(model: nn.Module, group: str) -> Iterator[None]:
     Args:
         model (nn.Module): The bare model.
         group (str): The group that is trained, ``'experts'`` or ``'router'``.
+        in_eval (bool): Whether the modules of the other group go into eval mode. Defaults to True.
     """
     below_routers = {id(module) for router in router_modules(model) for module in router.modules()}
     modules = [m for m in model.modules() if m.training and (id(m) in below_routers) != (group == 'router')]
+    modules = modules if in_eval else []
     (other,) = (name for name in GROUPS if name != group)
     parameters = [parameter for _, parameter in split_parameters(model)[other] if parameter.requires_grad]
     try:
@@ -151,6 +153,9 @@ class AlternatingOptimHook(Hook):
         warmup_iters (int): Iterations at the start that belong to the experts alone. Defaults to 0.
         reuse_batch (bool): Whether the router steps on the batch that the experts have just stepped on, attacked
             afresh, instead of waiting for its own. Defaults to False.
+        fixed_in_eval (bool): Whether the modules of the group that is fixed are in eval mode. Without, its norm layers
+            go on normalising by the batch and counting, as in the reference code, so that what is fixed are its
+            weights alone. Defaults to True.
 
     Raises:
         ValueError: A number is out of range or they do not fit each other, see :class:`TurnSchedule`.
@@ -170,7 +175,15 @@ class AlternatingOptimHook(Hook):
     # Before RuntimeInfoHook, which puts the outputs of an iteration into the log.
     priority = 'HIGHEST'
 
-    def __init__(self, k_experts: int = 1, k_router: int = 1, warmup_iters: int = 0, reuse_batch: bool = False) -> None:
+    def __init__(
+        self,
+        k_experts: int = 1,
+        k_router: int = 1,
+        warmup_iters: int = 0,
+        reuse_batch: bool = False,
+        fixed_in_eval: bool = True,
+    ) -> None:
+        self.fixed_in_eval = fixed_in_eval
         self.schedule = TurnSchedule(k_experts, k_router, warmup_iters, reuse_batch)
         self._step = ExitStack()
         self._batch: Optional[dict] = None
@@ -216,7 +229,7 @@ class AlternatingOptimHook(Hook):
         turn = self.schedule.turn_at(runner.iter)
         data_batch['turn'] = turn
         runner.optim_wrapper.activate(turn)
-        self._step.enter_context(train_only(bare_model(runner.model), turn))
+        self._step.enter_context(train_only(bare_model(runner.model), turn, self.fixed_in_eval))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
@@ -227,7 +240,7 @@ class AlternatingOptimHook(Hook):
         if self.schedule.repeats_batch(runner.iter):
             batch, self._batch = dict(self._batch, turn='router'), None
             runner.optim_wrapper.activate('router')
-            with train_only(bare_model(runner.model), 'router'):
+            with train_only(bare_model(runner.model), 'router', self.fixed_in_eval):
                 router_outputs = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
             log_vars.update(_named_by_turn(router_outputs, 'router'))
         # In place, as the hooks that follow share this dict.

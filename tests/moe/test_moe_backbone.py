@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from masked_oracle import MaskedMoE
+from masked_mixture import MaskedMoE
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmpretrain.registry import MODELS
 
