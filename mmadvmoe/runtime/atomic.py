@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import os.path as osp
 from pathlib import Path
 from typing import Union
 
 from mmengine.fileio import LocalBackend, register_backend
+
+from .seal import seal
 
 #: Ending of files that are being written. One that is left over was cut off by a kill, and is surely ours to delete.
 PARTIAL = '.mmadvmoe-partial'
@@ -37,6 +40,28 @@ def write_atomically(path: Union[str, Path], content: bytes) -> None:
         raise
 
 
+def check_writable(path: Union[str, Path], argument: str) -> None:
+    """Find out, before long work, whether a file can be written; nothing that is there is touched.
+
+    Args:
+        path: The file; missing folders are made.
+        argument: Command line argument or config key that names it, for the message.
+
+    Raises:
+        OSError: It cannot, because the disk is full say.
+    """
+    path = os.fspath(path)
+    try:
+        if osp.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, 'it is a folder')
+        probe = f'{path}.probe'
+        # A block of the disk: an empty file may find room where nothing else does.
+        write_atomically(probe, bytes(4096))
+        os.remove(probe)
+    except OSError as error:
+        raise OSError(error.errno, f'{argument}: {path!r} cannot be written ({error.strerror})') from error
+
+
 def _sync_folder(folder: str) -> None:
     """Force the renaming itself to disk, before anything older is deleted."""
     if os.name == 'posix':
@@ -51,8 +76,15 @@ class AtomicLocalBackend(LocalBackend):
     """MMEngine's local files, written by :func:`write_atomically`."""
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        """Write a file; the OSError of one that cannot be written says what to do."""
-        filepath = os.fspath(filepath)
+        """Write a checkpoint, with its SHA-256; the OSError of one that cannot be written says what to do."""
+        self._write(seal(obj), os.fspath(filepath))
+
+    def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
+        """Write a text file, as it is."""
+        self._write(obj.encode(encoding), os.fspath(filepath))
+
+    @staticmethod
+    def _write(obj: bytes, filepath: str) -> None:
         try:
             write_atomically(filepath, obj)
         except OSError as error:
@@ -62,10 +94,6 @@ class AtomicLocalBackend(LocalBackend):
                 'before is intact. Make room there, or set `default_hooks.checkpoint.out_dir` or a smaller '
                 '`max_keep_ckpts`; then resume',
             ) from error
-
-    def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
-        """Write a text file, as :meth:`put` does."""
-        self.put(obj.encode(encoding), filepath)
 
 
 def use_atomic_files() -> dict[str, str]:

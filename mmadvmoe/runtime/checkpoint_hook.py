@@ -2,7 +2,6 @@
 
 import os
 import os.path as osp
-import re
 from glob import escape, glob
 from typing import Any, Optional
 
@@ -14,7 +13,9 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from mmpretrain.registry import HOOKS
 
 from .atomic import PARTIAL, AtomicLocalBackend, use_atomic_files
-from .safe_load import CheckpointError, check_state_dict, load_from_local
+from .checkpoint_folder import POINTER, CheckpointFolder
+from .lock import FolderLock, in_first_process
+from .safe_load import CheckpointError, check_state_dict
 
 
 class _RemoveLater:
@@ -54,7 +55,11 @@ class SafeCheckpointHook(CheckpointHook):
       room for one checkpoint more than ``max_keep_ckpts``. This holds on local disks; other storage is used as it is.
     * The checkpoint of an epoch is saved once more after its validation, so that it holds the result.
     * ``resume=True`` without a file takes the newest checkpoint that loads, with a warning, when the one that
-      ``last_checkpoint`` names is lost or damaged.
+      ``last_checkpoint`` names, or that file itself, is lost or damaged. Every byte of a checkpoint is compared with
+      the SHA-256 at its end.
+    * One process at a time trains in a folder, and touches no file of another folder: ``last_checkpoint`` and the
+      checkpoints name files without the path to them. Checkpoints of another training, which a new one would mix with
+      its own, are moved into a folder ``earlier_<n>`` below it, with a warning, before training starts.
     * Resuming, validating and testing demand that the checkpoint fits the model tensor for tensor. ``load_from`` in
       training stays MMEngine's: it takes what fits and logs the rest.
     * Before it saves, it calls ``collect_checkpoint_state(runner)`` of every hook that has one, in every process
@@ -75,31 +80,38 @@ class SafeCheckpointHook(CheckpointHook):
         super().__init__(*args, **kwargs)
         self._saved_after_val = False
         self._training = False
+        self._own: Optional[CheckpointFolder] = None
+        self._locks: list[FolderLock] = []
 
     def before_run(self, runner: Runner) -> None:
-        """Choose the checkpoint to resume from when none was named.
+        """Lock the folders of a training, and choose the checkpoint to resume from when none was named.
 
         Raises:
-            CheckpointError: If ``last_checkpoint`` names a file that does not load and there is no other that does.
+            FolderInUseError: Another process trains in the same folder.
+            CheckpointError: There are checkpoints, or there is a pointer to one, and none loads.
         """
         self._training = False  # one Runner may train first and validate then
-        if not runner._resume or runner._load_from is not None:
-            return
-        named = find_latest_checkpoint(runner.work_dir)
-        if named is None or not isinstance(get_file_backend(named), LocalBackend):
-            return
-        problem = _problem_of(named)
-        if problem is None:
-            return
-        for candidate in self._saved_checkpoints(runner):
-            if _problem_of(candidate) is None:
-                runner.logger.warning(f'{problem} Resuming from {candidate!r} instead.')
-                runner._load_from = candidate
-                return
-        raise CheckpointError(
-            f'Nothing to resume from in {runner.work_dir!r}. {problem} No other checkpoint there loads either. Name '
-            'one with `load_from` or start anew in another `work_dir`.'
-        )
+        folder = runner.work_dir
+        if self.out_dir not in (None, folder):
+            folder = osp.join(self.out_dir, osp.basename(folder.rstrip(osp.sep)))
+        local = isinstance(get_file_backend(folder, backend_args=self.backend_args), LocalBackend)
+        self._own = CheckpointFolder(folder, self.filename_tmpl) if local else None
+        if _trains(runner):
+            in_first_process(lambda: self._lock({runner.work_dir, folder} if local else {runner.work_dir}))
+        if runner._resume and runner._load_from is None and local:
+            runner._load_from = in_first_process(lambda: self._own.choose(runner.work_dir, runner.logger.warning))
+
+    def _lock(self, folders: set) -> None:
+        for folder in sorted(folders):
+            cure = 'Wait until it ends, stop it, or choose another folder (--work-dir, or `work_dir` of the config).'
+            self._locks.append(FolderLock(folder, cure))
+            self._locks[-1].acquire()
+
+    def after_run(self, runner: Runner) -> None:
+        """Give the folders back."""
+        for lock in self._locks:
+            lock.release()
+        self._locks.clear()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse a checkpoint that does not fit, except where training starts from it.
@@ -107,8 +119,7 @@ class SafeCheckpointHook(CheckpointHook):
         Raises:
             CheckpointError: If it does not fit the model, or lacks what resuming needs.
         """
-        # `train` builds both before it loads. The loop alone is built by whoever looks at `runner.train_loop`, too.
-        training = isinstance(runner._train_loop, BaseLoop) and isinstance(runner.optim_wrapper, OptimWrapper)
+        training = _trains(runner)
         if training and not runner._resume:
             return
         filename = runner._load_from or find_latest_checkpoint(runner.work_dir)
@@ -124,14 +135,18 @@ class SafeCheckpointHook(CheckpointHook):
         check_state_dict(runner.model, checkpoint, filename)
 
     def before_train(self, runner: Runner) -> None:
-        """Find the folder, and tidy up what a killed run has left there."""
+        """Move what another training has left in the folder, and tidy up what a killed run has."""
         self._training = True
-        folder = self.out_dir or runner.work_dir
-        if isinstance(get_file_backend(folder, backend_args=self.backend_args), LocalBackend):
+        info = runner.message_hub.runtime_info
+        if self._own is not None:
             self.backend_args = use_atomic_files()
+            foreign = runner._resume and runner._load_from is not None and not self._own.holds(runner._load_from)
+            step = 0 if foreign else runner.epoch if self.by_epoch else runner.iter
+            in_first_process(lambda: self._own.set_aside(step, runner.work_dir, runner.logger.warning))
+            for key in [key for key in info if key.startswith('best_ckpt')]:
+                self._take_own_best(runner, key)
         super().before_train(runner)
         self.file_backend = _RemoveLater(self.file_backend)
-        info = runner.message_hub.runtime_info
         if 'last_ckpt' in info and self.last_ckpt is None:
             last_ckpt = self._path_of(osp.basename(info['last_ckpt']))
             # All processes must agree, because they act together when they save.
@@ -144,6 +159,24 @@ class SafeCheckpointHook(CheckpointHook):
                     os.remove(path)
             self.file_backend.outdated += map(self._path_of, info.get('outdated_ckpts', []))
             self._remove_outdated()
+
+    def _take_own_best(self, runner: Runner, key: str) -> None:
+        """Where a checkpoint says which file is the best so far, look for it in this run's own folder alone."""
+        best = runner.message_hub.get_info(key)
+        own = self._own.find(best)
+        if own is None and best is not None:
+            runner.logger.warning(
+                f'The best checkpoint so far, {osp.basename(best)}, is not in {self._own.path!r}: one will be there '
+                'when a later one is better.'
+            )
+        runner.message_hub.update_info(key, own)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Name files in the checkpoint relative to the folder that it lies in, so that the folder can be moved."""
+        info = checkpoint['message_hub']['runtime_info']
+        for key in [key for key in info if key == 'last_ckpt' or key.startswith('best_ckpt')]:
+            if self._own is not None and info[key] is not None:
+                info[key] = osp.basename(info[key])
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save the best checkpoint, and the result of the validation with the latest one."""
@@ -187,8 +220,10 @@ class SafeCheckpointHook(CheckpointHook):
             **self.args,
         )
         if is_main_process():
-            pointer = osp.join(runner.work_dir, 'last_checkpoint')
-            AtomicLocalBackend().put_text(self.last_ckpt, pointer)
+            if self._own is not None:
+                self._own.point_to(self.last_ckpt, runner.work_dir)
+            else:  # other storage, where MMEngine goes by whole addresses
+                AtomicLocalBackend().put_text(self.last_ckpt, osp.join(runner.work_dir, POINTER))
             self._remove_outdated()
         self._saved_after_val = True
 
@@ -202,20 +237,10 @@ class SafeCheckpointHook(CheckpointHook):
     def _path_of(self, filename: str) -> str:
         return self.file_backend.join_path(self.out_dir, filename)
 
-    def _saved_checkpoints(self, runner: Runner) -> list[str]:
-        """The checkpoints that this hook has saved for a run, newest first."""
-        folder = runner.work_dir
-        if self.out_dir is not None:
-            folder = osp.join(self.out_dir, osp.basename(runner.work_dir.rstrip(osp.sep)))
-        pattern = re.compile(re.escape(self.filename_tmpl).replace(r'\{\}', r'(\d+)'))
-        names = os.listdir(folder) if osp.isdir(folder) else []
-        steps = {int(match[1]): match[0] for match in map(pattern.fullmatch, names) if match}
-        return [osp.join(folder, steps[step]) for step in sorted(steps, reverse=True)]
 
+def _trains(runner: Runner) -> bool:
+    """Whether :meth:`Runner.train` was called.
 
-def _problem_of(filename: str) -> Optional[str]:
-    try:
-        load_from_local(filename, map_location='cpu')
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None
+    It builds both before it runs. The loop alone is built by whoever looks at ``runner.train_loop``, too.
+    """
+    return isinstance(runner._train_loop, BaseLoop) and isinstance(runner.optim_wrapper, OptimWrapper)

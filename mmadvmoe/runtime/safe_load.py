@@ -27,6 +27,8 @@ from torch import nn
 
 from mmadvmoe.utils import bare_model
 
+from .seal import damage_of
+
 try:
     from numpy._core import multiarray as numpy_core
 except ImportError:  # NumPy 1.25
@@ -69,8 +71,9 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is empty, cut off, not a checkpoint, holds no weights, or holds objects that a
-            checkpoint does not need. Nothing of such an object is executed.
+        CheckpointError: If the file is empty, cut off, not a checkpoint, holds no weights, has bytes that are not those
+            of its checksum (the SHA-256 at its end, or the CRC-32 of each record), or holds objects that a checkpoint
+            does not need. Nothing of such an object is executed.
     """
     filename = osp.expanduser(os.fspath(filename))
     if not osp.exists(filename):
@@ -178,13 +181,16 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
 
 
 def _check_container(filename: str) -> None:
-    """Refuse what is visibly no checkpoint, without unpickling anything."""
+    """Refuse what is visibly no checkpoint, or damaged, without unpickling anything."""
     if not osp.isfile(filename):
         raise CheckpointError(f'{filename!r} is not a file. Name the checkpoint inside it.')
     with open(filename, 'rb') as file:
         magic = file.read(4)
     if not magic:
         raise CheckpointError(f'Checkpoint {filename!r} is empty. {_ADVICE}')
+    damage = damage_of(filename)
+    if damage is not None:
+        raise CheckpointError(f'Checkpoint {filename!r} is damaged: {damage}. {_ADVICE}')
     if zipfile.is_zipfile(filename):
         with zipfile.ZipFile(filename) as archive:
             names = archive.namelist()

@@ -13,7 +13,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner
 from mmpretrain.registry import DATASETS, HOOKS, METRICS, MODELS
 from torch import nn
 from torch.utils.data import Dataset
@@ -95,10 +95,9 @@ def files(folder):
     return sorted(path.name for path in Path(folder).glob('*.pth'))
 
 
-def assert_resumable(folder):
+def assert_resumable(folder, work_dir=None):
     """What the pointer names is there and loads, and nothing beside it is broken."""
-    last = find_latest_checkpoint(str(folder))
-    assert last is not None
+    last = str(Path(folder, Path(work_dir or folder, 'last_checkpoint').read_text()))
     for path in {last, *map(str, Path(folder).glob('*.pth'))}:
         load_from_local(path)
     return load_from_local(last)
@@ -136,7 +135,7 @@ def test_by_iteration_and_other_folder(tmp_path):
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler')
     Runner.from_cfg(cfg).train()
     assert files(tmp_path / 'out' / 'run') == ['iter_5.pth']
-    assert assert_resumable(tmp_path / 'run')['meta']['iter'] == 5
+    assert assert_resumable(tmp_path / 'out' / 'run', tmp_path / 'run')['meta']['iter'] == 5
 
 
 def _train(cfg, kill_at):
@@ -205,8 +204,8 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', no_space)
-    with pytest.raises(OSError, match='epoch_1.pth.*No space left.*is intact') as caught:
-        Runner.from_cfg(cfg_of(tmp_path, epochs=2)).train()
+    with pytest.raises(OSError, match='epoch_2.pth.*No space left.*is intact') as caught:
+        resumed(tmp_path, epochs=2)
     assert caught.value.errno == errno.ENOSPC
     assert (tmp_path / 'epoch_1.pth').read_bytes() == before
     assert_resumable(tmp_path)
@@ -215,7 +214,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_put_replaces_atomically(tmp_path):
     backend, path = AtomicLocalBackend(), tmp_path / 'new' / 'file'
-    backend.put(b'old', path)
+    backend.put_text('old', path)
     reader = path.open('rb')
     backend.put_text('new', str(path))
     assert reader.read() == b'old' and path.read_bytes() == b'new'
@@ -229,8 +228,8 @@ def finished(tmp_path):
     return tmp_path
 
 
-def resumed(folder, **changes):
-    cfg = cfg_of(folder, epochs=3)
+def resumed(folder, epochs=3, **changes):
+    cfg = cfg_of(folder, epochs=epochs)
     ScoreOfEpoch.epoch = 2
     cfg.resume = True
     cfg.update(changes)
