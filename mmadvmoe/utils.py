@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 from mmengine.model import is_model_wrapper
-from torch import nn
+from torch import Tensor, nn
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -35,3 +36,19 @@ def did_you_mean(name: Any, allowed: Collection[str]) -> str:
     """The hint at the nearest allowed name, for the middle of a message; empty if none is near."""
     near = get_close_matches(str(name), [str(each) for each in allowed], n=1, cutoff=0.5)
     return f' (did you mean {near[0]!r}?)' if near else ''
+
+
+def as_plain(value: Any) -> Any:
+    """Rewrite a value as JSON and YAML can hold it; what they cannot (an object of a config, say) by its name.
+
+    Tensors, arrays and numbers of NumPy become numbers and lists, keys become text.
+    """
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return [as_plain(each) for each in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return value.__name__ if isinstance(value, type) else repr(value)

@@ -12,6 +12,7 @@ from mmengine.evaluator import DumpResults
 
 from mmadvmoe.attacks import STANDARD_ATTACKS
 from mmadvmoe.evaluation.named_attacks import choose_attacks
+from mmadvmoe.runtime.atomic import check_writable, write_atomically
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
@@ -21,11 +22,21 @@ from mmadvmoe.runtime.launch import (
     merge_common_arguments,
     prepare_distributed,
 )
+from mmadvmoe.runtime.lock import in_first_process
+from mmadvmoe.utils import as_plain
 
 OUT_SUFFIXES = {
     'pred': ('.pkl', '.pickle'),
     'metrics': ('.json', '.yaml', '.yml', '.pkl', '.pickle'),
 }
+
+
+class AtomicDumpResults(DumpResults):
+    """MMEngine's file of predictions, complete or as it was before."""
+
+    def compute_metrics(self, results: list) -> dict:
+        write_atomically(self.out_file_path, mmengine.dump(results, file_format='pkl'))
+        return {}
 
 
 def _radius(text: str) -> float:
@@ -182,13 +193,16 @@ def main() -> None:
     cfg = load_config(args.config)
     merge_args(cfg, args)
     prepare_distributed(cfg, args.launcher)
+    if args.out is not None:
+        in_first_process(lambda: check_writable(args.out, '--out'))
     runner = build_runner(cfg)
     if args.out_item == 'pred':
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+        runner.test_evaluator.metrics.append(AtomicDumpResults(out_file_path=args.out))
     metrics = runner.test()
     if args.out_item == 'metrics' and is_main_process():
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        mmengine.dump(metrics, args.out)
+        kind = Path(args.out).suffix[1:]
+        content = mmengine.dump(metrics if kind.startswith('p') else as_plain(metrics), file_format=kind)
+        write_atomically(args.out, content if isinstance(content, bytes) else content.encode())
     finish_distributed()
 
 

@@ -15,11 +15,17 @@ run_distributed() {
         # A free port, so that jobs can share the machine.
         rendezvous=(--standalone)
     else
+        local port="${PORT:-29500}"
+        # torchrun itself says so only at the end of a long traceback.
+        if [ "${NODE_RANK:-0}" -eq 0 ] && (: > "/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+            echo "port $port is in use on this machine, by another run perhaps: set PORT to a free one" >&2
+            return 2
+        fi
         rendezvous=(
             --nnodes "${NNODES:-1}"
             --node-rank "${NODE_RANK:-0}"
             --master-addr "${MASTER_ADDR:-127.0.0.1}"
-            --master-port "${PORT:-29500}"
+            --master-port "$port"
         )
     fi
 

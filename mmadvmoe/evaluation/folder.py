@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import pickle
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import mmengine
 import torch
+from mmengine.logging import print_log
 
 from mmadvmoe.runtime.atomic import PARTIAL, write_atomically
+from mmadvmoe.runtime.lock import FolderLock
+from mmadvmoe.runtime.seal import damage_of, is_sealed, seal
+from mmadvmoe.utils import as_plain
 
 from .data import Chunk
 from .outcomes import CLEAN, NORMS, Outcome, RobustOutcomes
 
-#: Version of the layout of the folder.
-FORMAT = 1
-RUN, PARTS, OUTCOMES, METRICS = 'run.json', 'parts', 'outcomes.jsonl', 'metrics.json'
+#: Version of the layout of the folder. In 1, a part had no checksum but the CRC-32 of its zip records, and nothing said
+#: to which run it belongs: such a folder can be read, but not be gone on with.
+FORMAT = 2
+RUN, PARTS, OUTCOMES, METRICS, SUMS = 'run.json', 'parts', 'outcomes.jsonl', 'metrics.json', 'SHA256SUMS'
 
 _MUST_AGREE = ('format', 'settings', 'versions')
 
@@ -29,7 +34,9 @@ class OutcomeFolder:
     """A folder that gets the outcome of each chunk of images under each attack as soon as it is known.
 
     At any moment everything in it is complete, so that an evaluation which was killed, or ran out of disk, goes on from
-    there. Several processes may write to it, each the chunks of its own.
+    there. Several processes of one evaluation may write to it, each the chunks of its own; another evaluation may not
+    as long as it does. What is read is compared with its checksum, and with the run, attack and chunk that it is
+    said to be of.
 
     Args:
         path: The folder.
@@ -39,28 +46,41 @@ class OutcomeFolder:
     def __init__(self, path: Union[str, Path], names: Sequence[str]) -> None:
         self.path = Path(path)
         self._numbers = {name: number for number, name in enumerate((CLEAN, *names))}
+        self._lock = FolderLock(path, 'Wait until that evaluation ends, stop it, or choose another folder.')
+        self._run: Optional[dict] = None
 
     def prepare(self, run: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Begin an evaluation in the folder, or go on with one.
+        """Begin an evaluation in the folder, or go on with one; nobody else may write to it until :meth:`close`.
 
         Args:
             run: ``format``, ``settings`` and ``versions``, on which the outcomes depend, and whatever is good to know.
             overwrite: Delete the outcomes that are there and begin anew.
 
         Raises:
+            FolderInUseError: Another process evaluates into the folder.
             ValueError: The folder holds the outcomes of an evaluation with other settings; says which differ.
             OSError: The disk is full, say.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f'{str(self.path)!r} is a file; outcomes of all images need a folder.')
+        self._lock.acquire()
+        try:
+            self._prepare(as_plain(run), overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others write to the folder."""
+        self._lock.release()
+
+    def _prepare(self, run: dict, overwrite: bool) -> None:
         for partial in self.path.glob(f'**/.*{PARTIAL}'):
             partial.unlink()
-        results = [path for path in (self.path / METRICS, self.path / OUTCOMES) if path.exists()]
+        results = [path for path in (self.path / name for name in (METRICS, SUMS, OUTCOMES)) if path.exists()]
         results += sorted(self.path.glob(f'{PARTS}/*.pt'))
-        # As JSON gives it back.
-        run = json.loads(json.dumps(run, default=_jsonable))
-        before = _read_json(self.path / RUN)
         if not overwrite:
+            before = _read_run(self.path)
             if before is None and results:
                 raise ValueError(
                     f'{str(self.path)!r} holds {results[0].name}, but no {RUN} that tells which evaluation it belongs '
@@ -72,7 +92,8 @@ class OutcomeFolder:
         # What depends on the settings goes before the settings do.
         for path in results:
             path.unlink()
-        self._write(RUN, json.dumps(run, indent=2) + '\n')
+        self._run = None
+        self._write(RUN, json.dumps(dict(run, sha256=_digest(run)), indent=2) + '\n')
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differences = _differences(*({key: run.get(key) for key in _MUST_AGREE} for run in (before, now)))
@@ -95,29 +116,76 @@ class OutcomeFolder:
         Raises:
             ValueError: The outcome is that of other images, or the file is damaged.
         """
-        path = self.part(chunk.number, name)
-        if not path.is_file():
+        if not self.part(chunk.number, name).is_file():
             return None
-        part = _read_part(path)
+        part = self.read_part(chunk.number, name)
         if part['digest'] != chunk.digest:
             raise ValueError(
-                f'{str(path)!r} holds outcomes of other images or labels than those of chunk {chunk.number} of the '
-                'data set. Evaluate that data set, choose another folder, or begin anew (--overwrite, overwrite=True).'
+                f'{str(self.part(chunk.number, name))!r} holds outcomes of other images or labels than those of chunk '
+                f'{chunk.number} of the data set. Evaluate that data set, choose another folder, or begin anew '
+                '(--overwrite, overwrite=True).'
             )
         return Outcome(**part['outcome'])
+
+    def read_part(self, chunk_number: int, name: str) -> dict:
+        """Read the file of a chunk under an attack.
+
+        Returns:
+            dict: ``index`` and ``name`` (of chunk and attack), ``place`` and ``label`` of its images, their ``digest``,
+            and ``outcome``.
+
+        Raises:
+            ValueError: It is damaged, or of another run, attack or chunk.
+        """
+        run, path = self._run_of(), self.part(chunk_number, name)
+        try:
+            damage = damage_of(path)
+            if damage is None and run['format'] > 1 and not is_sealed(path):
+                damage = 'it is cut off: its checksum is missing'
+            part = torch.load(path, weights_only=True) if damage is None else {}
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # a damaged pickle can fail in any way
+            # Before that mark, PyTorch's message recommends to load without safety.
+            damage = f'{type(error).__name__}: {str(error).split("WeightsUnpickler error:")[-1].strip()}'
+        if damage is None and not _is_part(part):
+            damage = 'it holds something else than an outcome'
+        cure = 'Delete it, and the evaluation, started again, computes it anew.'
+        if damage is not None:
+            raise ValueError(f'{str(path)!r} is damaged ({damage}). {cure}')
+        identity = None if run['format'] == 1 else _identity(run)
+        if (part['index'], part['name'], part.get('run')) != (chunk_number, name, identity):
+            other = f'chunk {part["index"]} under {part["name"]!r}' + ' of another run' * (part.get('run') != identity)
+            raise ValueError(f'{str(path)!r} does not hold what its name says, but the outcome of {other}. {cure}')
+        return part
 
     def write(self, chunk: Chunk, name: str, outcome: Outcome) -> None:
         """Keep the outcome of a chunk under an attack."""
         part = dict(index=chunk.number, name=name, place=torch.as_tensor(chunk.indices), label=chunk.labels.cpu())
+        part.update(digest=chunk.digest, run=_identity(self._run_of()), outcome=vars(outcome))
         buffer = io.BytesIO()
-        torch.save(dict(part, digest=chunk.digest, outcome=vars(outcome)), buffer)
-        self._write(self.part(chunk.number, name).relative_to(self.path), buffer.getvalue())
+        torch.save(part, buffer)
+        self._write(self.part(chunk.number, name).relative_to(self.path), seal(buffer.getvalue()))
+
+    def _run_of(self) -> dict:
+        """The content of ``run.json``, read once."""
+        if self._run is None:
+            self._run = _read_run(self.path)
+        if self._run is None:
+            raise FileNotFoundError(f'{str(self.path)!r} holds no evaluation: there is no {RUN}')
+        return self._run
 
     def finish(self, outcomes: RobustOutcomes, metrics: Mapping[str, Any]) -> None:
         """Write the outcomes of all images, and the metrics."""
-        self._write(OUTCOMES, ''.join(json.dumps(record) + '\n' for record in as_records(outcomes)))
+        files = {
+            OUTCOMES: ''.join(json.dumps(record) + '\n' for record in as_records(outcomes)).encode(),
+            METRICS: (json.dumps(as_plain(metrics), indent=2) + '\n').encode(),
+        }
+        sums = ''.join(f'{hashlib.sha256(content).hexdigest()}  {name}\n' for name, content in files.items())
+        self._write(OUTCOMES, files[OUTCOMES])
+        self._write(SUMS, sums)
         # A sign as well: who sees this file sees a complete folder.
-        self._write(METRICS, mmengine.dump(dict(metrics), file_format='json', indent=2) + '\n')
+        self._write(METRICS, files[METRICS])
 
     def _write(self, name: Union[str, Path], content: Union[str, bytes]) -> None:
         try:
@@ -155,20 +223,41 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
         ValueError: No image is done under all attacks, or a file is damaged.
     """
     path = Path(path)
-    run = _read_json(path / RUN)
+    run = _read_run(path)
     if run is None:
         raise FileNotFoundError(f'{str(path)!r} holds no evaluation: there is no {RUN}')
+    if run['format'] == 1:
+        message = f'{str(path)!r} was written before outcomes had a checksum of their own: only zip CRCs are compared.'
+        print_log(message, logger='current', level=logging.WARNING)
     folder, names = OutcomeFolder(path, list(run['settings']['attacks'])), (CLEAN, *run['settings']['attacks'])
     parts = []
     for file in sorted(path.glob(f'{PARTS}/*.00-{CLEAN}.pt')):
-        clean = _read_part(file)
-        files = {name: folder.part(clean['index'], name) for name in names}
-        if all(each.is_file() for each in files.values()):
-            by_name = {name: Outcome(**_read_part(each)['outcome']) for name, each in files.items()}
-            parts.append(RobustOutcomes(clean['place'], clean['label'], by_name))
+        number = int(file.name.split('.')[0])
+        if all(folder.part(number, name).is_file() for name in names):
+            read = {name: folder.read_part(number, name) for name in names}
+            if len({part['digest'] for part in read.values()}) > 1:
+                raise ValueError(f'{str(path)!r} holds outcomes of different images for chunk {number}; begin anew.')
+            by_name = {name: Outcome(**part['outcome']) for name, part in read.items()}
+            parts.append(RobustOutcomes(read[CLEAN]['place'], read[CLEAN]['label'], by_name))
     if not parts:
         raise ValueError(f'{str(path)!r} holds no chunk that is done under all of {", ".join(names)} yet')
-    return SavedEvaluation(run['settings'], run['versions'], _read_json(path / METRICS), RobustOutcomes.merge(parts))
+    return SavedEvaluation(run['settings'], run['versions'], read_metrics(path), RobustOutcomes.merge(parts))
+
+
+def read_metrics(path: Path) -> Optional[dict]:
+    """Read the metrics of an output folder; None while the evaluation is unfinished.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    metrics, sums = path / METRICS, path / SUMS
+    if not metrics.is_file():
+        return None
+    content, cure = metrics.read_bytes(), 'Delete it and start the same evaluation again, which writes it anew.'
+    expected = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.is_file() else {}
+    if expected.get(METRICS, digest := hashlib.sha256(content).hexdigest()) != digest:
+        raise ValueError(f'{str(metrics)!r} is damaged: its SHA-256 is not the one in {SUMS}. {cure}')
+    return _parse(metrics, content, cure)
 
 
 def as_records(outcomes: RobustOutcomes) -> list[dict]:
@@ -208,22 +297,52 @@ def _differences(before: Any, now: Any, key: str = '') -> list[str]:
     return [] if before == now else [f'{key} is {there} there and {here} here']
 
 
-def _jsonable(value: Any) -> Any:
-    """A stand-in for what JSON cannot hold of a config."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    return value.__name__ if isinstance(value, type) else repr(value)
-
-
-def _read_json(path: Path) -> Optional[dict]:
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _read_part(path: Path) -> dict:
-    try:
-        return torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+def _read_run(path: Path) -> Optional[dict]:
+    """The content of ``run.json``, without its checksum; None if there is none."""
+    file = path / RUN
+    if not file.is_file():
+        return None
+    cure = 'Put back a copy of it, choose another folder, or begin anew (--overwrite, or overwrite=True).'
+    run = _parse(file, file.read_bytes(), cure)
+    settings = run.get('settings')
+    lacking = [key for key in _MUST_AGREE if key not in run]
+    if lacking or not isinstance(settings, dict) or not isinstance(settings.get('attacks'), dict):
+        raise ValueError(f'{str(file)!r} is damaged: it lacks {", ".join(lacking) or "settings.attacks"}. {cure}')
+    digest = run.pop('sha256', None)
+    if run['format'] not in range(1, FORMAT + 1):
         raise ValueError(
-            f'{str(path)!r} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}). Delete it, and the '
-            'evaluation computes it anew.'
-        ) from error
+            f'{str(file)!r} has format {run["format"]!r}, and formats 1 to {FORMAT} are known here. {cure}'
+        )
+    if digest != (None if run['format'] == 1 else _digest(run)):
+        raise ValueError(f'{str(file)!r} is damaged: its content is not that of its checksum. {cure}')
+    return run
+
+
+def _parse(file: Path, content: bytes, cure: str) -> dict:
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f'{str(file)!r} is damaged ({error}). {cure}') from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f'{str(file)!r} is damaged: it holds a {type(parsed).__name__}, not an object. {cure}')
+    return parsed
+
+
+def _digest(content: Mapping) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _identity(run: Mapping) -> str:
+    """What tells a run from others: all that its outcomes depend on."""
+    return _digest({key: run[key] for key in _MUST_AGREE})
+
+
+def _is_part(part: Any) -> bool:
+    names = {field.name for field in fields(Outcome)}
+    keys = {'index', 'name', 'place', 'label', 'digest', 'outcome'}
+    return (
+        isinstance(part, dict)
+        and keys <= part.keys()
+        and isinstance(part['outcome'], dict)
+        and (part['outcome'].keys() == names)
+    )

@@ -16,13 +16,14 @@ import mmengine
 import mmpretrain
 import numpy as np
 import torch
-from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
 from torch import nn
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
+from mmadvmoe.runtime.lock import in_first_process
 from mmadvmoe.version import __version__
 
 from .chunks import evaluate_chunk
@@ -83,6 +84,7 @@ class RobustEvaluation:
 
         Raises:
             ValueError: The output folder holds the outcomes of another evaluation.
+            FolderInUseError: Another process evaluates into it.
             OSError: It cannot be written to.
         """
         self._num_images = len(sampler.dataset)
@@ -90,16 +92,7 @@ class RobustEvaluation:
         self._progress = EvaluationProgress(list(self.attacks), len(sampler), len(sampler.chunks()))
         if self._folder is None:
             return
-        error = [None]
-        if is_main_process():
-            try:
-                self._folder.prepare(self._description(sampler.dataset, model_cfg), self._overwrite)
-            except (ValueError, OSError) as raised:
-                error = [raised]
-        # All processes stop, or none.
-        broadcast_object_list(error)
-        if error[0] is not None:
-            raise error[0]
+        in_first_process(lambda: self._folder.prepare(self._description(sampler.dataset, model_cfg), self._overwrite))
 
     def evaluate(self, chunk: Chunk) -> RobustOutcomes:
         """Attack one chunk, or take what is on disk of it."""
@@ -118,6 +111,7 @@ class RobustEvaluation:
                 )
         except Exception:
             if self._folder is not None:
+                self._folder.close()
                 where = repr(str(self._folder.path))
                 message = (
                     f'The outcomes until now are kept in {where}: the same evaluation started again goes on from there.'
@@ -129,11 +123,15 @@ class RobustEvaluation:
 
     def finish(self, evaluator: Evaluator) -> dict:
         """Bring the outcomes of all processes together, compute the metrics and complete the output folder."""
-        self.outcomes = gather_outcomes(self._parts, self._num_images)
-        metrics = compute_metrics(evaluator, self.outcomes, self._worst_of)
-        metrics.update(route_metrics(self.outcomes, self.victim.num_experts))
-        if self._folder is not None and is_main_process():
-            self._folder.finish(self.outcomes, metrics)
+        try:
+            self.outcomes = gather_outcomes(self._parts, self._num_images)
+            metrics = compute_metrics(evaluator, self.outcomes, self._worst_of)
+            metrics.update(route_metrics(self.outcomes, self.victim.num_experts))
+            if self._folder is not None and is_main_process():
+                self._folder.finish(self.outcomes, metrics)
+        finally:
+            if self._folder is not None:
+                self._folder.close()
         return metrics
 
     def _description(self, dataset: Any, model_cfg: Optional[Mapping]) -> dict:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.visualization import png_bytes
 
 #: Pixels of a figure for each pixel of the page: figures are sharp on fine screens and on paper.
@@ -90,11 +91,10 @@ def slug(name: str) -> str:
 def write_page(out_dir: Path, names: Sequence[str], sections: Sequence[Section]) -> Path:
     """Write ``report.html`` on the models of these names, and its figures into ``figures/``; return the HTML file."""
     figures = out_dir / 'figures'
-    figures.mkdir(parents=True, exist_ok=True)
     encoded = {}
     for picture in (item for section in sections for item in section.items if isinstance(item, Picture)):
         file = figures / f'{picture.name}.png'
-        file.write_bytes(png_bytes(picture.figure))
+        write_atomically(file, png_bytes(picture.figure))
         encoded[picture.name] = _encode(file)
     environment = Environment(loader=PackageLoader('mmadvmoe.report', '.'), autoescape=True, undefined=StrictUndefined)
     for kind in (Heading, Table, Picture, Listing):
@@ -103,7 +103,7 @@ def write_page(out_dir: Path, names: Sequence[str], sections: Sequence[Section])
         names=names, created=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M UTC}', sections=sections, encoded=encoded
     )
     page = out_dir / 'report.html'
-    page.write_text(html, encoding='utf-8')
+    write_atomically(page, html.encode())
     return page
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import socket
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -167,6 +172,7 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
       MMEngine makes the process group (NCCL unless ``env_cfg.dist_cfg.backend`` says otherwise);
     - ``MMDistributedDataParallel`` looks for unused parameters, because those of the group whose turn it is not stay
       out of the backward pass;
+    - under torchrun, this process ends when torchrun does: killed with -9, it would leave its processes training;
     - ``SyncBuffersHook`` averages norm statistics over processes before each validation and at the end of each epoch.
       Without it every process would judge, and attack, a slightly different model, and only that of process 0 would be
       saved.
@@ -179,12 +185,17 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
 
     Raises:
         ValueError: The launcher is unknown, its variables are not set, or a machine has more processes than GPUs.
+        OSError: The port of the process group is in use.
     """
     cfg.launcher = choose(launcher, LAUNCHERS, 'launcher')
     if launcher == 'none':
         return
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
     _export_variables(launcher, dist_cfg.get('port'))
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    elif os.environ['RANK'] == '0':
+        _check_port(int(os.environ['MASTER_PORT']))
     on_cpu = get_device() == 'cpu'
     _set_wrapper(cfg, on_cpu)
     hooks = list(cfg.get('custom_hooks') or [])
@@ -229,6 +240,30 @@ def _export_variables(launcher: str, port: int | None) -> None:
             f'launcher={launcher!r}, but MASTER_ADDR is not set in the environment: set it to the host name of the '
             'machine with rank 0'
         )
+
+
+def _end_with(parent: int) -> None:
+    """Wait until the parent process is gone, and end this one; what it was writing is complete or absent."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    print(f'torchrun (process {parent}) is gone: process {os.getpid()} ends', file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _check_port(port: int) -> None:
+    """Raise OSError, naming the cure, for a port of this machine that something else listens on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(('', port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(
+                    error.errno,
+                    f'MASTER_PORT={port} is in use on this machine, by another run perhaps: set MASTER_PORT (PORT of '
+                    'dist_train.sh and dist_test.sh), or env_cfg.dist_cfg.port under Slurm, to a free port',
+                ) from None
+            raise
 
 
 def _first_slurm_host() -> str:

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mmadvmoe.runtime.atomic import write_atomically
+
 #: The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), without its yellow, which is too light for lines.
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 #: A second mark for each line, so that nothing is told by colour alone.
@@ -74,6 +76,5 @@ def png_bytes(figure: Figure) -> bytes:
 def save_png(figure: Figure, path: Path) -> np.ndarray:
     """Write a figure to a file, making its folder, and give the pixels of the file, (H, W, 3) uint8."""
     content = png_bytes(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    write_atomically(path, content)
     return np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))

@@ -155,9 +155,13 @@ def revision() -> str:
 
 
 def read(path: Path) -> list[dict]:
-    """The runs so far; of a run that was repeated, the last line counts."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    records = [json.loads(line) for line in lines]
+    """The runs so far; of a run that was repeated, the last line counts, and one cut off by a kill does not."""
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            print(f'line {number} of {path} is damaged and left out: {line[:60]}', file=sys.stderr)
     return list({(record['method'], record['seed']): record for record in records}.values())
 
 
@@ -227,8 +231,10 @@ def run_all(
 
     def one(job: tuple[str, int]) -> None:
         record = work(*job, args)
-        with LOCK, results.open('a') as file:
-            file.write(json.dumps(record) + '\n')
+        with LOCK, results.open('a+') as file:
+            file.seek(0)
+            cut_off = file.read()[-1:] not in ('', '\n')
+            file.write('\n' * cut_off + json.dumps(record) + '\n')
         print(f'{record["method"]}, seed {record["seed"]}: {record.get("error") or brief(record)}', flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -1,7 +1,7 @@
 """Turn a checkpoint of the AdvMoE reference code (OPTML-Group/Robust-MoE-CNN) into one of mmadvmoe."""
 
 import argparse
-import os
+import io
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,8 +11,10 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from mmadvmoe.runtime.atomic import check_writable, write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.safe_load import load_from_local
+from mmadvmoe.runtime.seal import seal
 from mmadvmoe.version import __version__
 
 #: For each network: a tensor that tells it, and how its names are replaced by ours. Names of the backbone get its
@@ -214,6 +216,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_checkpoint(args.src, 'SRC')
+    check_writable(args.dst, 'DST')
     cfg = load_config(args.config)
     init_default_scope('mmpretrain')
     model = MODELS.build(cfg.model)
@@ -224,9 +227,9 @@ def main() -> None:
         raise SystemExit(f'{args.src} does not fit {args.config}: {error}') from None
     model.load_state_dict(state_dict)
     meta = dict(mmadvmoe_version=__version__, converted_from=Path(args.src).name, config=Path(args.config).name)
-    partial = f'{args.dst}.partial'
-    torch.save(dict(meta=meta, state_dict=state_dict), partial)
-    os.replace(partial, args.dst)
+    buffer = io.BytesIO()
+    torch.save(dict(meta=meta, state_dict=state_dict), buffer)
+    write_atomically(args.dst, seal(buffer.getvalue()))
     print(f'{args.dst}: {len(state_dict)} tensors')
     context = getattr(model.backbone, 'context', None)
     if context is not None and context.gate != 'logit':
