@@ -11,6 +11,7 @@ from typing import Optional
 
 from .atomic import AtomicLocalBackend
 from .safe_load import CheckpointError, load_from_local
+from .seal import is_sealed
 
 POINTER = 'last_checkpoint'
 _SHOWN = 6
@@ -42,7 +43,10 @@ class CheckpointFolder:
         return own if checkpoint and osp.exists(own) else None
 
     def choose(self, work_dir: str, warn: Callable[[str], None]) -> Optional[str]:
-        """Choose the checkpoint to go on from: the one that the pointer names, else the newest one that loads.
+        """Choose the checkpoint to go on from: the newest one that loads.
+
+        That is the one that the pointer names, or one that was saved after it by a run that was killed before it wrote
+        the pointer. Later checkpoints without a seal are older than this rule, and may be of another training.
 
         Args:
             work_dir: The folder with the pointer.
@@ -55,19 +59,23 @@ class CheckpointFolder:
             CheckpointError: There is a pointer or a checkpoint, and no checkpoint that loads.
         """
         named, problem = self._read_pointer(work_dir)
-        saved = [name for step, name in self._saved() if not name.startswith('best_')]
-        if problem is None and named is None and not saved:
+        problems = [] if problem is None else [problem]
+        saved = [osp.join(self.path, name) for _, name in self._saved() if not name.startswith('best_')]
+        if not problems and named is None and not saved:
             return None
-        for candidate in dict.fromkeys(filter(None, [named, *(osp.join(self.path, name) for name in saved)])):
+        later = [path for path in saved[: saved.index(named)] if is_sealed(path)] if named in saved else []
+        for candidate in dict.fromkeys([*later, *filter(None, [named]), *saved]):
             fault = _problem_of(candidate)
             if fault is None:
-                if problem is not None:
-                    warn(f'{problem} Resuming from {candidate!r} instead.')
+                if candidate in later:
+                    problems.append(f'{osp.join(work_dir, POINTER)!r} names {named!r}, which is not the newest one.')
+                if problems:
+                    warn(f'{problems[0]} Resuming from {candidate!r} instead.')
                 return candidate
-            problem = problem or fault
+            problems.append(fault)
         raise CheckpointError(
-            f'Nothing to resume from in {work_dir!r}. {problem} No other checkpoint there loads either. Name one with '
-            '`load_from` (--resume FILE), or start anew in another `work_dir`.'
+            f'Nothing to resume from in {work_dir!r}. {" ".join(problems[:2])} No other checkpoint there loads either. '
+            'Name one with `load_from` (--resume FILE), or start anew in another `work_dir`.'
         )
 
     def point_to(self, checkpoint: str, work_dir: str) -> None:

@@ -155,14 +155,59 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path: Path) -> None
     assert json.loads((tmp_path / 'metrics.json').read_text()) == {'clean/accuracy/top1': 50.0}
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize('content', [b'', b'PK', None])
+def test_a_damaged_part_is_named(tmp_path: Path, content: bytes | None) -> None:
     folder = _folder(tmp_path)
     folder.prepare(RUN)
     folder.write(_chunk(), 'a', _outcome())
     path = folder.part(0, 'a')
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
     with pytest.raises(ValueError, match=r'000000\.01-a\.pt.* is damaged .*Delete it'):
         folder.read(_chunk(), 'a')
+
+
+@pytest.mark.parametrize('content', ['', '{', '{}', '[]', '{"format": 2, "versions": {}, "settings": {"attacks": {}}}'])
+def test_a_damaged_run_file_is_named(tmp_path: Path, content: str) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    folder.write(_chunk(), 'a', _outcome())
+    folder.close()
+    (tmp_path / 'run.json').write_text(content)
+    for read in (read_evaluation, lambda path: _folder(path).prepare(RUN)):
+        with pytest.raises(ValueError, match=r'run\.json.* is damaged.*begin anew \(--overwrite'):
+            read(tmp_path)
+    _folder(tmp_path).prepare(RUN, overwrite=True)
+    assert _run_of(tmp_path) == RUN
+
+
+def _as_written_before(folder: Path) -> None:
+    """Rewrite a folder in format 1: parts without a seal or a run, and a run.json without a checksum."""
+    for path in folder.glob('parts/*'):
+        part = torch.load(path, weights_only=True)
+        del part['run']
+        torch.save(part, path)
+    (folder / 'run.json').write_text(json.dumps(RUN | dict(format=1)))
+
+
+def test_a_folder_of_the_format_before_is_read_and_not_gone_on_with(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.prepare(RUN)
+    for number, name in enumerate(('clean', 'a', 'b')):
+        folder.write(_chunk(), name, _outcome(number))
+    folder.close()
+    _as_written_before(tmp_path)
+    assert _same(read_evaluation(tmp_path).outcomes.by_name['a'], _outcome(1))
+    with pytest.raises(ValueError, match='format is 1 there and 2 here'):
+        _folder(tmp_path).prepare(RUN)
+    a, b = (folder.part(0, name) for name in 'ab')
+    content = bytearray(a.read_bytes())
+    a.write_bytes(b.read_bytes())
+    with pytest.raises(ValueError, match=r"01-a\.pt.* does not hold what its name says, but .* under 'b'"):
+        read_evaluation(tmp_path)
+    content[len(content) // 2] ^= 1
+    a.write_bytes(content)
+    with pytest.raises(ValueError, match=r'01-a\.pt.* is damaged .*CRC-32'):
+        read_evaluation(tmp_path)
 
 
 def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:

@@ -71,16 +71,16 @@ class WeightMetric(BaseMetric):
 
 @HOOKS.register_module()
 class KillHook(Hook):
-    """Kill the process with SIGKILL at a place of a run."""
+    """Send a signal to the process at a place of a run."""
 
     priority = 'LOWEST'
 
-    def __init__(self, place, count):
-        self.place, self.count = place, count
+    def __init__(self, place, count, number=signal.SIGKILL):
+        self.place, self.count, self.number = place, count, number
 
     def _reached(self, place, count):
         if (place, count) == (self.place, self.count):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
     def after_train_iter(self, runner, **kwargs):
         self._reached('iter', runner.iter)
@@ -150,6 +150,26 @@ def train_here(cfg, work_dir, kill, overrides):
         cfg.custom_hooks = [*cfg.custom_hooks, dict(type='KillHook', place=kill[0], count=kill[1])]
     cfg.experiment_name = Path(work_dir).name + os.urandom(4).hex()
     Runner.from_cfg(cfg).train()
+
+
+def kill_at_file_step(number):
+    """Be killed at the n-th of the steps that writing and deleting files consist of; to be called in a fork."""
+    steps = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal steps
+            steps += 1
+            if steps == number:
+                if function is os.fsync:  # half of the file is on disk
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ('fsync', 'replace', 'remove', 'rename'):
+        setattr(os, name, counted(getattr(os, name)))
 
 
 def assert_same(left, right, path=''):

@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import BaseLoop, Runner
 from mmpretrain.registry import DATASETS, HOOKS, METRICS, MODELS
+from resume_runs import kill_at_file_step
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -139,24 +140,8 @@ def test_by_iteration_and_other_folder(tmp_path):
 
 
 def _train(cfg, kill_at):
-    """Train, and be killed at the n-th of the steps that writing and deleting files consist of."""
     torch.set_num_threads(1)  # other threads did not come along through the fork
-    steps = 0
-
-    def counted(function):
-        def call(*args, **kwargs):
-            nonlocal steps
-            steps += 1
-            if steps == kill_at:
-                if function is os.fsync:  # half of the file is on disk
-                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in ('fsync', 'replace', 'remove'):
-        setattr(os, name, counted(getattr(os, name)))
+    kill_at_file_step(kill_at)
     Runner.from_cfg(cfg).train()
 
 
@@ -238,17 +223,22 @@ def resumed(folder, epochs=3, **changes):
     return runner
 
 
-@pytest.mark.parametrize('damage', ['cut', 'gone', 'empty pointer'])
+@pytest.mark.parametrize(
+    'damage', ['cut', 'gone', 'empty pointer', 'pointer gone', 'pointer of bytes', 'pointer elsewhere']
+)
 def test_resume_falls_back_to_what_loads(damage, finished):
     last = finished / 'epoch_2.pth'
     if damage == 'cut':
         last.write_bytes(last.read_bytes()[:1000])
     elif damage == 'gone':
         last.unlink()
+    elif damage == 'pointer gone':
+        (finished / 'last_checkpoint').unlink()
     else:
-        (finished / 'last_checkpoint').write_text('')
+        contents = {'empty pointer': b'', 'pointer of bytes': b'\xff\xfe/epoch_1.pth', 'pointer elsewhere': b'/a/b.pth'}
+        (finished / 'last_checkpoint').write_bytes(contents[damage])
     runner = resumed(finished)
-    assert runner._load_from.endswith('epoch_2.pth' if damage == 'empty pointer' else 'epoch_1.pth')
+    assert runner._load_from.endswith('epoch_2.pth' if 'pointer' in damage else 'epoch_1.pth')
     assert assert_resumable(finished)['meta']['epoch'] == 3
 
 
@@ -257,6 +247,31 @@ def test_resume_with_nothing_that_loads(finished):
         path.write_bytes(b'')
     with pytest.raises(CheckpointError, match='Nothing to resume from.*epoch_2.pth.*is empty'):
         resumed(finished)
+
+
+def test_a_new_training_moves_what_another_has_left(finished):
+    left = {path.name: path.read_bytes() for path in finished.glob('*.pth')}
+    assert {'epoch_1.pth', 'epoch_2.pth'} < left.keys()
+    cfg = cfg_of(finished, epochs=1, save_best='worst/accuracy/top1')
+    cfg.log_level = 'WARNING'
+    Runner.from_cfg(cfg).train()
+    (log,) = [path.read_text() for path in finished.glob('*/*.log') if 'A new training begins' in path.read_text()]
+    assert 'checkpoints of another: ' in log and 'earlier_1' in log and '--resume FILE' in log
+    assert left == {path.name: path.read_bytes() for path in (finished / 'earlier_1').iterdir()}
+    assert files(finished) == ['best_worst_accuracy_top1_epoch_1.pth', 'epoch_1.pth']
+    # From one of those: what has been trained since is another's.
+    resumed(finished, load_from=str(finished / 'earlier_1' / 'epoch_2.pth'))
+    assert {'best_worst_accuracy_top1_epoch_1.pth', 'epoch_1.pth'} == set(os.listdir(finished / 'earlier_2'))
+    assert left == {path.name: path.read_bytes() for path in (finished / 'earlier_1').iterdir()}
+    # From an earlier one of its own: what comes later is moved.
+    resumed(finished / 'earlier_1', load_from=str(finished / 'earlier_1' / 'epoch_1.pth'))
+    assert files(finished / 'earlier_1' / 'earlier_1') == ['epoch_2.pth']
+
+
+def test_a_checkpoint_names_no_folder(finished):
+    info = load_from_local(finished / 'epoch_2.pth')['message_hub']['runtime_info']
+    assert (info['last_ckpt'], info['best_ckpt']) == ('epoch_2.pth', 'best_worst_accuracy_top1_epoch_1.pth')
+    assert (finished / 'last_checkpoint').read_text() == 'epoch_2.pth'
 
 
 def test_resume_refuses_a_checkpoint_of_weights_alone(finished):

@@ -89,8 +89,7 @@ def test_seedless_run_resumes_with_the_seed_it_drew(tmp_path):
     train(cfg, tmp_path)
     expected = load_from_local(tmp_path / 'epoch_3.pth')
     (tmp_path / 'epoch_3.pth').unlink()
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
-    train(cfg, tmp_path, resume=True)
+    train(cfg, tmp_path, resume=True, load_from=str(tmp_path / 'epoch_1.pth'))
     resumed = load_from_local(tmp_path / 'epoch_3.pth')
     for key in ('state_dict', 'optimizer', 'exact_resume'):
         assert_same(expected[key], resumed[key])

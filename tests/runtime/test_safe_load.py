@@ -12,6 +12,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from malicious_files import Call, PythonPickle, malicious
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseModule, Sequential
 from mmengine.runner import checkpoint as mmengine_checkpoint
@@ -81,56 +82,16 @@ def test_legacy_format_and_bare_state_dict_load(checkpoint, tmp_path):
     assert torch.equal(load_from_local(path)['bias'], torch.ones(2))
 
 
-class Call:
-    """Pickles as a call of a function."""
-
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __reduce__(self):
-        return self.function, self.args
-
-    def __call__(self):
-        """The pickler wants what it writes as a function to be callable."""
-
-
-def malicious(marker):
-    """Every way in that the list of safe globals might leave open."""
-    command = f'touch {marker}'
-    init = Call(getattr, HistoryBuffer, '__init__')
-    return {
-        'os.system': Call(os.system, command),
-        'eval': Call(eval, f'open({str(marker)!r}, "w")'),
-        'import': Call(__import__, 'os'),
-        'globals of HistoryBuffer': Call(getattr, init, '__globals__'),
-        'getattr of another object': Call(getattr, torch.Tensor, 'numpy'),
-        'register a function': Call(getattr, HistoryBuffer, 'register_statistics'),
-        'call of what getattr serves': Call(Call(getattr, HistoryBuffer, 'mean'), 1),
-        'partial': Call(functools.partial, os.system, command),
-        'object array': np.array([Call(os.system, command)], dtype=object),
-        'array of pointers': np.dtype('O'),
-        'array with fields': np.zeros(1, dtype=[('pointer', 'i8')]),
-    }
-
-
 @pytest.mark.parametrize('attack', malicious('x'))
 @pytest.mark.parametrize('place', ['meta', 'message_hub', 'state_dict'])
 def test_malicious_file_is_refused_unexecuted(checkpoint, attack, place, tmp_path):
     marker, path = tmp_path / 'executed', str(tmp_path / 'evil.pth')
     checkpoint[place]['payload'] = malicious(marker)[attack]
-    torch.save(checkpoint, path, pickle_module=_PythonPickle)
+    torch.save(checkpoint, path, pickle_module=PythonPickle)
     with pytest.raises(CheckpointError, match='refused: it asks for .*executed') as caught:
         load_checkpoint(nn.Linear(3, 2), path)
     assert path in str(caught.value)
     assert not marker.exists()
-
-
-class _PythonPickle:
-    """The pickler in Python writes calls of things that C's refuses to write."""
-
-    Pickler = pickle._Pickler
-    dump = staticmethod(pickle._dump)
-    __name__ = 'pickle'
 
 
 def test_file_cannot_set_fields_of_a_number_type(tmp_path):

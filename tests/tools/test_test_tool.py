@@ -1,5 +1,6 @@
 """tools/test.py under attacks chosen by name."""
 
+import errno
 import importlib.util
 import itertools
 import json
@@ -7,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mmengine
 import pytest
 import torch
 from mmengine.config import Config
@@ -139,6 +141,40 @@ def test_files_are_written_as_ever(test_tool: Callable) -> None:
     assert len(pickle.loads(Path('pred.pkl').read_bytes())) == 20
     test_tool('--out', 'metrics.json', '--out-item', 'metrics')
     assert 'worst/accuracy/top1' in json.loads(Path('metrics.json').read_text())
+
+
+def test_the_value_of_any_metric_is_written(test_tool: Callable) -> None:
+    Path('config.py').write_text(CONFIG + "test_evaluator = [dict(type='Accuracy'), dict(type='ConfusionMatrix')]\n")
+    test_tool('--out', 'outcomes')
+    test_tool('--out', 'metrics.yaml', '--out-item', 'metrics')
+    for path in ('outcomes/metrics.json', 'metrics.yaml'):
+        matrix = mmengine.load(path)['worst/confusion_matrix/result']
+        assert torch.tensor(matrix).shape == (10, 10) and torch.tensor(matrix).sum() == 20
+
+
+@pytest.mark.parametrize('item', ['metrics', 'pred'])
+def test_a_file_that_cannot_be_written_is_told_before_the_test(
+    test_tool: Callable, item: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = dict(metrics='out.json', pred='out.pkl')[item]
+    Path(out).write_text('before')
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr('os.fsync', no_space)
+        patch.setattr('mmengine.runner.Runner.test', lambda self: pytest.fail('the test ran'))
+        with pytest.raises(OSError, match=f"--out: '{out}' cannot be written .No space left"):
+            test_tool('--out', out, '--out-item', item)
+    # Full only when the test is over.
+    calls = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr('os.fsync', lambda descriptor: next(calls) > 1 and no_space(descriptor))
+        with pytest.raises(OSError, match='No space left'):
+            test_tool('--out', out, '--out-item', item)
+    assert Path(out).read_text() == 'before'
+    assert not [path for path in Path().iterdir() if path.name.startswith(f'.{out}')]
 
 
 @pytest.mark.parametrize(
