@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from mmadvmoe.evaluation import Examples
+from mmadvmoe.evaluation.folder import read_metrics
 from mmadvmoe.runtime.atomic import write_atomically
 
 #: Where each part lies in the folder of a model. The last file of an evaluation says that it is complete.
@@ -183,6 +184,10 @@ def _lacks(content: Any, path: Sequence[str]) -> bool:
 
 def _read_metrics(folder: Path, name: str) -> dict[str, float]:
     """The metrics that are single numbers; others are not shown."""
+    try:
+        read_metrics((folder / name).parent)
+    except ValueError as error:
+        raise DamagedFileError(str(error)) from None
     return {key: value for key, value in read_json(folder, name).items() if isinstance(value, Real)}
 
 

@@ -1,5 +1,6 @@
 """What stands in a report, and that it goes on where it was."""
 
+import hashlib
 import html
 import importlib.metadata
 import json
@@ -156,6 +157,17 @@ def test_a_damaged_file_leaves_the_rest_of_the_report_whole(tmp_path):
     assert ['SA (clean)', '95.0'] in rows
 
 
+def test_metrics_that_are_not_those_of_their_checksum_are_damage(tmp_path):
+    results(tmp_path, 'A')
+    metrics = tmp_path / 'a' / 'evaluation' / 'metrics.json'
+    digest = hashlib.sha256(metrics.read_bytes()).hexdigest()
+    (metrics.parent / 'SHA256SUMS').write_text(f'{digest}  metrics.json\n')
+    assert not read_results(tmp_path / 'a').damaged
+    metrics.write_text(metrics.read_text().replace('5', '6', 1))
+    (sentence,) = read_results(tmp_path / 'a').damaged
+    assert str(metrics) in sentence and 'SHA256SUMS. Delete it' in sentence
+
+
 @pytest.mark.parametrize(
     'part, change',
     [
@@ -286,15 +298,21 @@ def test_the_tool_goes_on_with_the_other_models(trained, tmp_path, monkeypatch, 
     log.write_text('[]\n{"loss": 1.0, "iter": 1, "step": 1}\n')
     (tmp_path / 'run' / 'epoch_1.pth').write_bytes(Path(checkpoint).read_bytes())
     _cut(tmp_path / 'a' / 'model.json')
+    damaged = tmp_path / 'damaged.pth'
+    content = bytearray(Path(checkpoint).read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
     run_tool(
         monkeypatch,
         tmp_path,
         '--measure',
         *('--model', 'A', *trained),
         *('--model', 'B', config, tmp_path / 'run' / 'epoch_1.pth'),
+        *('--model', 'C', config, damaged),
     )
     rows = rows_of(tmp_path / 'report.html')
-    (of_a,), (of_b,) = ([row[1] for row in rows if row[0] == name and len(row) == 2] for name in 'AB')
+    (of_a,), (of_b,), (of_c,) = ([row[1] for row in rows if row[0] == name and len(row) == 2] for name in 'ABC')
+    assert 'damaged.pth' in of_c and 'CRC-32' in of_c
     assert 'a/model.json is damaged' in of_a
     assert of_b == f'{log}, line 1 is no record of scalars: []; remove the line to have the training shown'
     assert ['', 'B'] in rows

@@ -23,6 +23,7 @@ from mmadvmoe.report import (
     slug,
     write_report,
 )
+from mmadvmoe.runtime import CheckpointError
 
 TOOLS = Path(__file__).resolve().parents[1]
 
@@ -63,11 +64,15 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+class MeasurementError(RuntimeError):
+    """A part of a model could not be measured."""
+
+
 def measure(part: str, folder: Path, config: str, checkpoint: str, args: argparse.Namespace) -> None:
     """Measure one part of a model.
 
     Raises:
-        SystemExit: The tool failed.
+        MeasurementError: The tool failed.
     """
     out = folder / PARTS[part]
     if part == 'examples':
@@ -82,15 +87,15 @@ def measure(part: str, folder: Path, config: str, checkpoint: str, args: argpars
         options += ['--num-images', args.num_images] if args.num_images is not None else []
         command = [TOOLS / 'analysis_tools' / tool, config, checkpoint, *options]
     if subprocess.run([sys.executable, *map(str, command)], check=False).returncode:
-        sys.exit(f'{part} of {folder.name} failed: {" ".join(map(str, command))}')
+        raise MeasurementError(f'{part} failed, for the reason above: {" ".join(map(str, command))}')
 
 
-def collect(name: str, config: str, checkpoint: str, args: argparse.Namespace) -> ModelResults:
-    """Measure what is missing of a model, and read what is there."""
-    folder = args.out_dir / slug(name)
+def collect(name: str, config: str, checkpoint: str, args: argparse.Namespace, failures: list[str]) -> ModelResults:
+    """Measure what is missing of a model, adding to ``failures`` what could not be, and read what is there."""
+    folder, before = args.out_dir / slug(name), len(failures)
     try:
         damaged = describe_model(folder, name, config, checkpoint)
-    except DamagedFileError as error:
+    except (DamagedFileError, CheckpointError) as error:
         # Nothing is measured into a folder of which nothing says whose it is.
         return ModelResults(name, damaged=[str(error)])
     for part in args.measure:
@@ -98,17 +103,24 @@ def collect(name: str, config: str, checkpoint: str, args: argparse.Namespace) -
             print(f'==> {name}: {part} is there', flush=True)
         else:
             print(f'==> {name}: {part}', flush=True)
-            measure(part, folder, config, checkpoint, args)
-    return read_results(folder, damaged)
+            try:
+                measure(part, folder, config, checkpoint, args)
+            except MeasurementError as error:
+                # The other parts and models are measured all the same.
+                failures.append(str(error))
+    return read_results(folder, [*damaged, *failures[before:]])
 
 
 def main() -> None:
     args = parse_args()
-    models = [collect(*model, args) for model in args.model]
+    failures: list[str] = []
+    models = [collect(*model, args, failures) for model in args.model]
     for model in models:
         for sentence in model.damaged:
             print(f'==> {model.name}: {sentence}')
     print(f'==> {write_report(args.out_dir, models)}')
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == '__main__':
