@@ -54,7 +54,7 @@ def check_writable(path: Union[str, Path], argument: str) -> None:
     try:
         if osp.isdir(path):
             raise IsADirectoryError(errno.EISDIR, 'it is a folder')
-        probe = f'{path}.probe'
+        probe = osp.join(osp.dirname(path), f'.{osp.basename(path)}.{os.getpid()}.probe{PARTIAL}')
         # A block of the disk: an empty file may find room where nothing else does.
         write_atomically(probe, bytes(4096))
         os.remove(probe)

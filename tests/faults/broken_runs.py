@@ -33,6 +33,7 @@ from mmadvmoe.evaluation import OutcomeFolder, read_evaluation
 from mmadvmoe.moe import router_modules
 from mmadvmoe.runtime.launch import prepare_distributed
 from mmadvmoe.runtime.lock import FolderInUseError
+from mmadvmoe.runtime.safe_load import load_from_local
 
 _FORK = multiprocessing.get_context('fork')
 
@@ -233,6 +234,15 @@ def copied_and_moved(folder, number):
         overrides = dict(resume=True)
     else:
         overrides = dict(resume=True, load_from=str(folder / 'a' / 'epoch_2.pth'))
+    if number // 4 % 2:
+        # As MMEngine's hook writes them, with the folder that they were made in.
+        for path in folder.glob('*/*.pth'):
+            content = load_from_local(path)
+            info = content['message_hub']['runtime_info']
+            info.update({key: str(folder / 'a' / info[key]) for key in ('last_ckpt', 'best_ckpt') if key in info})
+            torch.save(content, path)
+        for path in folder.glob('*/last_checkpoint'):
+            path.write_text(str(folder / 'a' / path.read_text()))
     before = {path: path.read_bytes() for path in (folder / 'a').rglob('*') if path.is_file()}
     # So that every epoch is the best so far.
     hook = dict(type='SafeCheckpointHook', save_best='worst/accuracy/top1', rule=('less', 'greater')[number // 2 % 2])

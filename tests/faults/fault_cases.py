@@ -42,7 +42,7 @@ FAULTS: dict[str, Fault] = {
     'full disk in a test': Fault(runs.full_disk_in_test, 12, range(2)),
     'two trainings in one folder': Fault(runs.two_trainings, 4, range(2)),
     'two evaluations in one folder': Fault(runs.two_evaluations, 4, range(2)),
-    'resumed in a copy, or from another folder': Fault(runs.copied_and_moved, 8, range(4)),
+    'resumed in a copy, or from another folder': Fault(runs.copied_and_moved, 8, range(8)),
     'launcher killed': Fault(runs.launcher_killed, 5),
     'rank killed': Fault(runs.rank_killed, 4, range(0)),
     'port in use': Fault(runs.port_in_use, 2, range(2)),
