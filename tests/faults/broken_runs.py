@@ -91,7 +91,7 @@ def _interrupted(folder, hook=(), step=0, after=None):
 
 
 def killed_in_training(folder, number):
-    count = number % (EPOCHS * BATCHES) + 1
+    count = number % (EPOCHS * BATCHES)
     return _interrupted(folder, [dict(type='KillHook', place='iter', count=count)])
 
 
@@ -109,7 +109,7 @@ def killed_at_a_random_moment(folder, number):
 
 def signalled(folder, number):
     name = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[number % 3]
-    count = number % (EPOCHS * BATCHES) + 1
+    count = number % (EPOCHS * BATCHES)
     return _interrupted(folder, [dict(type='KillHook', place='iter', count=count, number=int(name))])
 
 
