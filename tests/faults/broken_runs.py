@@ -47,7 +47,7 @@ def forked(function, *args):
         yield process
     finally:
         process.kill()
-        process.join(60)
+        process.join(600)
 
 
 def _wait_for(condition, seconds=60):
@@ -85,7 +85,7 @@ def _interrupted(folder, hook=(), step=0, after=None):
         if after is not None:
             time.sleep(after)
             process.kill()
-        process.join(60)
+        process.join(600)
     _resume(folder)
     return 'finished before' if process.exitcode == 0 else 'resumed'
 
@@ -121,7 +121,7 @@ def killed_in_test(folder, number):
         evaluate(folder / 'run')
 
     with forked(run) as process:
-        process.join(60)
+        process.join(600)
     evaluate(folder / 'run')
     for name in ('run.json', 'outcomes.jsonl', 'metrics.json', 'SHA256SUMS'):
         assert (folder / 'run' / name).read_bytes() == (evaluated() / name).read_bytes()
@@ -155,7 +155,7 @@ def full_disk_in_training(folder, number):
     size = sum(path.stat().st_size for path in whole().rglob('*') if path.is_file())
     with _small_disk(folder / 'disk', random.Random(number).randrange(8192, size)) as make_room:
         with forked(_train, folder / 'disk' / 'run', (), 0) as process:
-            process.join(60)
+            process.join(600)
         make_room()
         _resume(folder / 'disk' / 'run')
     return 'resumed' if process.exitcode else 'room enough'
