@@ -28,7 +28,7 @@ from mmadvmoe.evaluation.chunks import Attack, chunk_seed, classify, run_attack
 from mmadvmoe.evaluation.data import Chunk, as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 from mmadvmoe.moe import placement_of
-from mmadvmoe.runtime.atomic import write_atomically
+from mmadvmoe.runtime.atomic import check_writable, write_atomically
 from mmadvmoe.runtime.config_checks import check_options
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.seeding import preserve_rng_state
@@ -226,7 +226,10 @@ def load_subject(args: argparse.Namespace, kind: str, loader: str = 'test_datalo
     Raises:
         FileNotFoundError: There is no such config or checkpoint.
         ValueError: The config does not say how the model is tested.
+        OSError: ``--out`` cannot be written.
     """
+    if args.out is not None:
+        check_writable(args.out, '--out')
     # Progress is worth seeing, and MMEngine's default hides it.
     MMLogger.get_instance('mmadvmoe', logger_name='mmadvmoe', log_level='INFO')
     cfg = load_config(args.config)

@@ -63,7 +63,8 @@ class CheckpointFolder:
         saved = [osp.join(self.path, name) for _, name in self._saved() if not name.startswith('best_')]
         if not problems and named is None and not saved:
             return None
-        later = [path for path in saved[: saved.index(named)] if is_sealed(path)] if named in saved else []
+        later = saved[: saved.index(named)] if named in saved else []
+        later = [path for path in later if osp.isfile(path) and is_sealed(path)]
         for candidate in dict.fromkeys([*later, *filter(None, [named]), *saved]):
             fault = _problem_of(candidate)
             if fault is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zipfile
@@ -49,14 +50,14 @@ def damage_of(path: Union[str, Path]) -> Optional[str]:
                 digest.update(block)
                 size -= len(block)
             return None if digest.hexdigest().encode() == expected else 'its bytes are not those of its SHA-256'
-        if not zipfile.is_zipfile(file):
-            return None
         try:
+            if not zipfile.is_zipfile(file):
+                return None
             with zipfile.ZipFile(file) as archive:
                 record = archive.testzip()
-        except OSError:
-            raise
-        except Exception as error:  # a damaged directory can fail in any way
+        except Exception as error:  # a damaged directory can fail in any way, by seeking to nowhere too
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             return f'it is no whole zip file ({type(error).__name__}: {error})'
         return None if record is None else f'the bytes of its record {record!r} are not those of their CRC-32'
 

@@ -47,7 +47,7 @@ def forked(function, *args):
         yield process
     finally:
         process.kill()
-        process.join(60)
+        process.join(600)
 
 
 def _wait_for(condition, seconds=60):
@@ -85,13 +85,13 @@ def _interrupted(folder, hook=(), step=0, after=None):
         if after is not None:
             time.sleep(after)
             process.kill()
-        process.join(60)
+        process.join(600)
     _resume(folder)
     return 'finished before' if process.exitcode == 0 else 'resumed'
 
 
 def killed_in_training(folder, number):
-    count = number % (EPOCHS * BATCHES) + 1
+    count = number % (EPOCHS * BATCHES)
     return _interrupted(folder, [dict(type='KillHook', place='iter', count=count)])
 
 
@@ -109,7 +109,7 @@ def killed_at_a_random_moment(folder, number):
 
 def signalled(folder, number):
     name = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[number % 3]
-    count = number % (EPOCHS * BATCHES) + 1
+    count = number % (EPOCHS * BATCHES)
     return _interrupted(folder, [dict(type='KillHook', place='iter', count=count, number=int(name))])
 
 
@@ -121,7 +121,7 @@ def killed_in_test(folder, number):
         evaluate(folder / 'run')
 
     with forked(run) as process:
-        process.join(60)
+        process.join(600)
     evaluate(folder / 'run')
     for name in ('run.json', 'outcomes.jsonl', 'metrics.json', 'SHA256SUMS'):
         assert (folder / 'run' / name).read_bytes() == (evaluated() / name).read_bytes()
@@ -155,7 +155,7 @@ def full_disk_in_training(folder, number):
     size = sum(path.stat().st_size for path in whole().rglob('*') if path.is_file())
     with _small_disk(folder / 'disk', random.Random(number).randrange(8192, size)) as make_room:
         with forked(_train, folder / 'disk' / 'run', (), 0) as process:
-            process.join(60)
+            process.join(600)
         make_room()
         _resume(folder / 'disk' / 'run')
     return 'resumed' if process.exitcode else 'room enough'
@@ -409,7 +409,8 @@ def not_finite_in_test(folder, number):
     else:
         with torch.no_grad():
             next(router_modules(victim.classifier)[0].parameters()).view(-1)[0] = value
-    with pytest.raises((FloatingPointError, ValueError), match='finite|\\[0, 1\\]'):
+    # A RuntimeError where it is an attack that meets it first.
+    with pytest.raises((FloatingPointError, ValueError, RuntimeError), match='finite|\\[0, 1\\]'):
         evaluate_robustness(victim, (images, labels), dict(fgsm=dict(type='FGSM', eps=0.1)), out_dir=folder / 'run')
     with pytest.raises((ValueError, FileNotFoundError)):
         read_evaluation(folder / 'run')

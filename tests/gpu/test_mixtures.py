@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from masked_oracle import MaskedMoE
+from masked_mixture import MaskedMoE
 from mmpretrain.registry import MODELS
 from small_mixtures import random_mixture
 from token_oracle import SlowMoE

@@ -138,7 +138,7 @@ def train(cfg, work_dir, kill=None, **overrides):
     """Train in a process of its own, from the start or from where it was killed."""
     process = multiprocessing.get_context('fork').Process(target=train_here, args=(cfg, str(work_dir), kill, overrides))
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == (-signal.SIGKILL if kill else 0)
 
 

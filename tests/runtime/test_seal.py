@@ -62,3 +62,12 @@ def test_without_a_seal_the_records_of_a_zip_file_are_compared(tmp_path: Path) -
 def test_what_is_cut_off_in_its_seal_is_whole(tmp_path: Path) -> None:
     (tmp_path / 'a.pth').write_bytes(seal(_saved())[:-10])
     assert not is_sealed(tmp_path / 'a.pth') and damage_of(tmp_path / 'a.pth') is None
+
+
+def test_a_directory_of_another_disk_is_damage(tmp_path: Path) -> None:
+    whole = bytearray(_saved())
+    # Where the end of the directory says on which disk it begins.
+    at = whole.rindex(b'PK\x06\x07') + 4
+    whole[at] ^= 1
+    (tmp_path / 'a.pth').write_bytes(whole)
+    assert 'no whole zip file' in damage_of(tmp_path / 'a.pth')

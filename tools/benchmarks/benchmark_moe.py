@@ -79,7 +79,7 @@ def _defaults(name: str) -> str:
 
 def load_masked_form() -> type[nn.Module]:
     """The compute-all-and-mask form lives in the tests, as what the fast one is checked against."""
-    path = ROOT / 'tests/moe/masked_oracle.py'
+    path = ROOT / 'tests/helpers/masked_mixture.py'
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
