@@ -7,6 +7,8 @@ from .bind_victim_hook import BindVictimHook
 from .health_hook import RouterHealthHook
 from .images_hook import AdversarialImagesHook
 from .optim_wrapper import AlternatingOptimWrapper, AlternatingOptimWrapperConstructor
+from .overfitting_hook import CatastrophicOverfittingHook
+from .speed_hook import SpeedHook
 
 __all__ = [
     'AWPOptimWrapper',
@@ -16,6 +18,8 @@ __all__ = [
     'AlternatingOptimWrapperConstructor',
     'BindVictimHook',
     'CPUAmpOptimWrapper',
+    'CatastrophicOverfittingHook',
     'RouterHealthHook',
+    'SpeedHook',
     'TurnSchedule',
 ]
