@@ -4,6 +4,7 @@ from .alternation import AlternatingOptimHook, TurnSchedule
 from .amp import CPUAmpOptimWrapper
 from .awp import AWPOptimWrapper
 from .bind_victim_hook import BindVictimHook
+from .distributed import TurnsDistributedDataParallel
 from .health_hook import RouterHealthHook
 from .images_hook import AdversarialImagesHook
 from .optim_wrapper import AlternatingOptimWrapper, AlternatingOptimWrapperConstructor
@@ -22,4 +23,5 @@ __all__ = [
     'RouterHealthHook',
     'SpeedHook',
     'TurnSchedule',
+    'TurnsDistributedDataParallel',
 ]

@@ -209,10 +209,13 @@ class AlternatingOptimHook(Hook):
                 f'AlternatingOptimHook cannot work with a {type(optim_wrapper).__name__}; set '
                 "optim_wrapper.constructor='AlternatingOptimWrapperConstructor'"
             )
-        if isinstance(runner.model, DistributedDataParallel) and not runner.model.find_unused_parameters:
+        model = runner.model
+        if isinstance(model, DistributedDataParallel) and not (
+            model.find_unused_parameters or hasattr(model, 'of_turn')
+        ):
             raise ValueError(
                 'find_unused_parameters=False: distributed training in turns leaves one group out of each step; set '
-                'find_unused_parameters=True in the config (or in its model_wrapper_cfg)'
+                "model_wrapper_cfg=dict(type='TurnsDistributedDataParallel') or find_unused_parameters=True"
             )
         self.schedule = replace(self.schedule, accumulative_counts=optim_wrapper.accumulative_counts)
         if not self.schedule.count_before('router', runner.max_iters):
