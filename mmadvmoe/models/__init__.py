@@ -3,6 +3,7 @@
 from .backbones import AdaptiveAveragePooling, DenseNet_CIFAR, ScaledVGG, WideResNet, WideResNet_CIFAR
 from .classifier import RobustClassifier, RoutingRecord
 from .data_preprocessor import AdvDataPreprocessor
+from .free_classifier import FreeClassifier
 from .losses import (
     AdversarialCrossEntropyLoss,
     MARTLoss,
@@ -31,6 +32,7 @@ __all__ = [
     'AdversarialCrossEntropyLoss',
     'ClassGroupLoss',
     'DenseNet_CIFAR',
+    'FreeClassifier',
     'MARTLoss',
     'NonFiniteError',
     'Objective',

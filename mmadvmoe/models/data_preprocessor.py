@@ -97,7 +97,8 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
 
         Args:
             data (dict): ``inputs``, images in 0..255 or of 16 bits, and ``data_samples``, as the data loader gives
-                them; in training in turns also ``turn``, which decides the attack.
+                them; in training in turns also ``turn``, which decides the attack. What has ``adv_inputs`` already, as
+                one turn hands it on to the other, is given back as it is.
             training (bool): Whether this is a training step.
 
         Returns:
@@ -109,6 +110,8 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             RuntimeError: There is an attack but no victim.
             NonFiniteError: The attack met logits or gradients that are not finite.
         """
+        if 'adv_inputs' in data:
+            return data
         check_images(data['inputs'], 'train_dataloader' if training else 'val_dataloader or test_dataloader')
         inputs = as_pixels(data['inputs'])
         if training and self.augment is not None:

@@ -118,7 +118,8 @@ def _present(cfg: Config, loaders: Sequence[str]) -> list[dict]:
 def enable_amp(cfg: Config) -> None:
     """Train in automatic mixed precision: every optimizer of the config gets a wrapper for it.
 
-    On a GPU that is MMEngine's ``AmpOptimWrapper`` with dynamic loss scaling, one scale for each optimizer; on a CPU
+    On a GPU that is MMEngine's ``AmpOptimWrapper``, in bfloat16 where the GPU has it and the config names no ``dtype``,
+    with dynamic loss scaling, one scale for each optimizer; on a CPU
     ``CPUAmpOptimWrapper`` (bfloat16, which needs no loss scaling).
 
     Args:
@@ -144,6 +145,8 @@ def enable_amp(cfg: Config) -> None:
             wrapper.pop('loss_scale', None)
         else:
             wrapper['type'] = 'AmpOptimWrapper'
+            if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+                wrapper.setdefault('dtype', 'bfloat16')
             wrapper.setdefault('loss_scale', 'dynamic')
 
 

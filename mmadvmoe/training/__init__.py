@@ -4,9 +4,12 @@ from .alternation import AlternatingOptimHook, TurnSchedule
 from .amp import CPUAmpOptimWrapper
 from .awp import AWPOptimWrapper
 from .bind_victim_hook import BindVictimHook
+from .distributed import TurnsDistributedDataParallel
 from .health_hook import RouterHealthHook
 from .images_hook import AdversarialImagesHook
 from .optim_wrapper import AlternatingOptimWrapper, AlternatingOptimWrapperConstructor
+from .overfitting_hook import CatastrophicOverfittingHook
+from .speed_hook import SpeedHook
 
 __all__ = [
     'AWPOptimWrapper',
@@ -16,6 +19,9 @@ __all__ = [
     'AlternatingOptimWrapperConstructor',
     'BindVictimHook',
     'CPUAmpOptimWrapper',
+    'CatastrophicOverfittingHook',
     'RouterHealthHook',
+    'SpeedHook',
     'TurnSchedule',
+    'TurnsDistributedDataParallel',
 ]

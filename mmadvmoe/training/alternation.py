@@ -43,7 +43,7 @@ class TurnSchedule:
     warm-up, a step of the router.
 
     Args:
-        k_experts, k_router, warmup_iters, reuse_batch: See :class:`AlternatingOptimHook`.
+        k_experts, k_router, warmup_iters, reuse_batch, reuse_attack: See :class:`AlternatingOptimHook`.
         accumulative_counts (Mapping[str, int]): Iterations per update of each group. Defaults to 1 and 1.
 
     Raises:
@@ -54,6 +54,7 @@ class TurnSchedule:
     k_router: int = 1
     warmup_iters: int = 0
     reuse_batch: bool = False
+    reuse_attack: bool = False
     accumulative_counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1))
 
     def __post_init__(self) -> None:
@@ -61,6 +62,11 @@ class TurnSchedule:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f'AlternatingOptimHook: {key}={value!r}; it must be an integer of at least {least}')
+        if self.reuse_attack and not self.reuse_batch:
+            raise ValueError(
+                'AlternatingOptimHook: reuse_attack=True is about a batch that both groups step on; set '
+                'reuse_batch=True as well'
+            )
         experts, router = (self.accumulative_counts[group] for group in GROUPS)
         if self.reuse_batch and self.k_experts != self.k_router:
             raise ValueError(
@@ -156,6 +162,8 @@ class AlternatingOptimHook(Hook):
         fixed_in_eval (bool): Whether the modules of the group that is fixed are in eval mode. Without, its norm layers
             go on normalising by the batch and counting, as in the reference code, so that what is fixed are its
             weights alone. Defaults to True.
+        reuse_attack (bool): With ``reuse_batch``, whether the router steps on the very images that the experts have
+            stepped on, adversarial ones included, which saves its attack. Defaults to False.
 
     Raises:
         ValueError: A number is out of range or they do not fit each other, see :class:`TurnSchedule`.
@@ -168,6 +176,10 @@ class AlternatingOptimHook(Hook):
         That of its public code, both turns on each batch:
 
         >>> custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True)]
+
+        The same at half the price, one attack for both turns:
+
+        >>> custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True, reuse_attack=True)]
 
         Either needs an optimizer for each group, see :class:`AlternatingOptimWrapperConstructor`.
     """
@@ -182,9 +194,10 @@ class AlternatingOptimHook(Hook):
         warmup_iters: int = 0,
         reuse_batch: bool = False,
         fixed_in_eval: bool = True,
+        reuse_attack: bool = False,
     ) -> None:
         self.fixed_in_eval = fixed_in_eval
-        self.schedule = TurnSchedule(k_experts, k_router, warmup_iters, reuse_batch)
+        self.schedule = TurnSchedule(k_experts, k_router, warmup_iters, reuse_batch, reuse_attack)
         self._step = ExitStack()
         self._batch: Optional[dict] = None
 
@@ -203,10 +216,13 @@ class AlternatingOptimHook(Hook):
                 f'AlternatingOptimHook cannot work with a {type(optim_wrapper).__name__}; set '
                 "optim_wrapper.constructor='AlternatingOptimWrapperConstructor'"
             )
-        if isinstance(runner.model, DistributedDataParallel) and not runner.model.find_unused_parameters:
+        model = runner.model
+        if isinstance(model, DistributedDataParallel) and not (
+            model.find_unused_parameters or hasattr(model, 'of_turn')
+        ):
             raise ValueError(
                 'find_unused_parameters=False: distributed training in turns leaves one group out of each step; set '
-                'find_unused_parameters=True in the config (or in its model_wrapper_cfg)'
+                "model_wrapper_cfg=dict(type='TurnsDistributedDataParallel') or find_unused_parameters=True"
             )
         self.schedule = replace(self.schedule, accumulative_counts=optim_wrapper.accumulative_counts)
         if not self.schedule.count_before('router', runner.max_iters):
@@ -224,12 +240,24 @@ class AlternatingOptimHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         """Begin the step of the group that this iteration belongs to."""
         if self.schedule.repeats_batch(runner.iter):
-            # Batch augmentations write mixed labels into the samples: the router gets them as they came.
-            self._batch = _copy_batch(data_batch)
+            if self.schedule.reuse_attack:
+                handle = bare_model(runner.model).data_preprocessor.register_forward_hook(self._keep_attacked)
+                self._step.callback(handle.remove)
+            else:
+                # Batch augmentations write mixed labels into the samples: the router gets them as they came.
+                self._batch = _copy_batch(data_batch)
         turn = self.schedule.turn_at(runner.iter)
         data_batch['turn'] = turn
         runner.optim_wrapper.activate(turn)
         self._step.enter_context(train_only(bare_model(runner.model), turn, self.fixed_in_eval))
+
+    def _keep_attacked(self, preprocessor: nn.Module, args: tuple, batch: dict) -> None:
+        if 'adv_inputs' not in batch:
+            raise ValueError(
+                'AlternatingOptimHook: reuse_attack=True needs clean and adversarial images: set data_preprocessor='
+                "dict(type='AdvDataPreprocessor', mode='pair', attack=...)"
+            )
+        self._batch = batch
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None

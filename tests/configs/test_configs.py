@@ -97,15 +97,16 @@ def _reduced(path: str, data: Path, work_dir: Path) -> Config:
         loader = cfg[f'{part}_dataloader']
         loader.update(batch_size=4, num_workers=0)
         # Packing the data list collects garbage each time, which takes longer than the training here.
-        loader.dataset.update(indices=images, serialize_data=False)
-        if 'data_root' in loader.dataset:
-            loader.dataset.update(data_root=str(data / Path(loader.dataset.data_root).name), num_val=10)
-        if loader.dataset.type == 'ImageNetSplit':
-            _replace(loader.dataset.pipeline, FAST)
+        dataset = loader.dataset.get('dataset', loader.dataset)
+        dataset.update(indices=images, serialize_data=False)
+        if 'data_root' in dataset:
+            dataset.update(data_root=str(data / Path(dataset.data_root).name), num_val=10)
+        if dataset.type == 'ImageNetSplit':
+            _replace(dataset.pipeline, FAST)
     # Two turns of each group, then a validation and a checkpoint.
     cfg.train_cfg.update(max_epochs=1, val_interval=1)
     _replace(cfg.param_scheduler, dict(begin=0))
-    _replace(cfg.custom_hooks, dict(begin_epoch=0))
+    _replace(cfg.custom_hooks, dict(begin_epoch=0, k_experts=1))
     cfg.work_dir = str(work_dir)
     cfg.log_level = 'ERROR'
     return cfg

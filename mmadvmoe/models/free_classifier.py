@@ -1,0 +1,100 @@
+"""Free adversarial training: one backward pass for weights and images."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmpretrain.models.classifiers import ImageClassifier
+from mmpretrain.registry import MODELS
+from torch import Tensor
+
+from .data_preprocessor import AdvDataPreprocessor
+from .losses import check_finite
+
+
+@MODELS.register_module()
+class FreeClassifier(ImageClassifier):
+    """Step on each batch several times, and perturb the images by the gradient that each step has computed anyhow.
+
+    The loss is the head's, on the perturbed images alone. The perturbation lasts from batch to batch. An epoch costs
+    ``replays`` epochs of ordinary training; papers divide the number of epochs by it. Shafahi et al., "Adversarial
+    Training for Free!", arXiv:1904.12843, algorithm 1.
+
+    Mixtures of experts are trained jointly. It works in one process: in distributed training MMEngine's wrapper would
+    step by itself.
+
+    Args:
+        eps (float): Radius of the L-inf ball, on [0, 1] images. Defaults to 8/255.
+        replays (int): Steps on each batch. Defaults to 4.
+        **kwargs: As for ``ImageClassifier``; ``data_preprocessor`` defaults to ``dict(type='AdvDataPreprocessor',
+            mode='replace')``, without an attack.
+
+    Raises:
+        TypeError: The data preprocessor is another one, or attacks itself.
+        ValueError: ``eps`` or ``replays`` is out of range.
+
+    Examples:
+        >>> model = dict(type='FreeClassifier', eps=8 / 255, replays=4, backbone=..., neck=..., head=...)
+    """
+
+    def __init__(self, *args, eps: float = 8 / 255, replays: int = 4, data_preprocessor=None, **kwargs) -> None:
+        if not isinstance(replays, int) or replays < 1:
+            raise ValueError(f'model.replays={replays!r} must be an integer of at least 1')
+        if not 0 < eps <= 1:
+            raise ValueError(f'model.eps={eps!r} must be in (0, 1]; if it is in units of 0..255, write eps={eps} / 255')
+        if data_preprocessor is None or isinstance(data_preprocessor, dict):
+            data_preprocessor = {'type': 'AdvDataPreprocessor', 'mode': 'replace', **(data_preprocessor or {})}
+        super().__init__(*args, data_preprocessor=data_preprocessor, **kwargs)
+        if not isinstance(self.data_preprocessor, AdvDataPreprocessor) or self.data_preprocessor.attack_cfg is not None:
+            raise TypeError(
+                'FreeClassifier perturbs images itself: set data_preprocessor=dict(type="AdvDataPreprocessor") without '
+                'an attack'
+            )
+        self.eps = eps
+        self.replays = replays
+        self._offset: Optional[Tensor] = None
+        self._in_step = False
+
+    def train_step(self, data: dict, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """Preprocess a batch and step on it ``replays`` times; the losses are those of the last one.
+
+        Raises:
+            TypeError: The optimizers take turns.
+            NonFiniteError: A loss is not finite.
+        """
+        if isinstance(optim_wrapper, OptimWrapperDict):
+            raise TypeError(
+                'FreeClassifier trains all parameters together: leave out AlternatingOptimHook and its groups'
+            )
+        with optim_wrapper.optim_context(self):
+            batch = self.data_preprocessor(data, True)
+        images = self.data_preprocessor.to_unit(batch['inputs'])
+        offset = self._offset
+        if offset is None or offset.shape != images.shape:
+            offset = torch.zeros_like(images)
+        self._in_step = True
+        try:
+            for _ in range(self.replays):
+                points = (images + offset).clamp(0, 1).requires_grad_()
+                with optim_wrapper.optim_context(self):
+                    losses = self(self.data_preprocessor.normalize(points), batch['data_samples'], mode='loss')
+                check_finite(losses)
+                loss, log_vars = self.parse_losses(losses)
+                optim_wrapper.update_params(loss)
+                offset = (offset + self.eps * points.grad.sign()).clamp(-self.eps, self.eps)
+        finally:
+            self._in_step = False
+        self._offset = offset.detach()
+        return log_vars
+
+    def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """The head's loss.
+
+        Raises:
+            RuntimeError: It is asked for from outside of :meth:`train_step`, as distributed training does.
+        """
+        if not self._in_step:
+            raise RuntimeError('FreeClassifier trains in one process, by its own train_step: use --launcher none')
+        return super().loss(inputs, data_samples)

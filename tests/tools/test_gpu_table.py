@@ -1,0 +1,62 @@
+"""What the script for a GPU machine leaves to do, and the table that it ends in."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, seed, value in (('at_dense', 0, 50.0), ('advmoe', 0, 40.0), ('advmoe', 1, 44.0)):
+        metrics = {f'{attack}/accuracy/top1': value for attack in ('clean', 'pgd50', 'ra', 'worst')}
+        (tmp_path / f'{name}_{seed}.json').write_text(json.dumps(metrics))
+        (tmp_path / f'train_{name}_{seed}.done').write_text('log\n120 s\n')
+    (tmp_path / 'benchmark_moe.json').write_text('[]')
+    return tmp_path
+
+
+def test_the_table(folder, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['gpu_table.py', str(folder), '--device', 'cpu', '--epochs', '2'])
+    runpy.run_path(str(ROOT / 'tools/gpu_table.py'), run_name='__main__')
+    table = (folder / 'table.md').read_text()
+    assert table == capsys.readouterr().out.rstrip('\n') + '\n'
+    assert 'CIFAR-10 (JPEG), ResNet-18, r = 0.5, L-inf 8/255, 2 epochs for each side, CPU' in table
+    assert '| AT (Dense) | 50.0 | 50.0 |  | 50.0 |  | 50.0 | 1 | 2.0 |' in table
+    assert '| AdvMoE | 42.0 (40.0 to 44.0) |' in table
+    assert table.index('AT (Dense)') < table.index('AdvMoE')
+    assert len((folder / 'table.jsonl').read_text().splitlines()) == 3
+
+
+def script(folder, *parts, **variables):
+    env = {**os.environ, 'OUT': str(folder), 'PYTHON': sys.executable, 'SHORT': '1', **variables}
+    command = ['bash', str(ROOT / 'tools/gpu_table.sh'), *parts]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_what_is_done_is_not_done_again(folder):
+    for name in ('tests', 'train_advmoe_0', 'test_advmoe_0'):
+        (folder / f'{name}.done').write_text('')
+    done = script(folder, 'tests', 'table', ROWS='advmoe')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if line.endswith('done before')] == [
+        '== tests: done before',
+        '== train_advmoe_0: done before',
+        '== test_advmoe_0: done before',
+    ]
+    assert (folder / 'table.md').exists()
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(folder):
+    (folder / 'fails').write_text('#!/bin/sh\necho broken\nexit 1\n')
+    (folder / 'fails').chmod(0o755)
+    done = script(folder, 'benchmarks', PYTHON=str(folder / 'fails'))
+    assert done.returncode == 1
+    assert 'failed: benchmark_moe benchmark_training benchmark_experts' in done.stdout and 'broken' in done.stdout
+    assert script(folder, 'speed').returncode == 2
