@@ -8,11 +8,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 #: What OpenMMLab's MIM and ModelHub look for in the folder .mim of an installed package.
-MIM_FILES = ('configs', 'tools', 'model-index.yml')
+MIM_FILES = ('configs', 'tools', 'zoo', 'model-index.yml')
 
 
 class BuildWithMim(build_py):
-    """Put configs, tools and model index into the package: copies, or links for an editable installation.
+    """Put configs, tools, weights and model index into the package: copies, or links for an editable installation.
 
     Windows lets few users make links.
     """

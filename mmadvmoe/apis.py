@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Optional, Union
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
@@ -27,6 +29,57 @@ from mmadvmoe.evaluation.run import RobustEvaluation
 from mmadvmoe.runtime.preflight import check_data
 from mmadvmoe.runtime.safe_load import check_state_dict
 from mmadvmoe.runtime.seeding import preserve_rng_state
+from mmadvmoe.runtime.zoo import read_zoo
+from mmadvmoe.utils import choose
+
+
+def list_models(pattern: str = '*', pretrained: bool = False) -> list[str]:
+    """Names for :func:`get_model`, sorted.
+
+    Args:
+        pattern (str): What names must match, as file names match ``'*digits*'``. Defaults to all.
+        pretrained (bool): Only models whose weights are published. Defaults to False.
+
+    Examples:
+        >>> list_models('advmoe_*_cifar10', pretrained=False)
+    """
+    models = read_zoo().values()
+    return sorted(m.name for m in models if fnmatchcase(m.name, pattern) and (m.weights is not None or not pretrained))
+
+
+def get_model(
+    name: str, pretrained: Union[bool, str, Path] = False, device: Union[str, torch.device] = 'cpu'
+) -> NormalizedClassifier:
+    """A model of this package by its name, as a plain module: images in [0, 1] to class logits.
+
+    Weights that come with the installation are compared with their published SHA-256.
+
+    Args:
+        name (str): One of :func:`list_models`.
+        pretrained (bool, str or Path): True for the published weights, a file or address for others, False for random
+            ones. Defaults to False.
+        device (str or torch.device): Where the model goes. Defaults to ``'cpu'``.
+
+    Returns:
+        NormalizedClassifier: In eval mode, as :func:`load_robust_model` gives it.
+
+    Raises:
+        ValueError: There is no model of this name, or no weights of it are published.
+        CheckpointError: The weights are not those that were published, or do not fit.
+
+    Examples:
+        >>> model = get_model('advmoe_resnet18_digits', pretrained=True)
+        >>> model(torch.rand(4, 3, 8, 8)).shape
+        torch.Size([4, 10])
+    """
+    models = read_zoo()
+    model = models[choose(name, sorted(models), 'name')]
+    if pretrained is False:
+        classifier = _build_classifier(Config.fromfile(model.config))
+        classifier.init_weights()
+        return NormalizedClassifier.from_classifier(classifier.to(device)).eval()
+    checkpoint = model.checked_weights() if pretrained is True else pretrained
+    return load_robust_model(model.config, checkpoint, device)
 
 
 def load_robust_model(
@@ -59,26 +112,32 @@ def load_robust_model(
         config = Config.fromfile(config)
     if not isinstance(config, Mapping) and not isinstance(config, Config):
         raise TypeError(f'config must be the path of a config file or a Config, got a {type(config).__name__}')
-    model_cfg = dict(config['model'])
-    if config.get('data_preprocessor') is not None:
-        model_cfg.setdefault('data_preprocessor', config['data_preprocessor'])
-    with DefaultScope.overwrite_default_scope(config.get('default_scope') or 'mmpretrain'):
-        classifier = MODELS.build(model_cfg)
+    classifier = _build_classifier(config)
     content = load_checkpoint(classifier, str(checkpoint), map_location='cpu', logger='silent')
     # MMEngine leaves a tensor that does not fit as it was.
     check_state_dict(classifier, content, str(checkpoint))
     return NormalizedClassifier.from_classifier(classifier.to(device)).eval()
 
 
+def _build_classifier(config: Mapping) -> nn.Module:
+    """The classifier of a config, with weights as its layers draw them."""
+    model_cfg = dict(config['model'])
+    if config.get('data_preprocessor') is not None:
+        model_cfg.setdefault('data_preprocessor', config['data_preprocessor'])
+    with DefaultScope.overwrite_default_scope(config.get('default_scope') or 'mmpretrain'):
+        return MODELS.build(model_cfg)
+
+
 @torch.no_grad()
 def inference(
-    model: Union[NormalizedClassifier, Victim], images: Tensor, batch_size: int = 256
+    model: Union[NormalizedClassifier, Victim], images: Union[Tensor, np.ndarray], batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Class probabilities of images, and the experts that computed them.
 
     Args:
         model (NormalizedClassifier or Victim): Such as :func:`load_robust_model` gives.
-        images (Tensor): (B, 3, H, W) in [0, 1], or uint8 or uint16.
+        images (Tensor or ndarray): (B, 3, H, W) in [0, 1], or uint8 or uint16; or one image, (3, H, W), which is a batch
+            of one. An array can have its channels last, as NumPy images have them.
         batch_size (int): Images at a time. Defaults to 256.
 
     Returns:
@@ -86,11 +145,11 @@ def inference(
         model; of routers for tokens, the experts of all tokens, layer by layer); both on the CPU.
 
     Raises:
-        TypeError: Images are of an integer type that does not tell their range.
-        ValueError: They are not in [0, 1].
+        TypeError: Images are neither, or of an integer type that does not tell their range.
+        ValueError: They have another shape, or are not in [0, 1].
         FloatingPointError: A router gives logits that are not finite.
     """
-    images = as_unit(images)
+    images = as_unit(_as_batch(images))
     device = next(model.parameters()).device
     probabilities, experts = [], []
     with model.frozen():
@@ -100,6 +159,22 @@ def inference(
             chosen = [routing.decisions.cpu() for routing in routings]
             experts.append(torch.cat(chosen, dim=1) if chosen else torch.empty(len(part), 0, dtype=torch.int64))
     return torch.cat(probabilities), torch.cat(experts)
+
+
+def _as_batch(images: Union[Tensor, np.ndarray]) -> Tensor:
+    """Images as (B, C, H, W), their numbers as they are."""
+    if isinstance(images, np.ndarray):
+        # A copy, in an order that tensors can have.
+        images = torch.from_numpy(np.array(images))
+        if images.dim() in (3, 4) and images.shape[-1] in (1, 3) and images.shape[-3] not in (1, 3):
+            images = images.movedim(-1, -3)
+    if not isinstance(images, Tensor):
+        raise TypeError(f'images must be a tensor or an array, got a {type(images).__name__}')
+    if images.dim() == 3:
+        images = images[None]
+    if images.dim() != 4:
+        raise ValueError(f'images must be (B, C, H, W) or one (C, H, W), got {tuple(images.shape)}')
+    return images
 
 
 @dataclass(frozen=True)
@@ -138,13 +213,15 @@ def evaluate_robustness(
     seed: int = 0,
     out_dir: Union[str, Path, None] = None,
     overwrite: bool = False,
+    device: Union[str, torch.device, None] = None,
+    num_classes: Optional[int] = None,
 ) -> RobustnessResult:
     """Measure the accuracy of a classifier under attacks, and the worst case of each image over all of them.
 
     A mixture of experts is always attacked by :class:`~mmadvmoe.attacks.RoutePGD` as well, and with image-level routing
     by each attack with the route held, because the worst case over attacks that know nothing of routes can be far too
-    high. In several processes (with a process group) each takes its
-    share of the images, and all get the result.
+    high. RoutePGD takes as many steps as the longest attack asked for, at most 50. In several processes (with a process
+    group) each takes its share of the images, and all get the result.
 
     Args:
         model (nn.Module): What :func:`load_robust_model` gives, a view of it (:class:`~mmadvmoe.attacks.Victim`), or
@@ -162,6 +239,9 @@ def evaluate_robustness(
         out_dir (str or Path, optional): Folder that gets the outcome of each image as it becomes known, and in which a
             killed evaluation goes on where it stopped.
         overwrite (bool): Delete the outcomes in ``out_dir`` and begin anew, instead of going on or refusing to.
+        device (str or torch.device, optional): Where the model is moved to first. Defaults to where it is.
+        num_classes (int, optional): K of a module that is none of this package. Defaults to the width of its logits
+            for the first image.
 
     Returns:
         RobustnessResult: Metrics and outcomes.
@@ -179,14 +259,15 @@ def evaluate_robustness(
         >>> result = evaluate_robustness(model, data, ['pgd50', 'autoattack'], eps=0.2, cascade=True)
         >>> result.clean_accuracy, result.robust_accuracy
     """
-    victim = model if isinstance(model, Victim) else Victim(model)
+    victim = model if isinstance(model, Victim) else Victim(model, num_classes=num_classes)
+    if device is not None:
+        victim.model.to(device)
     dataset = as_dataset(data)
     if victim.num_classes is None and len(dataset):
         # One pass tells how many classes the module of someone else has.
         image, _ = spread_images(dataset, getattr(victim.classifier, 'data_preprocessor', None), 1)
-        device = next(iter(victim.parameters()), image).device
         with victim.frozen(), torch.no_grad():
-            victim(image.to(device))
+            victim(image.to(next(iter(victim.parameters()), image).device))
     if not isinstance(attacks, Mapping):
         attacks = choose_attacks(attacks, eps=eps, norm=norm)
     attacks = with_route_attack(attacks, victim)

@@ -198,7 +198,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path: Path, monkeypatc
     assert not (tmp_path / 'killed' / 'metrics.json').exists()
     # RoutePGD came beside the first; the third chunk had its outcome under both.
     parts = sorted(path.name for path in (tmp_path / 'killed' / 'parts').iterdir())
-    assert len(parts) == 2 * 5 + 3 and parts[-1] == '000002.02-routepgd50.pt'
+    assert len(parts) == 2 * 5 + 3 and parts[-1] == '000002.02-routepgd2.pt'
     assert len(read_evaluation(tmp_path / 'killed').outcomes.label) == 16
     monkeypatch.delenv('DEADLY')
     run(out_dir=tmp_path / 'killed')

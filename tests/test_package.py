@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'model-index.yml')
-FOLDERS = ('mmadvmoe', 'configs', 'tools')
+FOLDERS = ('mmadvmoe', 'configs', 'tools', 'zoo')
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +43,7 @@ def test_a_wheel_holds_configs_tools_and_index(checkout: Path, tmp_path: Path) -
     (wheel,) = tmp_path.glob('mmadvmoe-*.whl')
     with ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if '.dist-info/' not in name}
-        mim = {f'mmadvmoe/.mim/{name}' for name in {'model-index.yml', *_files('configs', 'tools')}}
+        mim = {f'mmadvmoe/.mim/{name}' for name in {'model-index.yml', *_files('configs', 'tools', 'zoo')}}
         assert names == mim | _files('mmadvmoe')
         index = archive.read('mmadvmoe/.mim/model-index.yml')
         assert index == (ROOT / 'model-index.yml').read_bytes()
@@ -61,5 +61,5 @@ def test_an_editable_installation_links_to_the_checkout(checkout: Path) -> None:
     """As ``pip install -e`` runs it; nothing is installed here."""
     _run('setup.py', '-q', 'editable_wheel', '--dist-dir', 'editable', cwd=checkout)
     folder = checkout / 'mmadvmoe' / '.mim'
-    assert sorted(path.name for path in folder.iterdir()) == ['configs', 'model-index.yml', 'tools']
+    assert sorted(path.name for path in folder.iterdir()) == ['configs', 'model-index.yml', 'tools', 'zoo']
     assert (folder / 'configs' / 'advmoe_resnet18_digits.py').samefile(checkout / 'configs/advmoe_resnet18_digits.py')

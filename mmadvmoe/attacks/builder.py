@@ -267,6 +267,11 @@ class BoundAttack:
             )
         return adversarial
 
+    @property
+    def steps(self) -> Optional[int]:
+        """Iterations of the attack; None where it has none."""
+        return getattr(self._attack, 'steps', None)
+
     def check_radius(self, num_values: int, name: Optional[str] = None) -> None:
         """Check that the ball is not larger than the space of images.
 

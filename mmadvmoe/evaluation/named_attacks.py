@@ -25,6 +25,9 @@ from mmadvmoe.utils import did_you_mean
 
 from .outcomes import CLEAN, WORST
 
+# Steps of a RoutePGD that nobody asked for, at most.
+_ROUTE_STEPS = 50
+
 
 def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, BoundAttack]:
     """Build named attacks, and warn where they cannot judge an MoE.
@@ -145,7 +148,8 @@ def choose_attacks(
 def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str = 'attacks') -> dict[str, dict]:
     """Put attacks on the routes beside those on a mixture of experts: ``RoutePGD``, and each with the route held.
 
-    ``RoutePGD`` with 50 steps is added where there is none. It comes after the first attack, because a cascade is fast
+    ``RoutePGD`` is added where there is none, with as many steps as the longest of the attacks that has any, at most
+    50, and with 50 beside attacks without steps. It comes after the first attack, because a cascade is fast
     when what fools most images for its price comes early. Its radius is the largest of the attacks; of attacks in
     several norms, each gets its own. With image-level routing each attack ``<name>`` is followed by ``<name>-held``,
     the same with ``route='held'``; with a route for each layer or token, nearly every image has a route of its own and
@@ -167,16 +171,19 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
     if any(map(moves_routes, attacks.values())):
         return attacks
     radii: dict[str, float] = {}
+    lengths = []
     for cfg in attacks.values():
-        # Built, it knows the default as well.
-        eps = build_attack(cfg, victim).eps
-        if eps is not None:
-            radii[attack_norm(cfg)] = max(eps, radii.get(attack_norm(cfg), 0.0))
+        # Built, it knows the defaults as well.
+        built = build_attack(cfg, victim)
+        lengths.append(built.steps)
+        if built.eps is not None:
+            radii[attack_norm(cfg)] = max(built.eps, radii.get(attack_norm(cfg), 0.0))
+    name = f'routepgd{min(_ROUTE_STEPS, max(filter(None, lengths), default=_ROUTE_STEPS))}'
     first, *others = attacks
     completed = {first: attacks[first]}
     for norm, eps in radii.items():
         suffix = '' if len(radii) == 1 else f'-{norm.lower()}'
-        completed[f'routepgd50{suffix}'] = standard_attack('routepgd50', eps, norm)
+        completed[f'{name}{suffix}'] = standard_attack(name, eps, norm)
     return completed | {name: attacks[name] for name in others}
 
 

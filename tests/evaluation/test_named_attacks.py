@@ -100,15 +100,31 @@ class _Mixture(nn.Module):
 
 
 def test_each_norm_gets_its_attack_on_the_routes() -> None:
-    attacks = dict(a=dict(type='PGD', eps=0.1), b=dict(type='FGSM', eps=0.2), c=dict(type='PGDL2', eps=0.5))
+    attacks = dict(
+        a=dict(type='PGD', eps=0.1, steps=20), b=dict(type='FGSM', eps=0.2), c=dict(type='PGDL2', eps=0.5, steps=30)
+    )
     completed = with_route_attack(attacks, _Mixture())
-    assert list(completed) == ['a', 'routepgd50-linf', 'routepgd50-l2', 'b', 'c']
-    assert completed['routepgd50-linf'] == standard_attack('routepgd50', 0.2)
-    assert completed['routepgd50-l2'] == standard_attack('routepgd50', 0.5, 'L2')
-    assert list(with_route_attack(dict(a=attacks['a']), _Mixture())) == ['a', 'routepgd50']
+    assert list(completed) == ['a', 'routepgd30-linf', 'routepgd30-l2', 'b', 'c']
+    assert completed['routepgd30-linf'] == standard_attack('routepgd30', 0.2)
+    assert completed['routepgd30-l2'] == standard_attack('routepgd30', 0.5, 'L2')
+    assert list(with_route_attack(dict(a=attacks['a']), _Mixture())) == ['a', 'routepgd20']
     by_default = with_route_attack(dict(a=dict(type='PGD')), _Mixture())
     assert 'a-held' not in by_default
-    assert by_default['routepgd50'] == standard_attack('routepgd50', 8 / 255)
+    assert by_default['routepgd10'] == standard_attack('routepgd10', 8 / 255)
+
+
+@pytest.mark.parametrize(
+    ('attacks', 'steps'),
+    [
+        (dict(a=dict(type='PGD', steps=2)), 2),
+        (dict(a=dict(type='PGD', steps=2), b=dict(type='APGD', steps=7)), 7),
+        (dict(a=dict(type='AutoAttack', n_classes=10)), 50),
+        (dict(a=dict(type='FGSM'), b=dict(type='Square')), 50),
+    ],
+    ids=['pgd2', 'longest', 'at_most', 'without'],
+)
+def test_the_attack_on_the_routes_is_as_long_as_what_was_asked_for(attacks: dict, steps: int) -> None:
+    assert with_route_attack(attacks, _Mixture())[f'routepgd{steps}']['steps'] == steps
 
 
 def test_each_attack_on_images_with_one_route_is_made_with_the_route_held_as_well() -> None:
@@ -121,4 +137,4 @@ def test_each_attack_on_images_with_one_route_is_made_with_the_route_held_as_wel
     completed = with_route_attack(attacks, _Mixture('image'))
     assert list(completed) == ['a', 'a-held', 'gate', 'routers', 'mine']
     assert completed['a-held'] == dict(type='PGD', eps=0.1, route='held')
-    assert list(with_route_attack(dict(a=attacks['a']), _Mixture('image'))) == ['a', 'routepgd50', 'a-held']
+    assert list(with_route_attack(dict(a=attacks['a']), _Mixture('image'))) == ['a', 'routepgd10', 'a-held']

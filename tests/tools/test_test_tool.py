@@ -93,7 +93,7 @@ def test_outcomes_of_named_attacks_whatever_the_batch_size(test_tool: Callable) 
     for size in ('16', '128'):
         test_tool('--attacks', 'fgsm', 'pgd2', '--out', size, '--cfg-options', f'test_dataloader.batch_size={size}')
     # The radius is that of the config, and RoutePGD comes beside what was asked for.
-    assert _attacks('16') == ['fgsm', 'routepgd50', 'fgsm-held', 'pgd2', 'pgd2-held']
+    assert _attacks('16') == ['fgsm', 'routepgd2', 'fgsm-held', 'pgd2', 'pgd2-held']
     settings = json.loads(Path('16/run.json').read_text())['settings']
     assert settings['attacks']['fgsm'] == dict(type='FGSM', eps=0.2)
     assert settings['chunk_size'] == 8 and settings['model']['num_experts'] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import yaml
@@ -26,23 +27,36 @@ PAPER = dict(
 HEAD = '# Written by tools/analysis_tools/metafiles.py. FLOPs are multiply-adds of one image, routers included.\n'
 
 
+def published() -> dict[str, dict]:
+    """Weights of the zoo by the name of their config, as model_converters/publish_model.py has noted them."""
+    index = ROOT / 'zoo' / 'weights.json'
+    return json.loads(index.read_text(encoding='utf-8')) if index.is_file() else {}
+
+
 def model_entry(path: Path, collection: str) -> dict:
-    """What a metafile says of one config. No result is claimed: ``Metrics`` are empty."""
+    """What a metafile says of one config. ``Metrics`` are those of the weights in the zoo, empty without any."""
     cfg = Config.fromfile(path)
     cost = cost_of(cfg)
     data_set = data_set_of(path)
-    return {
+    metadata = {
+        'Training Data': data_set,
+        'Epochs': cfg.train_cfg.max_epochs,
+        'FLOPs': round(cost.gflops * 1e9),
+        'Parameters': cost.params_total,
+    }
+    weights = published().get(path.stem)
+    if weights is not None:
+        metadata |= {'SHA-256': weights['sha256'], 'Revision': weights['revision'], 'Seed': weights['seed']}
+    entry = {
         'Name': path.stem,
-        'Metadata': {
-            'Training Data': data_set,
-            'Epochs': cfg.train_cfg.max_epochs,
-            'FLOPs': round(cost.gflops * 1e9),
-            'Parameters': cost.params_total,
-        },
+        'Metadata': metadata,
         'In Collection': collection,
-        'Results': [{'Task': 'Image Classification', 'Dataset': data_set, 'Metrics': None}],
+        'Results': [
+            {'Task': 'Image Classification', 'Dataset': data_set, 'Metrics': weights['metrics'] if weights else None}
+        ],
         'Config': path.relative_to(ROOT).as_posix(),
     }
+    return entry if weights is None else entry | {'Weights': f'zoo/{weights["file"]}'}
 
 
 def metafile(folder: Path, paths: list[Path]) -> str:
