@@ -136,7 +136,7 @@ def inference(
 
     Args:
         model (NormalizedClassifier or Victim): Such as :func:`load_robust_model` gives.
-        images (Tensor or ndarray): (B, 3, H, W) in [0, 1], or uint8 or uint16; or one image, (3, H, W), which is a batch
+        images (Tensor or ndarray): (B, 3, H, W) in [0, 1], or uint8 or uint16; or one image, (3, H, W): a batch
             of one. An array can have its channels last, as NumPy images have them.
         batch_size (int): Images at a time. Defaults to 256.
 
