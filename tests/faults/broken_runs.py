@@ -14,11 +14,10 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
-from damaged_files import ATTACKS, build_runner, evaluate, evaluated
+from damaged_files import ATTACKS, build_runner, evaluate, evaluated, scratch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -63,7 +62,7 @@ def _wait_for(condition, seconds=60):
 @cache
 def whole() -> Path:
     """The folder of a training that nobody disturbed."""
-    folder = Path(mkdtemp(prefix='faults-')) / 'whole'
+    folder = scratch('whole')
     train(small_cfg(), folder)
     return folder
 

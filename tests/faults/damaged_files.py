@@ -1,5 +1,6 @@
 """Files of a run or an evaluation, damaged, swapped or foreign: each is refused by name, or read as it was written."""
 
+import atexit
 import importlib.util
 import io
 import itertools
@@ -34,6 +35,13 @@ _NUMBERS = itertools.count()
 # ---- what is damaged: made once for each process
 
 
+def scratch(name) -> Path:
+    """A folder that is there until the process ends."""
+    folder = Path(mkdtemp(prefix='faults-'))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder / name
+
+
 def build_runner(folder, **overrides):
     cfg = Config(small_cfg(work_dir=str(folder), experiment_name=f'fault_{os.getpid()}_{next(_NUMBERS)}', **overrides))
     return Runner.from_cfg(cfg)
@@ -42,7 +50,7 @@ def build_runner(folder, **overrides):
 @cache
 def trained() -> Path:
     """The folder of a training of two epochs."""
-    folder = Path(mkdtemp(prefix='faults-')) / 'trained'
+    folder = scratch('trained')
     build_runner(folder, train_cfg=dict(by_epoch=True, max_epochs=2)).train()
     return folder
 
@@ -62,7 +70,7 @@ def evaluate(folder, seed=0, **options):
 @cache
 def evaluated(seed=0) -> Path:
     """The folder of an evaluation: three chunks, without an attack and under two."""
-    folder = Path(mkdtemp(prefix='faults-')) / 'evaluated'
+    folder = scratch('evaluated')
     evaluate(folder, seed)
     return folder
 
