@@ -1,5 +1,6 @@
 from .backbone import MoEBackbone, forward_routed
 from .convert import convert_ffns, convert_layers, match_ffns, match_layers
+from .deploy import deployable
 from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .placements import PLACEMENTS, Placement, placement_of
@@ -25,6 +26,7 @@ __all__ = [
     'TokenRouting',
     'convert_ffns',
     'convert_layers',
+    'deployable',
     'forward_routed',
     'match_ffns',
     'match_layers',
