@@ -42,6 +42,9 @@ def openmmlab(module: str, distribution: str = '') -> str:
 #: Libraries whose attacks run on what `load_robust_model` gives.
 INTEROP = ['foolbox>=3.3', 'adversarial-robustness-toolbox>=1.17']
 
+#: What tools/export.py needs for ONNX.
+EXPORT = ['onnx>=1.16', 'onnxruntime>=1.18', 'onnxscript>=0.3']
+
 setup(
     name='mmadvmoe',
     version=run_path(str(ROOT / 'mmadvmoe' / 'version.py'))['__version__'],
@@ -80,8 +83,10 @@ setup(
         'lite': [openmmlab('mmcv', 'mmcv-lite')],
         # Ruff is held to one minor version: the next may format differently. From 70.1 on, setuptools builds wheels.
         'interop': INTEROP,
+        'export': EXPORT,
         'tests': [
             *INTEROP,
+            *EXPORT,
             'pytest>=7.4',
             'pytest-xdist>=3.5',
             'ruff>=0.17.0,<0.18.0',

@@ -104,7 +104,7 @@ class RobustClassifier(ImageClassifier):
                     f'{name} is about router logits, but the backbone {type(self.backbone).__name__} has no router; '
                     'it takes a MoEBackbone with num_experts >= 2'
                 )
-            objective.check_model(getattr(self.backbone, 'num_experts', 1), self.head.num_classes)
+            objective.check_model(getattr(self.backbone, 'num_experts', 1), getattr(self.head, 'num_classes', None))
         return objectives
 
     def forward(

@@ -80,7 +80,7 @@ class Objective(nn.Module):
     needs_routers = False
     needs_hard_labels = False
 
-    def check_model(self, num_experts: int, num_classes: int) -> None:
+    def check_model(self, num_experts: int, num_classes: Optional[int]) -> None:
         """Raise ValueError if the objective does not fit a model with N experts and K classes."""
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from mmengine.dist import all_reduce
@@ -64,7 +64,7 @@ class ClassGroupLoss(RouterObjective):
         self.weight = check_weight('ClassGroupLoss.weight', weight)
         self.images = choose(images, ('adversarial', 'clean'), 'ClassGroupLoss.images')
 
-    def check_model(self, num_experts: int, num_classes: int) -> None:
+    def check_model(self, num_experts: int, num_classes: Optional[int]) -> None:
         """See :meth:`mmadvmoe.moe.ClassGroups.check`."""
         self.groups.check(num_experts, num_classes)
 

@@ -1,6 +1,7 @@
 from .backbone import MoEBackbone, forward_routed
 from .class_groups import ClassGroups
 from .convert import convert_ffns, convert_layers, match_ffns, match_layers
+from .deploy import deployable
 from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
 from .pixel_routers import ConvRouter, MLPRouter
@@ -32,6 +33,7 @@ __all__ = [
     'TokenRouting',
     'convert_ffns',
     'convert_layers',
+    'deployable',
     'forward_routed',
     'match_ffns',
     'match_layers',

@@ -81,7 +81,7 @@ class TokenRouting(BaseRouting):
         """
         scores = logits if noise is None else logits + noise
         best = scores.topk(top_k, dim=-1)
-        gate = _gate(scores, best.indices, softmax, straight_through)
+        gate = gate_of(scores, best.indices, softmax, straight_through)
         routing = cls._of(best.indices, gate, logits, best.values[..., -1], noise_std)
         return routing._limited(capacity_factor, per_image)
 
@@ -107,7 +107,7 @@ class TokenRouting(BaseRouting):
             named = expert.unique().tolist()
             raise ValueError(f'a route must name different experts in [0, {num_experts}) for each token, got {named}')
         threshold = logits.gather(-1, expert).amin(-1)
-        return cls._of(expert, _gate(logits, expert, softmax, straight_through=False), logits, threshold, noise_std)
+        return cls._of(expert, gate_of(logits, expert, softmax, straight_through=False), logits, threshold, noise_std)
 
     @classmethod
     def _of(cls, expert: Tensor, gate: Tensor, logits: Tensor, threshold: Tensor, noise_std: float) -> TokenRouting:
@@ -193,7 +193,8 @@ class TokenRouting(BaseRouting):
         return self._of(*parts, self.noise_std)
 
 
-def _gate(scores: Tensor, expert: Tensor, softmax: str, straight_through: bool) -> Tensor:
+def gate_of(scores: Tensor, expert: Tensor, softmax: str, straight_through: bool) -> Tensor:
+    """The weights (B, T, K) that scores (B, T, N) give to chosen experts (B, T, K); see :meth:`TokenRouting.decide`."""
     if softmax == 'after' and expert.shape[-1] > 1:
         return scores.gather(-1, expert).softmax(-1)
     probability = scores.softmax(-1).gather(-1, expert)

@@ -51,7 +51,8 @@ def keywords_named(cfg: Mapping[str, Any]) -> Iterator[None]:
         yield
     except TypeError as error:
         found = _KEYWORD.search(str(error))
-        paths = list(_paths(cfg, found[1])) if found else []
+        # A Config is no Mapping.
+        paths = list(_paths(dict(cfg.items()), found[1])) if found else []
         if not paths:
             raise
         raise TypeError(f'the config has {" and ".join(paths)}, which nothing takes there. {error}') from error
@@ -114,12 +115,10 @@ def warn_of_ended_schedules(runner: Runner) -> None:
         length = runner.max_epochs if last.by_epoch else runner.max_iters
         if last.end < length:
             unit = 'epochs' if last.by_epoch else 'iterations'
-            values = sorted({group[last.param_name] for group in last.optimizer.param_groups})
             runner.logger.warning(
                 f'{key}: the {type(last).__name__} of the run that is resumed ends after {last.end} {unit}, and '
-                f'training now goes on to {length}: {last.param_name} stays at '
-                f'{", ".join(f"{value:.3g}" for value in values)}. To stretch the schedule, begin anew from the '
-                'weights alone: load_from=..., resume=False'
+                f'training now goes on to {length}: {last.param_name} stays where it ends. To stretch the schedule, '
+                'begin anew from the weights alone: load_from=..., resume=False'
             )
 
 

@@ -16,8 +16,8 @@ from mmadvmoe.attacks.library import SOFT_LABEL_ATTACKS
 from mmadvmoe.registry import ATTACKS
 
 ATTACKS.get('PGD')  # fills the registry
-# RouterAttack needs routers; see test_router_attack.py.
-NAMES = sorted(set(ATTACKS.module_dict) - {'RouterAttack'})
+# Those need routers; see test_router_attack.py and tests/models/test_held_routes.py.
+NAMES = sorted(set(ATTACKS.module_dict) - {'RouterAttack', 'ClassGroupAttack'})
 # Whatever an attack has of these, at its smallest: what is tested is not how strong it is.
 QUICK = dict(
     steps=2,

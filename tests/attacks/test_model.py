@@ -141,14 +141,14 @@ def test_logits_are_full_precision_under_autocast(make_tiny):
 
 def test_class_count_of_a_classifying_backbone(make_tiny):
     """MMPretrain's VGG with its own classifier, for one, has a head that knows no class count."""
-    victim, _, _ = make_tiny()
-    del victim.classifier.head.num_classes
-    assert victim.num_classes is None
-    victim.classifier.backbone.num_classes = 7
-    assert victim.num_classes == 7
+    classifier = make_tiny()[0].classifier
+    del classifier.head.num_classes
+    assert Victim(classifier).num_classes is None
+    classifier.backbone.num_classes = 7
+    assert Victim(classifier).num_classes == 7
 
 
-def test_refuses_what_gives_no_logits(make_tiny):
+def test_refuses_what_gives_no_logits(make_tiny, make_moe):
     victim, images, _ = make_tiny()
 
     class TwoHeads(nn.Linear):
@@ -158,9 +158,10 @@ def test_refuses_what_gives_no_logits(make_tiny):
     victim.classifier.head = TwoHeads(64, 5)
     with pytest.raises(TypeError, match='TwoHeads gives tuple'):
         victim(images)
-    victim.classifier.head = None
-    with pytest.raises(TypeError, match='TinyClassifier has no head'):
-        Victim(victim.classifier)
+    headless = make_moe()
+    headless.head = None
+    with pytest.raises(TypeError, match='ImageClassifier has no head'):
+        Victim(headless)
     with pytest.raises(TypeError, match='type Linear does not tell'):
         Victim(nn.Flatten(), nn.Linear(1, 1))
 

@@ -115,7 +115,7 @@ def test_finished_runs_are_not_run_again(sweep: ModuleType, tmp_path: Path) -> N
     assert sorted(called) == [(label, seed) for label in ('AT(Dense)', 'advmoe_resnet18_digits') for seed in (0, 1)]
     sweep.run_all(_args(tmp_path, retry_failed=True), work)
     assert called[4:] == [('advmoe_resnet18_digits', 1)]
-    sweep.run_all(_args(tmp_path, DENSE, set=['model.head.topk=(1,)']), work)
+    sweep.run_all(_args(tmp_path, DENSE, set=['model.head.topk=1']), work)
     assert len(called) == 7
     results = tmp_path / 'results.jsonl'
     assert len(results.read_text().splitlines()) == 7 and len(sweep.read(results)) == 6
