@@ -120,7 +120,7 @@ class TokenRouting(BaseRouting):
         """Route the tokens of a further pass likewise, as :meth:`fixed` does; arguments as there."""
         if self.kept is not None:
             return self.fixed(self.expert, logits, softmax, self.noise_std)
-        gate = _gate(logits, self.expert, softmax, straight_through=False)
+        gate = gate_of(logits, self.expert, softmax, straight_through=False)
         return replace(self, gate=gate, logits=logits, threshold=logits.gather(-1, self.expert).amin(-1))
 
     def _limited(self, capacity_factor: Optional[float], per_image: bool) -> TokenRouting:
