@@ -2,6 +2,7 @@
 
 from .cifar import CIFAR10Split, CIFAR100Split
 from .digits import Digits
+from .extra import ExtraImages
 from .fashion_mnist import FashionMNISTSplit
 from .imagenet import ImageNetSplit, TinyImageNet
 from .samplers import ChunkSampler
@@ -12,6 +13,7 @@ __all__ = [
     'CIFAR100Split',
     'ChunkSampler',
     'Digits',
+    'ExtraImages',
     'FashionMNISTSplit',
     'ImageNetSplit',
     'TinyImageNet',
