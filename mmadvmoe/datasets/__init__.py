@@ -2,6 +2,7 @@
 
 from .cifar import CIFAR10Split, CIFAR100Split
 from .digits import Digits
+from .extra import ExtraImages
 from .fashion_mnist import FashionMNISTSplit
 from .folders import ImageFolders
 from .imagenet import ImageNetSplit, TinyImageNet
@@ -15,6 +16,7 @@ __all__ = [
     'CIFAR100Split',
     'ChunkSampler',
     'Digits',
+    'ExtraImages',
     'FashionMNISTSplit',
     'ImageFolders',
     'ImageNetSplit',

@@ -21,6 +21,9 @@ from mmadvmoe.utils import choose
 from .data_preprocessor import AdvDataPreprocessor, targets_of
 from .losses import ROUTER_LOGITS, NonFiniteError, Objective, Outputs, RobustBatch, check_finite
 
+#: ``model.route`` of adversarial images that the routers send where they will, without the gradient of the gate.
+FREE = 'free'
+
 
 @dataclass(frozen=True)
 class RoutingRecord:
@@ -47,7 +50,8 @@ class RobustClassifier(ImageClassifier):
         route (str): Of the adversarial images, in joint training and in the experts' turn. ``'gate'``: the routers
             decide, with the gradient of the gate. ``'held'``: the route of the clean image, without that gradient, so
             that a pathway learns from the images that are its own; give the training attack the same ``route``.
-            Defaults to ``'gate'``.
+            ``'free'``: the routers decide, without that gradient, so that with an attack on routes (``RoutePGD``) a
+            pathway also learns from the images that an attack can send it. Defaults to ``'gate'``.
         **kwargs: As for ``ImageClassifier``: backbone, neck, head, pretrained, train_cfg, init_cfg.
 
     Attributes:
@@ -74,7 +78,7 @@ class RobustClassifier(ImageClassifier):
             data_preprocessor.setdefault('type', 'AdvDataPreprocessor')
         super().__init__(*args, data_preprocessor=data_preprocessor, **kwargs)
         _check_head(self.head)
-        self.route = choose(route, ROUTES, 'model.route')
+        self.route = choose(route, (*ROUTES, FREE), 'model.route')
         self.routing_records: dict[Optional[str], RoutingRecord] = {}
         robust_loss = dict(type='TRADESLoss') if robust_loss is None else robust_loss
         self.robust_loss = self._build_objectives('robust_loss', robust_loss)
@@ -172,9 +176,10 @@ class RobustClassifier(ImageClassifier):
         self, inputs: Tensor, adv_inputs: Tensor, needs_classes: bool, turn: Optional[str]
     ) -> tuple[Outputs, Outputs]:
         """Outputs for the clean and for the adversarial images."""
-        if self.route == 'held' and turn != 'router' and getattr(self.backbone, 'num_routers', 0):
+        if self.route != 'gate' and turn != 'router' and getattr(self.backbone, 'num_routers', 0):
             clean = Outputs(*forward_routed(self, inputs, gated=False))
-            return clean, Outputs(*forward_routed(self, adv_inputs, clean.routings, with_logits=True))
+            given = None if self.route == FREE else clean.routings
+            return clean, Outputs(*forward_routed(self, adv_inputs, given, with_logits=True, gated=False))
         return self._outputs(inputs, needs_classes), self._outputs(adv_inputs, needs_classes)
 
     def _outputs(self, inputs: Tensor, needs_classes: bool) -> Outputs:

@@ -37,13 +37,14 @@ from .optim_wrapper import AlternatingOptimWrapper
 class TurnSchedule:
     """The order in which experts and router are updated: a function of the iteration number and nothing else.
 
-    After ``warmup_iters`` iterations of experts only, a cycle of ``k_experts`` updates of the experts and ``k_router``
-    updates of the router repeats. An update takes as many iterations as its group accumulates gradients over, so a turn
-    never ends with half an update. With ``reuse_batch``, each iteration holds a step of the experts and, after the
-    warm-up, a step of the router.
+    After ``router_first_iters`` iterations of the router only and ``warmup_iters`` of experts only, a cycle of
+    ``k_experts`` updates of the experts and ``k_router`` updates of the router repeats. An update takes as many
+    iterations as its group accumulates gradients over, so a turn never ends with half an update. With ``reuse_batch``,
+    each iteration holds a step of the experts and, after the warm-up, a step of the router.
 
     Args:
-        k_experts, k_router, warmup_iters, reuse_batch, reuse_attack: See :class:`AlternatingOptimHook`.
+        k_experts, k_router, warmup_iters, reuse_batch, reuse_attack, router_first_iters: See
+            :class:`AlternatingOptimHook`.
         accumulative_counts (Mapping[str, int]): Iterations per update of each group. Defaults to 1 and 1.
 
     Raises:
@@ -55,10 +56,13 @@ class TurnSchedule:
     warmup_iters: int = 0
     reuse_batch: bool = False
     reuse_attack: bool = False
+    router_first_iters: int = 0
     accumulative_counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1))
 
     def __post_init__(self) -> None:
-        for key, least in (('k_experts', 1), ('k_router', 1), ('warmup_iters', 0)):
+        least_router = 0 if self.router_first_iters else 1
+        least_of = dict(k_experts=1, k_router=least_router, warmup_iters=0, router_first_iters=0)
+        for key, least in least_of.items():
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f'AlternatingOptimHook: {key}={value!r}; it must be an integer of at least {least}')
@@ -79,11 +83,12 @@ class TurnSchedule:
                 f'{router} with reuse_batch=True; both groups step on each batch, so they must be equal to give one '
                 'update of the router for each of the experts'
             )
-        if self.warmup_iters % experts:
-            raise ValueError(
-                f'AlternatingOptimHook: warmup_iters={self.warmup_iters} ends in the middle of an update; it must be a '
-                f'multiple of optim_wrapper.experts.accumulative_counts={experts}'
-            )
+        for key, group, count in (('warmup_iters', 'experts', experts), ('router_first_iters', 'router', router)):
+            if getattr(self, key) % count:
+                raise ValueError(
+                    f'AlternatingOptimHook: {key}={getattr(self, key)} ends in the middle of an update; it must be a '
+                    f'multiple of optim_wrapper.{group}.accumulative_counts={count}'
+                )
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -92,24 +97,29 @@ class TurnSchedule:
 
     def turn_at(self, iteration: int) -> str:
         """The group that steps in an iteration (counted from 0), the first one with ``reuse_batch``."""
-        if self.reuse_batch or iteration < self.warmup_iters:
+        if iteration < self.router_first_iters:
+            return 'router'
+        after = iteration - self.router_first_iters - self.warmup_iters
+        if self.reuse_batch or after < 0:
             return 'experts'
         experts, router = self.lengths
-        return 'experts' if (iteration - self.warmup_iters) % (experts + router) < experts else 'router'
+        return 'experts' if after % (experts + router) < experts else 'router'
 
     def repeats_batch(self, iteration: int) -> bool:
         """Whether a step of the router follows on the batch of this iteration."""
-        return self.reuse_batch and iteration >= self.warmup_iters
+        return self.reuse_batch and iteration >= self.router_first_iters + self.warmup_iters
 
     def count_before(self, group: str, iteration: int) -> int:
         """Backward passes of ``'experts'`` or ``'router'`` that lie before an iteration (counted from 0)."""
+        first = min(iteration, self.router_first_iters)
+        iteration -= first
         after = max(iteration - self.warmup_iters, 0)
         if self.reuse_batch:
-            return iteration if group == 'experts' else after
+            return iteration if group == 'experts' else first + after
         experts, router = self.lengths
         cycles, rest = divmod(after, experts + router)
         if group == 'router':
-            return cycles * router + max(rest - experts, 0)
+            return first + cycles * router + max(rest - experts, 0)
         return iteration - after + cycles * experts + min(rest, experts)
 
 
@@ -155,7 +165,8 @@ class AlternatingOptimHook(Hook):
 
     Args:
         k_experts (int): Updates of the experts in one cycle. Defaults to 1.
-        k_router (int): Updates of the router in one cycle. Defaults to 1.
+        k_router (int): Updates of the router in one cycle; with ``router_first_iters`` it may be 0, and the router is
+            frozen after them. Defaults to 1.
         warmup_iters (int): Iterations at the start that belong to the experts alone. Defaults to 0.
         reuse_batch (bool): Whether the router steps on the batch that the experts have just stepped on, attacked
             afresh, instead of waiting for its own. Defaults to False.
@@ -164,6 +175,8 @@ class AlternatingOptimHook(Hook):
             weights alone. Defaults to True.
         reuse_attack (bool): With ``reuse_batch``, whether the router steps on the very images that the experts have
             stepped on, adversarial ones included, which saves its attack. Defaults to False.
+        router_first_iters (int): Iterations before all others that belong to the router alone, whose ``router_loss``
+            must then need no trained experts, as :class:`~mmadvmoe.models.ClassGroupLoss`. Defaults to 0.
 
     Raises:
         ValueError: A number is out of range or they do not fit each other, see :class:`TurnSchedule`.
@@ -181,7 +194,11 @@ class AlternatingOptimHook(Hook):
 
         >>> custom_hooks = [dict(type='AlternatingOptimHook', reuse_batch=True, reuse_attack=True)]
 
-        Either needs an optimizer for each group, see :class:`AlternatingOptimWrapperConstructor`.
+        The router first, then frozen, for routers that learn groups of classes:
+
+        >>> custom_hooks = [dict(type='AlternatingOptimHook', router_first_iters=1000, k_router=0)]
+
+        Each needs an optimizer for each group, see :class:`AlternatingOptimWrapperConstructor`.
     """
 
     # Before RuntimeInfoHook, which puts the outputs of an iteration into the log.
@@ -195,9 +212,12 @@ class AlternatingOptimHook(Hook):
         reuse_batch: bool = False,
         fixed_in_eval: bool = True,
         reuse_attack: bool = False,
+        router_first_iters: int = 0,
     ) -> None:
         self.fixed_in_eval = fixed_in_eval
-        self.schedule = TurnSchedule(k_experts, k_router, warmup_iters, reuse_batch, reuse_attack)
+        self.schedule = TurnSchedule(
+            k_experts, k_router, warmup_iters, reuse_batch, reuse_attack, router_first_iters=router_first_iters
+        )
         self._step = ExitStack()
         self._batch: Optional[dict] = None
 
@@ -225,6 +245,11 @@ class AlternatingOptimHook(Hook):
                 "model_wrapper_cfg=dict(type='TurnsDistributedDataParallel') or find_unused_parameters=True"
             )
         self.schedule = replace(self.schedule, accumulative_counts=optim_wrapper.accumulative_counts)
+        if not self.schedule.count_before('experts', runner.max_iters):
+            raise ValueError(
+                f'AlternatingOptimHook: router_first_iters={self.schedule.router_first_iters} leaves no turn for the '
+                f'experts in the {runner.max_iters} iterations of the training'
+            )
         if not self.schedule.count_before('router', runner.max_iters):
             raise ValueError(
                 f'AlternatingOptimHook: warmup_iters={self.schedule.warmup_iters} and '

@@ -66,6 +66,29 @@ def test_experts_learn_on_the_pathway_of_the_clean_image(routing):
     assert torch.equal(torch.cat([r.decisions for r in record.adversarial], 1), route)
 
 
+def test_free_experts_learn_where_an_attack_sends_images():
+    attack = dict(type='RoutePGD', eps=0.3, alpha=0.1, steps=4)
+    model = build(route='free', data_preprocessor=dict(type='AdvDataPreprocessor', attack=attack))
+    with torch.no_grad():
+        router = model.backbone.router
+        router.fc.weight.mul_(100)
+        router.fc.bias -= router(torch.rand(64, 3, 8, 8)).mean(0)
+    data = model.data_preprocessor(batch('experts'), training=True)
+    losses = model.loss(**data)
+    victim = Victim.from_classifier(model)
+    clean, adversarial = (
+        clean_route(victim, model.data_preprocessor.to_unit(data[k])) for k in ('inputs', 'adv_inputs')
+    )
+    record = model.routing_records['experts']
+    assert torch.equal(torch.cat([r.decisions for r in record.adversarial], 1), adversarial)
+    assert not torch.equal(clean, adversarial)
+    features = model.backbone.forward_routed(data['adv_inputs'], adversarial)[0]
+    expected = 6 * kl_divergence(model(data['inputs']), model.head(features)).mean()
+    torch.testing.assert_close(losses['loss_robust'], expected)
+    psi = [p for _, p in split_parameters(model)['router']]
+    assert all(g is None for g in torch.autograd.grad(sum(losses.values()), psi, allow_unused=True))
+
+
 def test_the_attack_is_against_the_pathway_of_the_clean_image():
     victim = Victim.from_classifier(build().eval())
     images = torch.rand(16, 3, 8, 8)

@@ -29,6 +29,9 @@ SCHEDULES = [
     TurnSchedule(2, 1, 4, accumulative_counts=dict(experts=2, router=3)),
     TurnSchedule(warmup_iters=3, reuse_batch=True),
     TurnSchedule(reuse_batch=True, accumulative_counts=dict(experts=2, router=2)),
+    TurnSchedule(router_first_iters=7, k_router=0),
+    TurnSchedule(2, 1, 4, router_first_iters=6, accumulative_counts=dict(experts=2, router=3)),
+    TurnSchedule(warmup_iters=3, reuse_batch=True, router_first_iters=5),
 ]
 
 
@@ -53,6 +56,13 @@ def test_a_cycle_holds_the_asked_updates_of_each_group():
     assert order == 'eeee' + 2 * ('e' * 6 + 'r' * 6)
 
 
+def test_the_router_goes_first_and_may_be_frozen_then():
+    schedule = TurnSchedule(router_first_iters=3, warmup_iters=2, k_router=0)
+    assert ''.join(schedule.turn_at(i)[0] for i in range(9)) == 'rrreeeeee'
+    schedule = TurnSchedule(router_first_iters=3, warmup_iters=2)
+    assert ''.join(schedule.turn_at(i)[0] for i in range(9)) == 'rrreeerer'
+
+
 @pytest.mark.parametrize('schedule', SCHEDULES, ids=str)
 def test_a_turn_never_ends_within_an_update(schedule):
     if schedule.reuse_batch:
@@ -70,6 +80,8 @@ def test_a_turn_never_ends_within_an_update(schedule):
         (dict(k_router=-1), 'k_router=-1'),
         (dict(k_router=1.5), 'k_router=1.5'),
         (dict(k_router=True), 'k_router=True'),
+        (dict(k_router=0), 'k_router=0; it must be an integer of at least 1'),
+        (dict(router_first_iters=1, accumulative_counts=dict(experts=1, router=2)), 'router_first_iters=1 ends'),
         (dict(warmup_iters=-1), 'warmup_iters=-1'),
         (dict(k_experts=2, reuse_batch=True), 'k_experts=2'),
     ],
@@ -327,6 +339,7 @@ def test_resuming_within_a_cycle_gives_the_same_weights(tmp_path, schedule):
         ),
         (dict(schedule=dict(warmup_iters=8)), ValueError, 'warmup_iters=8 .* in the 8 iterations'),
         (dict(schedule=dict(k_experts=8)), ValueError, 'k_experts=8 .* in the 8 iterations'),
+        (dict(schedule=dict(router_first_iters=8)), ValueError, 'router_first_iters=8 leaves no turn for the experts'),
         (
             dict(schedule=dict(warmup_iters=1), optim_wrapper=turns_cfg(accumulative_counts=2)),
             ValueError,
