@@ -78,6 +78,8 @@ setup(
         'pillow>=9.0.0',
         'jinja2>=3.0.0',
         'packaging>=21.0',
+        'pyyaml>=5.4',
+        'tqdm>=4.60.0',
     ],
     extras_require={
         'lite': [openmmlab('mmcv', 'mmcv-lite')],

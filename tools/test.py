@@ -182,7 +182,7 @@ def main() -> None:
     cfg = load_config(args.config)
     merge_args(cfg, args)
     prepare_distributed(cfg, args.launcher)
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, args.verbose)
     if args.out_item == 'pred':
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     metrics = runner.test()

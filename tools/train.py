@@ -73,7 +73,7 @@ def main() -> None:
     merge_args(cfg, args)
     check_config(cfg)
     prepare_distributed(cfg, args.launcher)
-    build_runner(cfg).train()
+    build_runner(cfg, args.verbose).train()
     finish_distributed()
 
 

@@ -19,6 +19,8 @@ from torch import distributed as torch_dist
 
 from mmadvmoe.utils import choose, did_you_mean
 
+from .console import ConsoleRunner
+
 # The variables that PyTorch reads, and those that each launcher sets in their place.
 _VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
 _LAUNCHER_VARIABLES = {
@@ -49,6 +51,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override settings of the config, as in train_dataloader.batch_size=64; a list is '
         'written as key="[a,b]" or key=a,b, without white space',
+    )
+    parser.add_argument(
+        '--verbose',
+        action='store_true',
+        help='show environment, config, hooks and all metrics, as the log file has them',
     )
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
     # Some launchers give the local rank as an argument instead of a variable.
@@ -152,9 +159,11 @@ def _optim_wrappers(optim_wrapper: Optional[Mapping]) -> dict[str, dict]:
     }
 
 
-def build_runner(cfg: Config) -> Runner:
-    """MMEngine's Runner, or the one that ``runner_type`` names."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+def build_runner(cfg: Config, verbose: bool = False) -> Runner:
+    """MMEngine's Runner with a short console, or, ``verbose``, with its own, or the one that ``runner_type`` names."""
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return (Runner if verbose else ConsoleRunner).from_cfg(cfg)
 
 
 def prepare_distributed(cfg: Config, launcher: str) -> None:
