@@ -37,7 +37,7 @@ def test_a_robust_evaluation_is_one_short_line(message: str, expected: str | Non
 def test_the_first_training_line_comes_within_twenty(
     verbose: bool, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    cfg = run_cfg(tmp_path, experiment_name=f'console_{verbose}')
+    cfg = run_cfg(tmp_path, experiment_name=f'console_{verbose}', log_level='INFO')
     runner = build_runner(cfg, verbose)
     assert (type(runner) is Runner) == verbose
     runner.train()
