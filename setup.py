@@ -86,6 +86,7 @@ setup(
         # Ruff is held to one minor version: the next may format differently. From 70.1 on, setuptools builds wheels.
         'interop': INTEROP,
         'export': EXPORT,
+        'docs': ['sphinx>=8.0', 'myst-nb>=1.4', 'furo>=2024.8', 'ipykernel>=6.29'],
         'tests': [
             *INTEROP,
             *EXPORT,
