@@ -1,5 +1,5 @@
-# Two commands from a bare clone: `make demo` trains and attacks a small AdvMoE, `make test` runs
-# the checks. Both make the environment in .venv first, once. Needed: python3 (3.10 or newer), make
+# From a bare clone: `make demo` trains and attacks a small AdvMoE, `make test` runs the checks, `make docs`
+# builds the documentation. Each makes the environment in .venv first, once. Needed: python3 (3.10 or newer), make
 # and a package index.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 # Newer than what it depends on when the installation is up to date.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint docs
 
 setup: $(STAMP)
 	@echo "==> environment ready in $(VENV); remove that folder to start afresh"
@@ -29,6 +29,12 @@ $(STAMP): setup.py mmadvmoe/_requirements.py
 demo: $(STAMP)
 	@echo "==> demo: training a small AdvMoE ResNet-18 on handwritten digits, then attacking it"
 	$(PY) tools/demo.py
+
+docs: $(STAMP)
+	@echo "==> documentation: tutorials are executed, warnings are errors"
+	$(PY) -m pip install --disable-pip-version-check -q -e '.[docs]'
+	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+	@echo "==> docs/_build/html/index.html"
 
 lint: $(STAMP)
 	@echo "==> style: ruff check and ruff format --check"

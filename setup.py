@@ -78,12 +78,15 @@ setup(
         'pillow>=9.0.0',
         'jinja2>=3.0.0',
         'packaging>=21.0',
+        'pyyaml>=5.4',
+        'tqdm>=4.60.0',
     ],
     extras_require={
         'lite': [openmmlab('mmcv', 'mmcv-lite')],
         # Ruff is held to one minor version: the next may format differently. From 70.1 on, setuptools builds wheels.
         'interop': INTEROP,
         'export': EXPORT,
+        'docs': ['sphinx>=8.0', 'myst-nb>=1.4', 'furo>=2024.8', 'ipykernel>=6.29'],
         'tests': [
             *INTEROP,
             *EXPORT,

@@ -104,7 +104,7 @@ def load_robust_model(
         TypeError: ``config`` is none.
 
     Examples:
-        >>> model = load_robust_model('configs/advmoe_resnet18_digits.py', 'work_dirs/demo/epoch_120.pth')
+        >>> model = load_robust_model('configs/advmoe_resnet18_digits.py', 'work_dirs/digits/epoch_120.pth')
         >>> model(torch.rand(4, 3, 8, 8)).shape
         torch.Size([4, 10])
     """
@@ -254,7 +254,7 @@ def evaluate_robustness(
         FloatingPointError: Logits are not finite.
 
     Examples:
-        >>> model = load_robust_model('configs/advmoe_resnet18_digits.py', 'work_dirs/demo/epoch_120.pth')
+        >>> model = load_robust_model('configs/advmoe_resnet18_digits.py', 'work_dirs/digits/epoch_120.pth')
         >>> data = dict(type='Digits', split='test', pipeline=[dict(type='PackInputs')])
         >>> result = evaluate_robustness(model, data, ['pgd50', 'autoattack'], eps=0.2, cascade=True)
         >>> result.clean_accuracy, result.robust_accuracy

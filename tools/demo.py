@@ -1,7 +1,8 @@
 """Train a small AdvMoE on handwritten digits, attack it, and show what came of it. No arguments, no GPU, no download.
 
-Everything goes to work_dirs/demo: logs, config, checkpoints, metrics.json and adversarial_examples.png. Interrupted, it
-goes on where it was when it is started again; finished, it attacks the trained model again.
+Everything goes to work_dirs/demo: logs, config, checkpoints, the report and adversarial_examples.png. Interrupted, it
+goes on where it was when it is started again; finished, it shows again what came of it. It trains two thirds as long as
+the config says and attacks a third of the test images, so that it takes some minutes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,18 +18,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.config import Config
+from tqdm import tqdm
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.evaluation.data import as_dataset, spread_images
+from mmadvmoe.report import PARTS, slug
 from mmadvmoe.runtime.launch import complete_loaders
 from mmadvmoe.visualization import draw_image_grid, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'advmoe_resnet18_digits.py'
 WORK_DIR = ROOT / 'work_dirs' / 'demo'
-METRICS = WORK_DIR / 'metrics.json'
+#: Shorter than the config, so that it ends in minutes.
+OPTIONS = {'train_cfg.max_epochs': 80, 'test_dataloader.dataset.indices': 120}
+NAME = 'AdvMoE'
+REPORT = WORK_DIR / 'report'
+METRICS = REPORT / slug(NAME) / PARTS['evaluation']
 PICTURE = WORK_DIR / 'adversarial_examples.png'
 #: What a trained model depends on.
 TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks', 'randomness')
@@ -40,19 +48,38 @@ def say(text: str) -> None:
     print(f'\n==> {text}', flush=True)
 
 
-def call(tool: str, *arguments: object) -> None:
-    """Run one of the tools, and show what it writes.
-
-    Raises:
-        SystemExit: It failed.
-    """
+def start(tool: str, *arguments: object) -> subprocess.Popen:
+    """Start one of the tools."""
     # Such small images keep few threads busy: with more, they wait for each other. Training is fastest with one.
     env = dict(os.environ)
     threads = 1 if tool == 'train.py' else min(2, os.cpu_count() or 1)
     env.setdefault('OMP_NUM_THREADS', str(threads))
-    command = [sys.executable, ROOT / 'tools' / tool, CONFIG, *arguments]
-    if subprocess.run([str(part) for part in command], cwd=ROOT, env=env, check=False).returncode:
-        sys.exit(f'demo: tools/{tool} failed; what it wrote last is above and in {WORK_DIR}')
+    command = [sys.executable, ROOT / 'tools' / tool, *arguments]
+    out = subprocess.PIPE if tool == 'train.py' else None
+    return subprocess.Popen([str(part) for part in command], cwd=ROOT, env=env, stdout=out, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a tool.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    if process.wait():
+        sys.exit(f'demo: {process.args[1]} failed; what it wrote last is above and in {WORK_DIR}')
+
+
+def train(epochs: int) -> None:
+    """Train or go on, with a bar for the epochs; shows validations and whatever is neither."""
+    options = [f'{key}={value}' for key, value in OPTIONS.items()]
+    process = start('train.py', CONFIG, '--work-dir', WORK_DIR, '--resume', '--cfg-options', *options)
+    with tqdm(total=epochs, unit='epoch', desc='training') as bar:
+        for line in process.stdout:
+            if epoch := re.search(r'Epoch\(train\) +\[(\d+)\]', line):
+                bar.update(int(epoch[1]) - bar.n)
+            elif 'Router(train)' not in line:
+                bar.write(line.rstrip())
+    finish(process)
 
 
 def set_aside_other_training(cfg: Config) -> None:
@@ -101,31 +128,42 @@ def table(metrics: Mapping[str, float]) -> str:
 def main() -> None:
     started = time.monotonic()
     cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict(OPTIONS)
     set_aside_other_training(cfg)
     folder = WORK_DIR.relative_to(ROOT)
     epochs = cfg.train_cfg.max_epochs
     last = WORK_DIR / f'epoch_{epochs}.pth'
     if last.is_file():
-        say(f'{folder} holds a trained model: attacking it again. Remove {folder} to train afresh')
+        say(f'{folder} holds a trained model. Remove {folder} to train afresh')
     else:
         say(
-            f'training in turns, experts and router, {epochs} epochs of adversarial batches (some minutes on 2 '
+            f'training in turns, experts and router, {epochs} epochs of adversarial batches (3 minutes on 2 quiet '
             f'cores);\n    every {cfg.train_cfg.val_interval} epochs it is attacked on held-out training images, to '
             'keep the most robust checkpoint'
         )
-        call('train.py', '--work-dir', WORK_DIR, '--resume')
+        train(epochs)
     best = max(WORK_DIR.glob('best_worst_accuracy_top1_*.pth'), key=os.path.getmtime)
     say(
-        f'testing {best.name} on 360 test images with PGD-50, RoutePGD and, on the survivors, AutoAttack:\n'
-        '    thousands of forward passes, a few minutes, one line for every 180 images'
+        f'testing {best.name} on {OPTIONS["test_dataloader.dataset.indices"]} test images with PGD-50, RoutePGD and, '
+        'on the survivors, AutoAttack: thousands of forward passes, a minute'
     )
-    every_chunk = ('--cfg-options', 'default_hooks.logger.interval=1')
-    call('test.py', best, '--work-dir', WORK_DIR / 'test', '--out', METRICS, '--out-item', 'metrics', *every_chunk)
+    model = ['--model', NAME, WORK_DIR / CONFIG.name, best]
+    finish(start('analysis_tools/robustness_report.py', REPORT, *model, '--measure', 'evaluation', 'examples'))
     say('drawing adversarial examples')
     draw(cfg, Victim(load_robust_model(cfg, best)))
     say(f'done in {(time.monotonic() - started) / 60:.1f} minutes')
-    print(table(json.loads(METRICS.read_text())))
-    print(f'\nIn {folder}: {PICTURE.name}, {METRICS.name}, checkpoints, logs and the whole config {CONFIG.name}')
+    print(table(json.loads(METRICS.read_text(encoding='utf-8'))))
+    config, best = CONFIG.relative_to(ROOT), best.relative_to(ROOT)
+    print(
+        f"""
+The picture: {PICTURE.relative_to(ROOT)}
+The report:  {(REPORT / 'report.html').relative_to(ROOT)}
+
+Next:
+  python tools/train.py {config}                          # the whole training
+  python tools/test.py {config} {best}                    # on all 360 test images
+  python tools/analysis_tools/robustness_report.py work_dirs/report --model {NAME} {config} {best}"""
+    )
 
 
 if __name__ == '__main__':

@@ -196,7 +196,7 @@ def main() -> None:
     prepare_distributed(cfg, args.launcher)
     if args.out is not None:
         in_first_process(lambda: check_writable(args.out, '--out'))
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, args.verbose)
     if args.out_item == 'pred':
         runner.test_evaluator.metrics.append(AtomicDumpResults(out_file_path=args.out))
     with keywords_named(cfg):

@@ -87,7 +87,7 @@ def main() -> None:
         print(dry_run(cfg))
         return
     prepare_distributed(cfg, args.launcher)
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, args.verbose)
     # Data sets, loops and optimizers are built by the first lines of this.
     with keywords_named(cfg):
         runner.train()

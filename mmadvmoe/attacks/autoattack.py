@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -17,6 +17,7 @@ from torchattacks.attack import Attack
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose
 
+from .progress import PassProgress
 from .steps import check_norm
 
 #: The attacks of the ensembles, by their authors' names.
@@ -165,22 +166,33 @@ class AutoAttack(Attack):
             _check_square(self.norm, images)
         adversarial = images.clone()
         robust = self._correct(images, labels).nonzero().squeeze(1)
+        passes = {name: self._passes(name) for name in self.parts}
+        progress = PassProgress(self.get_logits, passes, len(images), 'AutoAttack')
         for name in self.parts:
             if not len(robust):
                 break
-            found = self.authors_part(name).perturb(images[robust], labels[robust])
+            progress.begin(name, len(robust))
+            found = self.authors_part(name, progress).perturb(images[robust], labels[robust])
             correct = self._correct(found, labels[robust])
             adversarial[robust[~correct]] = found[~correct].to(images.dtype)
             robust = robust[correct]
             if self.verbose:
                 print_log(f'AutoAttack: {len(robust)} of {len(images)} images are robust after {name}', 'current')
+        progress.close()
         return adversarial
 
-    def authors_part(self, name: str) -> Any:
-        """One attack of the ensemble, with the settings of this one."""
+    def _passes(self, name: str) -> int:
+        """Forward passes of one attack of the ensemble, about, on images that withstand it."""
+        if name == 'square':
+            return self.n_queries
+        targets = min(_TARGETS, self.n_classes - 1) if name in ('apgd-t', 'fab-t') else 1
+        return self.steps * targets
+
+    def authors_part(self, name: str, model: Optional[Callable] = None) -> Any:
+        """One attack of the ensemble, with the settings of this one, on ``model`` in place of its own."""
         settings = dict(norm=self.norm, eps=self.eps, seed=self.seed, device=self.device)
         settings |= dict(steps=self.steps, n_queries=self.n_queries)
-        return authors_part(self.get_logits, name, self.n_classes, self._settings_of, **settings)
+        return authors_part(model or self.get_logits, name, self.n_classes, self._settings_of, **settings)
 
     def _correct(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.get_logits(images).argmax(1) == labels

@@ -1,6 +1,7 @@
 """Additions to MMEngine: safe loading, whole checkpoints, exact resuming, launching, and checks before long work."""
 
 from .checkpoint_hook import SafeCheckpointHook
+from .console import ConsoleRunner
 from .preflight import PreflightHook, check_config
 from .resume_hook import ExactResumeHook
 from .safe_load import CheckpointError, enable_safe_loading
@@ -8,6 +9,7 @@ from .seeding import seed_worker
 
 __all__ = [
     'CheckpointError',
+    'ConsoleRunner',
     'ExactResumeHook',
     'PreflightHook',
     'SafeCheckpointHook',

@@ -25,6 +25,7 @@ from torch import distributed as torch_dist
 from mmadvmoe.utils import choose, did_you_mean
 
 from .config_checks import check_options, keywords_named
+from .console import ConsoleRunner
 
 # The variables that PyTorch reads, and those that each launcher sets in their place.
 _VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
@@ -56,6 +57,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override settings of the config, as in train_dataloader.batch_size=64; a list is '
         'written as key="[a,b]" or key=a,b, without white space',
+    )
+    parser.add_argument(
+        '--verbose',
+        action='store_true',
+        help='show environment, config, hooks and all metrics, as the log file has them',
     )
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
     # Some launchers give the local rank as an argument instead of a variable.
@@ -163,14 +169,16 @@ def _optim_wrappers(optim_wrapper: Optional[Mapping]) -> dict[str, dict]:
     }
 
 
-def build_runner(cfg: Config) -> Runner:
-    """MMEngine's Runner, or the one that ``runner_type`` names.
+def build_runner(cfg: Config, verbose: bool = False) -> Runner:
+    """MMEngine's Runner with a short console, or, ``verbose``, with its own, or the one that ``runner_type`` names.
 
     Raises:
         TypeError: A part does not take a keyword, whose place in the config is named.
     """
     with keywords_named(cfg):
-        return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        if 'runner_type' in cfg:
+            return RUNNERS.build(cfg)
+        return (Runner if verbose else ConsoleRunner).from_cfg(cfg)
 
 
 def prepare_distributed(cfg: Config, launcher: str) -> None:

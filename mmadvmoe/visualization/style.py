@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Union
 
 import matplotlib.style
 import numpy as np
@@ -73,7 +74,7 @@ def png_bytes(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def save_png(figure: Figure, path: Path) -> np.ndarray:
+def save_png(figure: Figure, path: Union[str, Path]) -> np.ndarray:
     """Write a figure to a file, making its folder, and give the pixels of the file, (H, W, 3) uint8."""
     content = png_bytes(figure)
     write_atomically(path, content)

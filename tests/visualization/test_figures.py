@@ -187,7 +187,7 @@ def test_files_are_the_same_each_time_whatever_the_user_has_set(tmp_path):
     plain = png_bytes(figure())
     with matplotlib.rc_context({'axes.grid': False, 'font.size': 20}):
         assert png_bytes(figure()) == plain
-    pixels = save_png(figure(), tmp_path / 'new' / 'figure.png')
+    pixels = save_png(figure(), str(tmp_path / 'new' / 'figure.png'))
     assert (tmp_path / 'new' / 'figure.png').read_bytes() == plain
     assert pixels.shape == np.asarray(Image.open(io.BytesIO(plain)).convert('RGB')).shape
 

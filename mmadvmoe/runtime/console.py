@@ -1,0 +1,88 @@
+"""What a run shows in the console; its log file holds everything."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from mmengine.logging import MMLogger
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+#: How messages begin that are for the log file alone.
+FILE_ONLY = (
+    '\n' + '-' * 60 + '\nSystem environment:',
+    'Config:\n',
+    'Hooks will be executed in the following order',
+    'Exp name: ',
+    'Checkpoints will be saved to ',
+    'Saving checkpoint at ',
+)
+_RESULT = re.compile(r'^(Epoch\((?:val|test)\) ?)(?:(\[\d+\])\[\d+/\d+\]|\[\d+/\d+\])? +(?=\S+: )')
+_ITEM = re.compile(r'(\S+): (-?[\d.]+|nan)')
+_ACCURACY, _LOAD = '/accuracy/top1', 'clean/expert_share/'
+
+
+class ConsoleFilter(logging.Filter):
+    """Keeps environment, config, hook table and the noise of each epoch out of the console."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is shown."""
+        message = record.getMessage()
+        return record.levelno > logging.INFO or not message.startswith(FILE_ONLY)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """Shows the metrics of a robust evaluation as one short line, and all else as ``inner`` does.
+
+    Args:
+        inner (Formatter): That of MMEngine.
+    """
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as text."""
+        short = shorten(record.getMessage())
+        if short is None:
+            return self.inner.format(record)
+        copied = logging.makeLogRecord({**vars(record), 'msg': short, 'args': ()})
+        return self.inner.format(copied)
+
+
+def shorten(message: str) -> str | None:
+    """The results of a robust evaluation in one line, or None for another message.
+
+    Accuracies in percent, the worst case last, and the load of each expert on clean images:
+    ``Epoch(val) [10]  SA 95.0  pgd10 70.6  routepgd10 60.0  worst 58.9  load 66/34``.
+    """
+    begin = _RESULT.match(message)
+    items = dict(_ITEM.findall(message)) if begin else {}
+    if f'clean{_ACCURACY}' not in items:
+        return None
+    shown = {name.removesuffix(_ACCURACY): value for name, value in items.items() if name.endswith(_ACCURACY)}
+    parts = [f'{"SA" if name == "clean" else name} {float(value):.1f}' for name, value in shown.items()]
+    load = [f'{100 * float(value):.0f}' for name, value in items.items() if name.startswith(_LOAD)]
+    if load:
+        parts.append(f'load {"/".join(load)}')
+    return f'{begin[1]}{begin[2] or ""}  ' + '  '.join(parts)
+
+
+@RUNNERS.register_module()
+class ConsoleRunner(Runner):
+    """MMEngine's Runner, whose console shows what a reader watches: losses, results and warnings.
+
+    Environment, hook table and config are in the log file, with every share and number of an evaluation.
+    """
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """MMEngine's logger, its console filtered; arguments as for the Runner's."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler and not isinstance(handler.formatter, ConsoleFormatter):
+                handler.addFilter(ConsoleFilter())
+                handler.setFormatter(ConsoleFormatter(handler.formatter))
+        return logger
