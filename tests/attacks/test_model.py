@@ -139,13 +139,18 @@ def test_logits_are_full_precision_under_autocast(make_tiny):
         assert victim(images).dtype == torch.float32
 
 
-def test_class_count_of_a_classifying_backbone(make_tiny):
+def test_class_count_of_a_classifying_backbone(make_tiny, make_moe):
     """MMPretrain's VGG with its own classifier, for one, has a head that knows no class count."""
     classifier = make_tiny()[0].classifier
     del classifier.head.num_classes
     assert Victim(classifier).num_classes is None
+    # That of a module of someone else may mean anything.
     classifier.backbone.num_classes = 7
-    assert Victim(classifier).num_classes == 7
+    assert Victim(classifier).num_classes is None
+    ours = make_moe()
+    del ours.head.num_classes
+    ours.backbone.num_classes = 7
+    assert Victim(ours).num_classes == 7
 
 
 def test_refuses_what_gives_no_logits(make_tiny, make_moe):
