@@ -41,7 +41,8 @@ def _same_random_numbers() -> None:
 def no_drawing_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that build networks of full size to count something: most of that time would go into random numbers."""
     for draw in ('kaiming_uniform_', 'uniform_', 'normal_', 'trunc_normal_'):
-        monkeypatch.setattr(torch.nn.init, draw, lambda weight, *_, **__: weight)
+        # Zeros, as memory that is left as it is may hold numbers that are none.
+        monkeypatch.setattr(torch.nn.init, draw, lambda weight, *_, **__: weight.detach().zero_())
 
 
 def _pickle(path: Path, content: dict) -> list:

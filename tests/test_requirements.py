@@ -99,7 +99,7 @@ def test_packages_and_requirements_of_setup(tmp_path):
     assert all(always.values()), 'every requirement has a version floor'
     for module in ('mmengine', 'mmpretrain'):
         assert str(always[module]) == str(Requirement(module + REQUIREMENTS[module][1]).specifier)
-    assert {'interop', 'lite', 'tests'} == set(info.metadata.get_all('Provides-Extra'))
+    assert {'docs', 'export', 'interop', 'lite', 'tests'} == set(info.metadata.get_all('Provides-Extra'))
     for each in needed:
         if each.marker is None or each.marker.evaluate({'extra': 'tests'}):
             assert each.specifier.contains(metadata.version(each.name)), each

@@ -165,8 +165,8 @@ def test_one_image_that_keeps_standing_among_many(make_tiny):
     attack = build_attack(dict(QUICK, eps=1e-3), victim)
     sizes, build = [], attack._attack.authors_part
 
-    def watched(name):
-        part = build(name)
+    def watched(*arguments):
+        part = build(*arguments)
         perturb = part.perturb
         part.perturb = lambda x, y: (sizes.append(len(x)), perturb(x, y))[1]
         return part

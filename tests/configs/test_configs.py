@@ -106,7 +106,7 @@ def _reduced(path: str, data: Path, work_dir: Path) -> Config:
     # Two turns of each group, then a validation and a checkpoint.
     cfg.train_cfg.update(max_epochs=1, val_interval=1)
     _replace(cfg.param_scheduler, dict(begin=0))
-    _replace(cfg.custom_hooks, dict(begin_epoch=0, k_experts=1))
+    _replace(cfg.custom_hooks, dict(router_first_iters=2, begin_epoch=0, k_experts=1))
     cfg.work_dir = str(work_dir)
     cfg.log_level = 'ERROR'
     return cfg

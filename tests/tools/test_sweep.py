@@ -152,7 +152,6 @@ def test_a_run_is_trained_tested_and_written_down(
     assert good['metrics']['worst/accuracy/top1'] <= good['metrics']['ra/accuracy/top1']
     assert good['checkpoint'] == 'best_worst_accuracy_top1_epoch_1.pth'
     assert good['cost']['params_active'] < good['cost']['params_total']
-    log = next(tmp_path.glob('*eps=0.2/seed_3/train.out')).read_text()
-    assert 'seed: 3' in log
+    assert 'seed=3' in next(tmp_path.glob('*eps=0.2/seed_3/advmoe_resnet18_digits.py')).read_text()
     assert bad['status'] == 'failed'
     assert 'eps=20' in bad['error'] and bad['error'] in capsys.readouterr().out
