@@ -49,7 +49,7 @@ def forked(function, *args):
         process.join(600)
 
 
-def _wait_for(condition, seconds=60):
+def _wait_for(condition, seconds=180):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, 'waited in vain'
