@@ -22,6 +22,7 @@ from mmadvmoe.evaluation.named_attacks import moves_routes
 from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
+from mmadvmoe.runtime.safe_load import load_from_local
 
 from .results import MODEL, PARTS, TRAINING, DamagedFileError, SavedExamples, read_json, save_examples
 
@@ -64,6 +65,7 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> lis
         config=config,
         checkpoint=checkpoint,
         work_dir=str(Path(checkpoint).parent),
+        iteration=load_from_local(checkpoint, 'cpu').get('meta', {}).get('iter'),
         class_names=class_names(as_dataset(cfg.test_dataloader.dataset), victim.num_classes),
         num_experts=victim.num_experts,
         routing=placement.name,

@@ -27,7 +27,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from mmadvmoe.evaluation import Examples
+from mmadvmoe.evaluation import Examples, RobustOutcomes, read_evaluation
 from mmadvmoe.evaluation.folder import read_metrics
 from mmadvmoe.runtime.atomic import write_atomically
 
@@ -39,6 +39,7 @@ PARTS = dict(
     examples='examples.npz',
 )
 MODEL, RUN, TRAINING = 'model.json', 'evaluation/run.json', 'training.json'
+OUTCOMES = 'evaluation/outcomes.jsonl'
 _TOOL = (
     'config checkpoint num_images seed seconds sa routing? num_experts threat_model.norm threat_model.eps '
     'threat_model.alpha threat_model.steps class_names.* '
@@ -94,6 +95,7 @@ class ModelResults:
         name: Its name in the report.
         model: Content of ``model.json``.
         metrics: Metrics of robust evaluation, as :class:`~mmadvmoe.evaluation.RobustTestLoop` names them.
+        outcomes: Those of its images.
         run: Settings and versions of that evaluation.
         dissection, soundness: Content of these files.
         examples: Attacked images.
@@ -104,6 +106,7 @@ class ModelResults:
     name: str
     model: Optional[Mapping[str, Any]] = None
     metrics: Optional[Mapping[str, float]] = None
+    outcomes: Optional[RobustOutcomes] = None
     run: Optional[Mapping[str, Any]] = None
     dissection: Optional[Mapping[str, Any]] = None
     soundness: Optional[Mapping[str, Any]] = None
@@ -138,6 +141,7 @@ def read_results(folder: Path, damaged: Sequence[str] = ()) -> ModelResults:
         name=model['name'],
         model=model,
         metrics=part(PARTS['evaluation'], _read_metrics),
+        outcomes=part(OUTCOMES, _read_outcomes),
         run=part(RUN),
         dissection=part(PARTS['dissection']),
         soundness=part(PARTS['soundness']),
@@ -189,6 +193,14 @@ def _read_metrics(folder: Path, name: str) -> dict[str, float]:
     except ValueError as error:
         raise DamagedFileError(str(error)) from None
     return {key: value for key, value in read_json(folder, name).items() if isinstance(value, Real)}
+
+
+def _read_outcomes(folder: Path, name: str) -> RobustOutcomes:
+    """The outcomes of a finished evaluation."""
+    try:
+        return read_evaluation((folder / name).parent).outcomes
+    except (ValueError, OSError) as error:
+        raise DamagedFileError(str(error)) from None
 
 
 def save_examples(path: Path, saved: SavedExamples) -> None:

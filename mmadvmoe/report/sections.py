@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from mmadvmoe.visualization import Line, draw_lines, draw_training
 
+from .outcome_sections import classes, facts, flow
 from .page import Listing, Picture, Section, Table, percent, share, slug, write_page
 from .results import ModelResults
 from .route_sections import dissection, images, loads, patches
@@ -52,7 +53,11 @@ def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
 def sections_of(models: Sequence[ModelResults]) -> list[Section]:
     """All sections that the results allow."""
     known = [model for model in models if model.model is not None]
-    makers = (summary, curves, dissection, loads, images, patches, soundness, training, settings) if known else ()
+    makers = (
+        (facts, summary, curves, classes, dissection, flow, loads, images, patches, soundness, training, settings)
+        if known
+        else ()
+    )
     return [section for section in (damaged(models), *(make(known) for make in makers)) if section.items]
 
 
@@ -184,10 +189,11 @@ def training(models: Sequence[ModelResults]) -> Section:
     )
     for model in models:
         pictures = []
-        for name, figure in draw_training(model.scalars).items():
+        for name, figure in draw_training(model.scalars, model.model.get('iteration')).items():
             ends = '; '.join(
                 f'{line.get_label()} {line.get_ydata()[0]:.3g} to {line.get_ydata()[-1]:.3g}'
                 for line in figure.axes[0].get_lines()
+                if line.get_label() != 'the checkpoint'
             )
             # Labels in figures have their $ escaped.
             ends = ends.replace(r'\$', '$')

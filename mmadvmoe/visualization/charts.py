@@ -47,11 +47,12 @@ def draw_lines(
     limits: Optional[tuple[float, float]] = None,
     log: bool = False,
     log_x: bool = False,
+    mark: Optional[tuple[float, str]] = None,
 ) -> Figure:
     """Draw a chart of lines, in the order of the legend below it, where it hides no point.
 
     ``limits`` are the ends of the y axis, which ``log`` makes logarithmic. The x axis begins at 0, or with ``log_x`` is
-    logarithmic and has the x of the points as its ticks.
+    logarithmic and has the x of the points as its ticks. ``mark`` is an x to draw a vertical line at, and its name.
 
     Raises:
         ValueError: There is no line.
@@ -71,6 +72,8 @@ def draw_lines(
                 marker=MARKERS[line.color % len(MARKERS)] if len(line.x) <= _MARKED_POINTS else None,
                 linewidth=1.6,
             )
+        if mark is not None:
+            axes.axvline(mark[0], color='#555555', linewidth=1, linestyle=':', label=plain(mark[1]), zorder=1)
         if log:
             axes.set_yscale('log')
         if log_x:
@@ -128,14 +131,19 @@ def draw_parts(parts: Mapping[str, Mapping[str, float]], title: str, xlabel: str
 
 
 def draw_loads(
-    loads: Mapping[str, np.ndarray], rows: Sequence[str], title: str, row_kind: str = 'class', counted: str = 'images'
+    loads: Mapping[str, np.ndarray],
+    rows: Sequence[str],
+    title: str,
+    row_kind: str = 'class',
+    counted: str = 'images',
+    columns: str = 'expert',
 ) -> Figure:
     """Draw heat maps of the share of what is ``counted`` that each expert gets, side by side for several situations.
 
     Args:
         loads (Mapping): For each situation, such as ``'clean'`` and ``'under attack'``, the shares (R, N) in [0, 1];
             each row sums to 1, or is NaN where there was nothing to share.
-        rows (Sequence[str]): Names of the R rows, each a ``row_kind``.
+        rows (Sequence[str]): Names of the R rows, each a ``row_kind``. The columns are ``columns``, by number.
 
     Raises:
         ValueError: There is no situation, or its shape does not fit the names of the rows.
@@ -152,7 +160,8 @@ def draw_loads(
         for axes, (name, load) in zip(panels, loads.items()):
             picture = axes.imshow(load, cmap=COLORMAP, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
             axes.set_title(plain(name), fontsize=9)
-            axes.set(xlabel='expert', xticks=range(load.shape[1]))
+            few = load.shape[1] <= _LABELLED_ROWS
+            axes.set(xlabel=columns, **(dict(xticks=range(load.shape[1])) if few else {}))
             axes.grid(False)
             if load.shape[1] * len(loads) <= _LABELLED_COLUMNS and len(rows) <= _LABELLED_ROWS:
                 _label_cells(axes, load)

@@ -30,7 +30,8 @@ def draw_image_grid(
     """Draw a column for each image: clean, attacked, and the difference, each with its prediction and route.
 
     The difference is drawn around grey, with the largest change of all shown images at the ends of the scale; that
-    change is written beside it. What the attack turned wrong is marked in words, and by colour.
+    change is written beside it. What is seen wrongly, clean or attacked, is marked by colour, and what the attack
+    turned wrong in words, too.
 
     Args:
         examples (Examples): The B images; 4 to 8 are readable.
@@ -67,6 +68,8 @@ def draw_image_grid(
                 axis.set_title(title, fontsize=8)
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set(visible=True, color='#999999', linewidth=0.6)
+            known = examples.before[column] == examples.label[column]
+            axes[0, column].title.set_color(GOOD if known else BAD)
             axes[1, column].title.set_color(GOOD if right else BAD)
         for axis, label in zip(axes[:, 0], ('clean', plain(attack_name), f'change (±{largest:.3g})')):
             axis.set_ylabel(label)

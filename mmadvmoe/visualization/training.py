@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Optional
 
 from matplotlib.figure import Figure
 
@@ -19,13 +20,14 @@ _SHARE = re.compile(r'^router/share_(?P<view>clean|adversarial)_(?P<expert>\d+)$
 _X = 'iteration'
 
 
-def draw_training(scalars: Mapping[str, Points]) -> dict[str, Figure]:
+def draw_training(scalars: Mapping[str, Points], selected: Optional[int] = None) -> dict[str, Figure]:
     """Draw all charts that the scalars of a run allow.
 
     Args:
         scalars (Mapping): The points ``(iteration, value)`` of each scalar, under the names that
             :class:`~mmadvmoe.models.RobustClassifier`, :class:`~mmadvmoe.evaluation.RobustValLoop`,
             :class:`~mmadvmoe.training.RouterHealthHook` and MMEngine's logger give them.
+        selected (int, optional): Iteration of the checkpoint that was selected, to be marked.
 
     Returns:
         dict: The figures under their names: in alternating training ``losses_experts``, ``losses_router``,
@@ -48,8 +50,9 @@ def draw_training(scalars: Mapping[str, Points]) -> dict[str, Figure]:
         'logits': (_lines({'of all images': logits}), 'Largest absolute logit of the router', 'logit', log),
         'learning_rates': (rates, 'Learning rates', 'learning rate', {}),
     }
+    mark = None if selected is None else (selected, 'the checkpoint')
     return {
-        name: draw_lines(lines, title, _X, ylabel, **options)
+        name: draw_lines(lines, title, _X, ylabel, mark=mark, **options)
         for name, (lines, title, ylabel, options) in charts.items()
         if lines
     }

@@ -22,7 +22,18 @@ from mmadvmoe.report.results import load_examples
 from mmadvmoe.report.sections import sections_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = {'summary', 'curves', 'dissection', 'load', 'images', 'patches', 'soundness', 'training', 'settings'}
+SECTIONS = {
+    'facts',
+    'summary',
+    'curves',
+    'dissection',
+    'load',
+    'images',
+    'patches',
+    'soundness',
+    'training',
+    'settings',
+}
 
 
 def results(folder, *names, **settings):

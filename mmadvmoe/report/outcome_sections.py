@@ -1,0 +1,149 @@
+"""Sections on what was measured, and what each class and each route became of under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmadvmoe.evaluation import CLEAN, RobustOutcomes
+from mmadvmoe.visualization import draw_loads
+
+from .page import Picture, Section, Table, share, slug
+from .results import ModelResults
+
+# A table of more classes than these tells less than its ends: the least robust ones are shown.
+_MOST_CLASSES = 20
+
+
+def facts(models: Sequence[ModelResults]) -> Section:
+    """Threat model, data and checkpoint: what every number below is about."""
+    section = Section(
+        'facts',
+        'What was measured',
+        'Numbers of different threat models, images or numbers of images cannot be compared.',
+    )
+    rows = {}
+    for model in models:
+        settings = model.run['settings'] if model.run else {}
+        data = settings.get('data', {})
+        rows[model.name] = {
+            'threat model': '; '.join(_balls(settings.get('attacks', {}))) or '–',
+            'attacks': ', '.join(_with_steps(settings.get('attacks', {}))) or '–',
+            'data': str(data.get('type', '–')),
+            'images of the evaluation': f'{data["num_images"]:,}' if 'num_images' in data else '–',
+            'images of the dissection': _count(model.dissection),
+            'images of the checks of attacks': _count(model.soundness),
+            'checkpoint': model.model['checkpoint'],
+            'selected at iteration': _number(model.model.get('iteration')),
+        }
+    labels = next(iter(rows.values()))
+    shown = [(label, *(of_model[label] for of_model in rows.values())) for label in labels]
+    shown = [row for row in shown if set(row[1:]) != {'–'}]
+    section.items.append(Table('What was measured', ('', *rows), shown, wide=True))
+    return section
+
+
+def classes(models: Sequence[ModelResults]) -> Section:
+    """Each class, without an attack and in the worst case, and what it is taken for."""
+    section = Section(
+        'classes',
+        'Which classes fall, and for what they are taken',
+        'Accuracy of each class on the images of the evaluation, without an attack and in the worst case of all '
+        'attacks, the least robust class first. Each row of the pictures is a true class, each column what the model '
+        'sees, as a share of the row.',
+    )
+    for model in models:
+        if model.outcomes is None:
+            continue
+        outcomes, names = model.outcomes, model.model['class_names']
+        section.add_model(model.name, [_class_table(model, outcomes, names), _confusion(model, outcomes, names)])
+    return section
+
+
+def flow(models: Sequence[ModelResults]) -> Section:
+    """From the expert of the clean image to that of the attacked one."""
+    section = Section(
+        'flow',
+        'Where attacks send the images',
+        'Each row is the expert that an image takes without an attack, each column the one that it takes in the worst '
+        'case, as a share of the row: what is off the diagonal has changed its route.',
+    )
+    for model in models:
+        outcomes = model.outcomes
+        # With routes by layer or token there is not one expert of an image.
+        if outcomes is None or outcomes.by_name[CLEAN].expert.shape[1] != 1:
+            continue
+        number = model.model['num_experts']
+        counts = _counts(outcomes.by_name[CLEAN].expert[:, 0], outcomes.worst().expert[:, 0], number)
+        title = f'{model.name}: route in the worst case'
+        figure = draw_loads(
+            {'worst case': _shares(counts)}, [str(n) for n in range(number)], title, 'expert, clean', columns='expert'
+        )
+        said = ', '.join(
+            f'{int(counts[a, b])} from {a} to {b}' for a in range(number) for b in range(number) if counts[a, b]
+        )
+        alt = f'{title}. Images: {said}.'
+        section.items.append(Picture(f'{slug(model.name)}_flow', figure, f'{title}, by the clean one.', alt))
+    return section
+
+
+def _class_table(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[str]) -> Table:
+    right, robust = outcomes.by_name[CLEAN].prediction == outcomes.label, outcomes.robust
+    changed = (outcomes.worst().expert != outcomes.by_name[CLEAN].expert).any(dim=1)
+    mixture = outcomes.by_name[CLEAN].expert.shape[1] > 0
+    rows = []
+    for label, name in enumerate(names):
+        of_class = outcomes.label == label
+        if of_class.any():
+            values = [right, robust, *([changed] if mixture else [])]
+            shares = [float(value[of_class].double().mean()) for value in values]
+            rows.append((shares[1], (str(name), f'{int(of_class.sum()):,}', *map(share, shares))))
+    rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
+    left_out = f'; the {_MOST_CLASSES} least robust of {len(rows)}' if len(rows) > _MOST_CLASSES else ''
+    head = ('class', 'images', 'SA', 'worst case', *(['routes changed'] if mixture else []))
+    return Table(f'{model.name}, by class{left_out}', head, rows[:_MOST_CLASSES])
+
+
+def _confusion(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[str]) -> Picture:
+    views = {'clean': outcomes.by_name[CLEAN].prediction, 'worst case': outcomes.worst().prediction}
+    counts = {view: _counts(outcomes.label, prediction, len(names)) for view, prediction in views.items()}
+    title = f'{model.name}: true class and what is seen'
+    figure = draw_loads(
+        {view: _shares(each) for view, each in counts.items()}, names, title, 'true class', columns='seen'
+    )
+    wrong = counts['worst case'] * (1 - np.eye(len(names)))
+    most = np.dstack(np.unravel_index(np.argsort(-wrong, axis=None), wrong.shape))[0][:3]
+    said = '; '.join(f'{names[a]} seen as {names[b]} {int(wrong[a, b])} times' for a, b in most if wrong[a, b])
+    alt = f'{title}. Most frequent in the worst case: {said or "nothing wrong"}.'
+    return Picture(f'{slug(model.name)}_confusion', figure, f'{title}, as share of the class.', alt)
+
+
+def _counts(rows: Tensor, columns: Tensor, size: int) -> np.ndarray:
+    """How many are in each row and column, (size, size)."""
+    return torch.bincount(rows * size + columns, minlength=size * size).view(size, size).numpy()
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """Each row divided by its sum; NaN where there is nothing."""
+    total = counts.sum(axis=1, keepdims=True)
+    return np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+
+
+def _balls(attacks: Mapping[str, Mapping]) -> list[str]:
+    balls = (f'{cfg.get("norm", "Linf")}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
+    return list(dict.fromkeys(balls))
+
+
+def _with_steps(attacks: Mapping[str, Mapping]) -> list[str]:
+    return [f'{name} ({cfg["steps"]} steps)' if 'steps' in cfg else name for name, cfg in attacks.items()]
+
+
+def _count(result: Mapping | None) -> str:
+    return '–' if result is None else f'{result["num_images"]:,}'
+
+
+def _number(value: int | None) -> str:
+    return '–' if value is None else f'{value:,}'
