@@ -69,7 +69,10 @@ def export(model: nn.Module, images: Tensor, kind: str, path: Path) -> Callable[
         except ImportError as error:
             raise ImportError(f"{error}: --format onnx needs more; run: pip install 'mmadvmoe[export]'") from error
         names = dict(input_names=['images'], output_names=['logits'])
-        torch.onnx.export(network, (images,), path, dynamo=True, dynamic_shapes=(batch,), verbose=False, **names)
+        # One file, unless it would be larger than a message of protobuf can be.
+        external = sum(tensor.nbytes for tensor in network.state_dict().values()) > 2**30
+        options = dict(dynamic_shapes=(batch,), verbose=False, external_data=external, **names)
+        torch.onnx.export(network, (images,), path, dynamo=True, **options)
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
 

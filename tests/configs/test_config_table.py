@@ -81,7 +81,9 @@ def test_every_config_is_in_the_model_index_once() -> None:
         assert model['Metadata']['FLOPs'] > 0 and model['Metadata']['Parameters'] > 0
         # No result is claimed without a run that gave it.
         (result,) = model['Results']
-        assert result['Metrics'] is None and result['Dataset'] == model['Metadata']['Training Data']
+        # What is measured belongs to weights.
+        assert (result['Metrics'] is None) == ('Weights' not in model)
+        assert result['Dataset'] == model['Metadata']['Training Data']
 
 
 def test_pruned_networks_cost_what_a_pathway_costs() -> None:
