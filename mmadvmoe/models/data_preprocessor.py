@@ -69,7 +69,9 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         self._attacks: dict[Optional[str], BoundAttack] = {}
 
     def bind_victim(self, victim: Victim) -> None:
-        """Name the model that training attacks, as a function of images in [0, 1]."""
+        """Name the model that training attacks, as a function of images in [0, 1]; its classes are counted here."""
+        if self.num_classes is None:
+            self.num_classes = victim.num_classes
         self._attacks = {}
         if self.attack_cfg is not None:
             self._attacks = dict.fromkeys((None, *GROUPS), build_attack(self.attack_cfg, victim))

@@ -10,6 +10,7 @@ import torch
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmadvmoe.utils import checkpointing, choose
 
@@ -171,6 +172,15 @@ class MoEBackbone(BaseBackbone):
                 router.init_weights()
         self._is_init = True
 
+    def train(self, mode: bool = True) -> MoEBackbone:
+        """As any module; where the wrapped backbone keeps its norms in eval mode (``norm_eval``), routers do, too."""
+        super().train(mode)
+        if mode and self.router is not None and getattr(self.network, 'norm_eval', False):
+            for module in self.router.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
     def forward(self, x: Tensor) -> tuple:
         """Features of the wrapped backbone.
 
@@ -211,7 +221,7 @@ class MoEBackbone(BaseBackbone):
         if not self.num_routers:
             return self.network(x), ()
         self.placement.check_route(route)
-        with self.context.run(self.placement.router_names, route, with_logits, gated) as routes:
+        with self.context.run(self.placement.router_names, len(x), route, with_logits, gated) as routes:
             return self.placement.forward(self, _with_contiguous_gradient(x), routes), routes.taken
 
     def decide_routes(self, x: Tensor, gated: bool = True) -> tuple[BaseRouting, ...]:

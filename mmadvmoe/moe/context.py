@@ -26,12 +26,13 @@ class RoutedPass:
         num_experts: int,
         gate: str,
         names: Sequence[str],
+        batch: int,
         route: Optional[Route],
         with_logits: bool,
         gated: bool,
     ) -> None:
         self.num_experts, self.gate = num_experts, gate
-        self._names = names
+        self._names, self._batch = names, batch
         self._route, self._with_logits, self._gated = route, with_logits, gated
         self._columns = 0
         self._taken: list[BaseRouting] = []
@@ -77,6 +78,19 @@ class RoutedPass:
         routing = router.route(x, self._next(x.shape[1] * router.top_k, len(x)), training, self._gated)
         self._taken.append(routing)
         return routing
+
+    def check_rows(self, name: str, x: Tensor) -> None:
+        """Check that what the layer ``name`` is given, (B, ...), has one row for each image.
+
+        Raises:
+            ValueError: It has another number of rows, as windows of images have.
+        """
+        if len(x) != self._batch:
+            raise ValueError(
+                f'the expert layer {name!r} is given {len(x)} rows for {self._batch} images (windows or parts of '
+                'them), for which there is no route; name it in backbone.exclude, or give experts to the layers of the '
+                "feed-forward networks: include=['ffn']"
+            )
 
     def check_spent(self) -> None:
         """Check that the route that was given has no more columns than the routers took.
@@ -146,16 +160,23 @@ class RouteContext:
 
     @contextmanager
     def run(
-        self, names: Sequence[str], route: Optional[Route] = None, with_logits: bool = False, gated: bool = True
+        self,
+        names: Sequence[str],
+        batch: int,
+        route: Optional[Route] = None,
+        with_logits: bool = False,
+        gated: bool = True,
     ) -> Iterator[RoutedPass]:
-        """Begin a forward pass of this thread through the routers ``names``; see :meth:`MoEBackbone.forward_routed`.
+        """Begin a forward pass of this thread, of ``batch`` images through the routers ``names``.
+
+        Other arguments as in :meth:`MoEBackbone.forward_routed`.
 
         Raises:
             RuntimeError: One is under way in this thread.
         """
         if getattr(self._local, 'running', None) is not None:
             raise RuntimeError('a MoEBackbone was entered again from inside its own forward pass')
-        self._local.running = RoutedPass(self.num_experts, self.gate, names, route, with_logits, gated)
+        self._local.running = RoutedPass(self.num_experts, self.gate, names, batch, route, with_logits, gated)
         try:
             yield self._local.running
         finally:

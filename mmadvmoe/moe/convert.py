@@ -124,6 +124,7 @@ def convert_layers(
         dense = network.get_submodule(name)
         router = build_router(dense) if build_router is not None else None
         layer = EXPERT_LAYERS[type(dense)](dense, num_experts, context, router)
+        layer.name = name
         network.set_submodule(name, layer)
         layers.append(layer)
     return layers
@@ -158,6 +159,7 @@ def convert_ffns(
         dense = nn.Sequential(OrderedDict((part, module.get_submodule(part)) for part in inside))
         width = next(part.in_features for part in dense.modules() if isinstance(part, nn.Linear))
         layer = ExpertFFN(dense, num_experts, context, build_router(width))
+        layer.name = name
         setattr(module, inside[0], layer)
         for part in inside[1:]:
             setattr(module, part, nn.Identity())

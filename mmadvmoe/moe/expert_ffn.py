@@ -32,6 +32,8 @@ class ExpertFFN(nn.Module):
 
     def __init__(self, dense: nn.Sequential, num_experts: int, context: RouteContext, router: TokenRouter) -> None:
         super().__init__()
+        #: What it is called in its network, for messages; set by those who put it there.
+        self.name = 'ffn'
         self.num_experts = num_experts
         self.context = context
         self.router = router
@@ -64,6 +66,7 @@ class ExpertFFN(nn.Module):
             Tensor: (B, ..., C); zero for a token that every expert dropped.
         """
         tokens = x.flatten(1, -2)
+        self.context.running.check_rows(self.name, x)
         routing = self.context.running.route_tokens(self.router, tokens, self.training or self.router.training)
         rows = routing.dispatch(tokens.flatten(0, 1))
         for _, part in _leaves(self.experts):

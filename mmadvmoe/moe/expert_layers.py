@@ -68,6 +68,8 @@ class ExpertLayer(nn.Module):
         self, dense: nn.Module, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
     ) -> None:
         super().__init__()
+        #: What the layer is called in its network, for messages; set by those who put it there.
+        self.name = type(dense).__name__
         self.num_experts = num_experts
         self.context = context
         self.router = router
@@ -99,9 +101,11 @@ class ExpertLayer(nn.Module):
         Returns:
             Tensor: (B, ...) as the dense layer gives it, in the order of ``x``.
         """
+        running = self.context.running
+        running.check_rows(self.name, x)
         if self.router is None:
-            return self._run(x, self.context.running.current)
-        routing = self.context.running.route(self.router, x)
+            return self._run(x, running.current)
+        routing = running.route(self.router, x)
         return routing.unsort(self._run(routing.sort(x), routing))
 
     def _run(self, x: Tensor, routing: Routing) -> Tensor:

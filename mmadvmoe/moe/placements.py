@@ -198,6 +198,7 @@ def _fast_layout(backbone: nn.Module, x: Tensor) -> torch.memory_format:
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], value: Union[Tensor, Sequence]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    return type(value)(_map_tensors(function, item) for item in value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(function, item) for item in value)
+    # Some networks give None in place of what they compute in training alone.
+    return function(value) if isinstance(value, Tensor) else value

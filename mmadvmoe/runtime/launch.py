@@ -141,6 +141,7 @@ def enable_amp(cfg: Config) -> None:
     on_cpu = get_device() == 'cpu'
     for key, wrapper in wrappers.items():
         kind = wrapper.get('type', 'OptimWrapper')
+        kind = getattr(kind, '__name__', kind)
         if kind not in _REPLACEABLE_WRAPPERS:
             raise ValueError(
                 f'--amp cannot replace {key}.type={kind!r}; it replaces {", ".join(_REPLACEABLE_WRAPPERS)}. Leave '
@@ -218,7 +219,7 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
     on_cpu = get_device() == 'cpu'
     _set_wrapper(cfg, on_cpu)
     hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook['type'] == 'SyncBuffersHook' for hook in hooks):
+    if not any(getattr(hook['type'], '__name__', hook['type']) == 'SyncBuffersHook' for hook in hooks):
         cfg.custom_hooks = [*hooks, dict(type='SyncBuffersHook')]
     if on_cpu:
         timeout = dist_cfg.get('timeout')

@@ -1,8 +1,10 @@
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mmpretrain.engine.hooks import ClassNumCheckHook
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from tiny_models import CLASSES, make_classifier, make_data
@@ -231,3 +233,11 @@ def test_data_samples_with_scores_are_attacked_by_their_scores():
     soft = model.data_preprocessor(data, training=True)['adv_inputs']
     torch.manual_seed(0)
     assert soft.equal(model.data_preprocessor(make_data(), training=True)['adv_inputs'])
+
+
+def test_the_classes_are_those_of_the_model_for_hooks_and_augmentations():
+    model = make_classifier(attack=PGD, train_cfg=dict(augments=dict(type='Mixup', alpha=1.0)))
+    dataset = SimpleNamespace(CLASSES=tuple('abc'))
+    ClassNumCheckHook()._check_head(SimpleNamespace(model=model), dataset)
+    batch = model.data_preprocessor(make_data(), training=True)
+    assert batch['data_samples'][0].gt_score.shape == (CLASSES,)

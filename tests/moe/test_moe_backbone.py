@@ -17,6 +17,7 @@ from mmadvmoe.moe import (
     router_modules,
     split_parameters,
 )
+from mmadvmoe.moe.placements import _map_tensors
 
 RESNET = dict(
     backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4), include=[r'layer\d\.\d\.conv\d']
@@ -405,3 +406,39 @@ def test_every_routing_says_what_consumers_read(routing):
         assert routing.num_experts == len(routing.counts) == 3 and sum(routing.counts) == routing.decisions.numel()
         assert (routing.dropped, routing.noise_std) == (0, 0.0)
         assert not routing.detach().logits.requires_grad
+
+
+SWIN = dict(
+    type='SwinTransformer',
+    arch=dict(embed_dims=8, depths=[1, 1], num_heads=[1, 1]),
+    img_size=16,
+    patch_size=2,
+    window_size=4,
+    out_indices=(1,),
+)
+
+
+@pytest.mark.parametrize('routing', ['image', 'layer'])
+def test_a_layer_that_is_given_windows_is_named(routing):
+    cfg = dict(type='MoEBackbone', num_experts=2, routing=routing, backbone=SWIN)
+    if routing == 'image':
+        cfg['router'] = SMALL_ROUTER
+    model = MODELS.build(copy.deepcopy(dict(cfg, include=['qkv']))).eval()
+    with pytest.raises(ValueError, match=r"'stages\.0\.blocks\.0\.attn\.w_msa\.qkv' is given 8 rows for 2 images"):
+        model(images(2, 16))
+    fine = MODELS.build(copy.deepcopy(dict(cfg, include=[r'stages.*ffn\.layers\.(0\.0|1)$']))).eval()
+    assert len(fine(images(2, 16))[0]) == 2
+
+
+def test_an_output_of_training_alone_stays_none():
+    aux, features = _map_tensors(torch.neg, (None, torch.ones(2)))
+    assert aux is None and features.equal(-torch.ones(2))
+
+
+def test_norm_eval_holds_for_routers_too():
+    for routing in ('image', 'layer'):
+        network = dict(RESNET, backbone=dict(RESNET['backbone'], norm_eval=True))
+        model = build(network, routing=routing, router=SMALL_ROUTER if routing == 'image' else None).train()
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        assert norms and not any(norm.training for norm in norms)
+        assert model.training and all(router.training for router in router_modules(model))

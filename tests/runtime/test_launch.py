@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
 
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
@@ -70,6 +71,13 @@ def test_amp_with_one_optimizer(monkeypatch, device):
         'cuda': dict(type='AmpOptimWrapper', optimizer=SGD, loss_scale='dynamic'),
     }
     assert cfg.optim_wrapper == expected[device]
+
+
+def test_amp_knows_wrappers_that_are_given_as_classes(monkeypatch):
+    monkeypatch.setattr('mmadvmoe.runtime.launch.get_device', lambda: 'cpu')
+    cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper, optimizer=SGD)))
+    enable_amp(cfg)
+    assert cfg.optim_wrapper.type == 'CPUAmpOptimWrapper'
 
 
 def test_amp_refuses_what_it_would_lose():

@@ -1,7 +1,7 @@
 _base_ = 'advmoe_resnet18_cifar10_fast.py'
 
-# The router objective and the schedule of the reference code, as in advmoe_resnet18_cifar10_reference.py; 30 epochs, in
-# which both sides step on each batch.
+# The router objective and the schedule of the reference code, as in advmoe_resnet18_cifar10_stabilised.py; 30 epochs,
+# in which both sides step on each batch.
 model = dict(
     data_preprocessor=dict(attack=_base_.router_attack),
     router_loss=[dict(type='RouterLabelLoss', alpha=6.0, beta=6.0)],
