@@ -25,6 +25,11 @@ optim_wrapper = dict(
     experts=dict(**_group, clip_grad=dict(max_norm=5.0)),
     router=dict(**_group, clip_grad=dict(max_norm=1.0)),
 )
+# Beside the attacks on the dense networks, one that leaves the routes alone.
+test_cfg = dict(
+    attacks={'autoattack-held': dict(type='AutoAttack', eps=0.05, route='held')},
+    survivors_only=['autoattack', 'autoattack-held'],
+)
 # Half of the iterations are the experts': as many steps for them as in 15 epochs of joint training.
 train_cfg = dict(max_epochs=30, val_interval=10)
 custom_hooks = [dict(type='AlternatingOptimHook'), *_base_.custom_hooks]

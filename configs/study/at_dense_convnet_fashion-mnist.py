@@ -8,7 +8,7 @@ _base_ = [
 # So small that capacity decides: 107,000 multiply-adds for an image.
 model = dict(
     type='RobustClassifier',
-    data_preprocessor=dict(type='AdvDataPreprocessor', attack=_base_.train_attack),
+    data_preprocessor=dict(type='AdvDataPreprocessor', attack=_base_.train_attack, augment=_base_.train_augment),
     backbone=dict(type='PlainConvNet', in_channels=1, pool=2, widths=(4, 8, 8, 16, 16), strides=(1, 2, 1, 2, 1)),
     head=dict(
         type='LinearClsHead',
@@ -21,3 +21,5 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=0.2, nesterov=True), clip_grad=dict(max_norm=5.0))
 train_cfg = dict(max_epochs=15, val_interval=5)
 val_dataloader = dict(dataset=dict(indices=1000))
+# AutoAttack takes minutes for each 1,000 images.
+test_dataloader = dict(dataset=dict(indices=2000))

@@ -1,6 +1,6 @@
 _base_ = 'at_sdense_convnet_fashion-mnist.py'
 
-# What the router of the mixtures costs is spent on a branch of its size into the logits.
+# What the larger routers cost is spent on a branch of that size into the logits.
 model = dict(
     backbone=dict(
         _delete_=True,

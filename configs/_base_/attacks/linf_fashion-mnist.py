@@ -17,9 +17,8 @@ test_cfg = dict(
         pgd50=dict(type='PGD', eps=0.05, alpha=0.0125, steps=50, restarts=3),
         routepgd50=dict(type='RoutePGD', eps=0.05, alpha=0.0125, steps=50),
         autoattack=dict(type='AutoAttack', eps=0.05),
-        **{'autoattack-held': dict(type='AutoAttack', eps=0.05, route='held')},
     ),
     # AutoAttack costs most, and can only lower what the others have left standing.
-    survivors_only=['autoattack', 'autoattack-held'],
+    survivors_only=['autoattack'],
     worst_of=dict(ra=['pgd50', 'routepgd50']),
 )

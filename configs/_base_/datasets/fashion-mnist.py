@@ -1,5 +1,5 @@
 # Fashion-MNIST: 55,000 images to train on, 5,000 of the training set to select on, the 10,000 official test images for
-# the result. One channel of 28x28.
+# the result. One channel of 28x28, in memory.
 data_root = 'data/fashion-mnist'
 
 train_dataloader = dict(
@@ -9,16 +9,14 @@ train_dataloader = dict(
     # A last batch of one image would leave batch norm without a variance.
     drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
+    collate_fn=dict(type='keep_batch'),
     dataset=dict(
-        type='FashionMNISTSplit',
-        data_root=data_root,
-        split='train',
-        pipeline=[
-            dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-            dict(type='PackInputs'),
-        ],
+        type='InMemory',
+        dataset=dict(type='FashionMNISTSplit', data_root=data_root, split='train', pipeline=[dict(type='PackInputs')]),
     ),
 )
+# To be set as model.data_preprocessor.augment: mirror images.
+train_augment = dict(type='BatchedCropFlip', padding=0, flip=0.5)
 
 val_dataloader = dict(
     batch_size=250,
