@@ -20,9 +20,9 @@ from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.evaluation.data import as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.named_attacks import moves_routes
 from mmadvmoe.moe import placement_of
-from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.safe_load import load_from_local
+from mmadvmoe.utils import write_atomically
 
 from .results import MODEL, PARTS, TRAINING, DamagedFileError, SavedExamples, read_json, save_examples
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmadvmoe.attacks import attack_norm
 from mmadvmoe.evaluation import CLEAN, RobustOutcomes
 from mmadvmoe.visualization import draw_loads
 
@@ -133,7 +134,7 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 
 def _balls(attacks: Mapping[str, Mapping]) -> list[str]:
-    balls = (f'{cfg.get("norm", "Linf")}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
+    balls = (f'{attack_norm(cfg)}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
     return list(dict.fromkeys(balls))
 
 

@@ -29,7 +29,7 @@ import torch
 
 from mmadvmoe.evaluation import Examples, RobustOutcomes, read_evaluation
 from mmadvmoe.evaluation.folder import read_metrics
-from mmadvmoe.runtime.atomic import write_atomically
+from mmadvmoe.utils import write_atomically
 
 #: Where each part lies in the folder of a model. The last file of an evaluation says that it is complete.
 PARTS = dict(

@@ -1,11 +1,13 @@
 """Folders of results as the tools write them, of a mixture and of a dense model, with numbers that are easy to tell."""
 
+import hashlib
 import json
 
 import numpy as np
 import torch
 
 from mmadvmoe.evaluation import Examples
+from mmadvmoe.evaluation.folder import OutcomeFolder
 from mmadvmoe.report.results import SavedExamples, save_examples
 
 CLASSES = [str(n) for n in range(10)]
@@ -80,7 +82,7 @@ def _evaluation(folder, kind, ra):
         metrics |= {'pgd50/route_changed': 0.25, 'routepgd50/route_changed': 0.5}
     attacks = {name: dict(type=name, eps=0.2) for name in ('pgd50', 'routepgd50', 'autoattack')}
     run = dict(
-        format=1,
+        format=2,
         settings=dict(
             model=dict(type='RobustClassifier', num_classes=10, num_experts=kind['num_experts'], sha256='ff' * 32),
             data=dict(type='Digits', num_images=360),
@@ -93,8 +95,12 @@ def _evaluation(folder, kind, ra):
         versions=dict(python='3.11', torch='2.14.1'),
         machine=dict(device='cpu', threads=1),
     )
-    _write(folder / 'evaluation' / 'run.json', run)
+    written = OutcomeFolder(folder / 'evaluation', list(attacks))
+    written.prepare(run, overwrite=True)
+    written.close()
     _write(folder / 'evaluation' / 'metrics.json', metrics)
+    digest = hashlib.sha256((folder / 'evaluation' / 'metrics.json').read_bytes()).hexdigest()
+    (folder / 'evaluation' / 'SHA256SUMS').write_text(f'{digest}  metrics.json\n')
 
 
 def _head(name, kind):
