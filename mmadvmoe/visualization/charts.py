@@ -137,13 +137,16 @@ def draw_loads(
     row_kind: str = 'class',
     counted: str = 'images',
     columns: str = 'expert',
+    column_names: Optional[Sequence[str]] = None,
 ) -> Figure:
     """Draw heat maps of the share of what is ``counted`` that each expert gets, side by side for several situations.
 
     Args:
         loads (Mapping): For each situation, such as ``'clean'`` and ``'under attack'``, the shares (R, N) in [0, 1];
             each row sums to 1, or is NaN where there was nothing to share.
-        rows (Sequence[str]): Names of the R rows, each a ``row_kind``. The columns are ``columns``, by number.
+        rows (Sequence[str]): Names of the R rows, each a ``row_kind``.
+        columns (str): What the columns are.
+        column_names (Sequence[str], optional): Their names. Defaults to their numbers.
 
     Raises:
         ValueError: There is no situation, or its shape does not fit the names of the rows.
@@ -161,7 +164,10 @@ def draw_loads(
             picture = axes.imshow(load, cmap=COLORMAP, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
             axes.set_title(plain(name), fontsize=9)
             few = load.shape[1] <= _LABELLED_ROWS
-            axes.set(xlabel=columns, **(dict(xticks=range(load.shape[1])) if few else {}))
+            axes.set_xlabel(columns)
+            if few:
+                shown = [plain(name) for name in column_names or range(load.shape[1])]
+                axes.set_xticks(range(len(shown)), shown, rotation=90 if max(map(len, shown)) > 2 else 0)
             axes.grid(False)
             if load.shape[1] * len(loads) <= _LABELLED_COLUMNS and len(rows) <= _LABELLED_ROWS:
                 _label_cells(axes, load)
