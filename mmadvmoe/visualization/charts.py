@@ -21,6 +21,8 @@ _MARKED_POINTS = 25
 _LABELLED_SHARE = 0.06
 #: Heat maps with more columns or rows than this have no room for numbers and names.
 _LABELLED_COLUMNS, _LABELLED_ROWS = 8, 40
+#: Letters of names that have room below the columns; more are turned.
+_LETTERS = 30
 #: Height of a heat map, in inches.
 _HIGHEST = 9.0
 
@@ -73,7 +75,7 @@ def draw_lines(
                 linewidth=1.6,
             )
         if mark is not None:
-            axes.axvline(mark[0], color='#555555', linewidth=1, linestyle=':', label=plain(mark[1]), zorder=1)
+            axes.axvline(mark[0], color='black', linewidth=1.3, linestyle=(0, (1, 1.5)), label=plain(mark[1]), zorder=1)
         if log:
             axes.set_yscale('log')
         if log_x:
@@ -167,7 +169,9 @@ def draw_loads(
             axes.set_xlabel(columns)
             if few:
                 shown = [plain(name) for name in column_names or range(load.shape[1])]
-                axes.set_xticks(range(len(shown)), shown, rotation=90 if max(map(len, shown)) > 2 else 0)
+                axes.set_xticks(
+                    range(len(shown)), shown, rotation=90 if len(''.join(shown)) * len(loads) > _LETTERS else 0
+                )
             axes.grid(False)
             if load.shape[1] * len(loads) <= _LABELLED_COLUMNS and len(rows) <= _LABELLED_ROWS:
                 _label_cells(axes, load)
