@@ -40,11 +40,12 @@ def dissection(models: Sequence[ModelResults]) -> Section:
 
 
 def _failures(models: Sequence[ModelResults]) -> Picture:
-    parts = {}
+    parts, several = {}, len({model.dissection['num_images'] for model in models}) > 1
     for model in models:
         found = model.dissection
         counts = {label: found['failures'][key] for key, label in FAILURES.items()}
-        parts[model.name] = counts | {_WRONG: found['num_images'] - sum(counts.values())}
+        name = f'{model.name} ({found["num_images"]:,} images)' if several else model.name
+        parts[name] = counts | {_WRONG: found['num_images'] - sum(counts.values())}
     title = 'What became of the test images'
     said = '; '.join(
         f'{name}: ' + ', '.join(f'{label} {count / sum(of_model.values()):.0%}' for label, count in of_model.items())
@@ -83,7 +84,8 @@ def _expert_table(model: ModelResults) -> Table:
     named = {f'expert {expert["expert"]}': expert for expert in model.dissection['experts']}
     named['best expert of each image'] = model.dissection['best_expert']
     rows = [(name, percent(numbers['sa']), percent(numbers['ra'])) for name, numbers in named.items()]
-    caption = f'{model.name}: each expert on all images. The last row is the most that a perfect router could reach.'
+    caption = f'{model.name}: each expert on all {model.dissection["num_images"]:,} images. The last row is the most '
+    caption += 'that a perfect router could reach.'
     return Table(caption, ('', 'SA', 'RA'), rows)
 
 

@@ -17,6 +17,8 @@ THREAT = dict(norm='Linf', eps=0.2, alpha=0.05, steps=50)
 def write_model(folder, name, routing='image', num_experts=2, routers=('router',), ra=30.0, parts=None):
     """Write all parts of a model, or those named."""
     writers = dict(evaluation=_evaluation, dissection=_dissection, soundness=_soundness, examples=_examples)
+    if parts is not None and 'curve' in parts:
+        writers['curve'] = _curve
     kind = dict(routing=routing, num_experts=num_experts, routers=list(routers))
     if routing is None:
         kind = dict(routing=None, num_experts=1, routers=[])
@@ -168,6 +170,12 @@ def _soundness(folder, kind, ra):
     )
     content = dict(passed=False, num_warnings=1, checks=checks, curves=curves, attacks=dict(gate=ra + 10, held=ra))
     _write(folder / 'soundness.json', _head('soundness', kind) | content)
+
+
+def _curve(folder, kind, ra):
+    points = [dict(eps=eps, ra=value, gate=value) for eps, value in ((0.0, 95.0), (0.2, ra), (1.0, 0.0))]
+    content = dict(kind='curve', num_images=100, threat_model=THREAT, curves=dict(eps=points))
+    _write(folder / 'curve.json', content)
 
 
 def _examples(folder, kind, ra):
