@@ -1,7 +1,7 @@
 """Print the table of docs/export.md: how far the files of tools/export.py are from the models, network by network.
 
-The weights are random; routers of images are shifted so that the images of the comparison take different experts, and
-class logits scaled to the size of a trained model's.
+The weights are random, but changed so that the images of the comparison take different experts, and class logits are
+as large as those of a trained model.
 """
 
 from __future__ import annotations
@@ -41,16 +41,19 @@ def parse_args() -> argparse.Namespace:
 
 @torch.no_grad()
 def liven(model: NormalizedClassifier, images: Tensor) -> None:
-    """Give the images different routes, by equal mean logits of all experts, and large class logits."""
+    """Give the images different routes, by equal logits of all experts for the mean image, and large class logits."""
 
-    def shift(layer: nn.Linear, inputs: tuple, output: Tensor) -> Tensor:
-        mean = output.flatten(0, -2).mean(dim=0)
-        layer.bias -= mean
-        return output - mean
+    def center(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        mean, logits = (tensor.flatten(0, -2).mean(dim=0) for tensor in (inputs[0], output))
+        layer.weight -= torch.outer(logits, mean) / mean.square().sum()
+        return layer.forward(*inputs)
 
     linear = [[part for part in router.modules() if isinstance(part, nn.Linear)] for router in router_modules(model)]
-    # Routers of tokens have none; tokens differ enough.
-    hooks = [layers[-1].register_forward_hook(shift) for layers in linear if layers]
+    # A router of tokens is such a layer itself.
+    hooks = [
+        (layers[-1] if layers else router).register_forward_hook(center)
+        for router, layers in zip(router_modules(model), linear)
+    ]
     largest = model(images).abs().max()
     for hook in hooks:
         hook.remove()
