@@ -90,6 +90,13 @@ class MoEBackbone(BaseBackbone):
                 f'backbone.backbone sets {key}=True of {type(module).__name__}: layers would be computed anew in the '
                 f'backward pass, when the routes of the forward pass are gone; set backbone.backbone.{key}=False'
             )
+        if num_experts > 1 and any(
+            getattr(each, 'no_custom_backward', True) is False for each in self.network.modules()
+        ):
+            raise ValueError(
+                f'backbone.backbone: {type(self.network).__name__} computes its layers anew in a backward pass of its '
+                'own, when the routes of the forward pass are gone; set backbone.backbone.no_custom_backward=True'
+            )
         self.context = RouteContext(num_experts, gate)
         self.router: Optional[BaseRouter] = None
         names = placement.match(self.network, include, exclude, share_stem)

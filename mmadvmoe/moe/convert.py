@@ -10,6 +10,7 @@ from typing import Optional
 from mmcv.cnn.bricks.transformer import FFN
 from mmpretrain.models.backbones.convnext import ConvNeXtBlock
 from mmpretrain.models.backbones.deit3 import DeiT3FFN
+from mmpretrain.models.utils.attention import BEiTAttention, CrossMultiheadAttention, WindowMSAV2
 from torch import nn
 
 from .context import RouteContext
@@ -19,6 +20,8 @@ from .routers import BaseRouter, TokenRouter
 
 #: The modules that hold a feed-forward network. Exact classes: a subclass may compute something else.
 FFN_KINDS = (FFN, DeiT3FFN, ConvNeXtBlock)
+#: Modules that compute with the weights of layers in them without calling these layers.
+READS_WEIGHTS = {BEiTAttention: ('qkv',), WindowMSAV2: ('qkv',), CrossMultiheadAttention: ('q', 'k', 'v')}
 _SHOWN = 12  # names that an error lists
 
 
@@ -38,7 +41,7 @@ def match_layers(
 
     Raises:
         ValueError: A pattern is no regular expression or matches no layer, the layers that are left cannot be
-            converted, or one of them is the stem.
+            converted, another module reads the weights of one of them, or one is the stem.
     """
     convertible = [name for name, module in network.named_modules() if type(module) in EXPERT_LAYERS]
     kinds = ', '.join(sorted({kind.__name__ for kind in EXPERT_LAYERS}))
@@ -54,6 +57,15 @@ def match_layers(
                 'Narrow the pattern or name the layer in backbone.exclude'
             )
         chosen.update(matched)
+    for name in (name for name in convertible if name in chosen):
+        holder, _, layer = name.rpartition('.')
+        kind = type(network.get_submodule(holder))
+        if layer in READS_WEIGHTS.get(kind, ()):
+            raise ValueError(
+                f'{name!r} of {type(network).__name__} cannot hold experts: its {kind.__name__} reads the weights and '
+                'never calls the layer; name it in backbone.exclude, or give experts to the layers of the feed-forward '
+                "networks: include=['ffn']"
+            )
     if share_stem and convertible[0] in chosen:
         raise ValueError(
             f'backbone.include takes in the stem {convertible[0]!r}, which every pathway shares; narrow the pattern, '

@@ -38,7 +38,8 @@ def deployable(model: nn.Module) -> nn.Module:
     """
     mixtures = [module for module in model.modules() if isinstance(module, MoEBackbone) and module.num_routers]
     memo = {id(mixture): _without_routes(copy.deepcopy(mixture)) for mixture in mixtures}
-    plain = copy.deepcopy(model, memo).eval()
+    plain = copy.deepcopy(model, memo)
+    plain.eval()  # of MMPretrain's backbones, this gives nothing back
     # Nothing in eval mode, but its probability, which may be a number of NumPy, breaks a compiler's graph.
     for name in [name for name, module in plain.named_modules(remove_duplicate=False) if isinstance(module, DropPath)]:
         plain.set_submodule(name, nn.Identity())

@@ -85,6 +85,8 @@ def test_layers_of_every_form_and_dense_models() -> None:
     for built in (backbone, dict(conv, base_channels=4)):
         model = NormalizedClassifier(MODELS.build(dict(cfg, backbone=built))).eval()
         torch.testing.assert_close(deployable(model)(_images(3)), model(_images(3)))
+    bare = MODELS.build(backbone).eval()
+    torch.testing.assert_close(deployable(bare)(_images(3)), bare(_images(3)))
     plain = deployable(nn.Linear(2, 2))
     assert isinstance(plain, nn.Linear) and not plain.training
 
