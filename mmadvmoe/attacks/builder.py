@@ -51,8 +51,8 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
             ``'held'``, to hold the route of each image at the clean one. Attacks of torchattacks are then run once for
             each route among the images, which with layer- or token-level routing can mean image by image; :class:`PGD`
             is not. On a model without routers both are the same.
-        model (Victim or nn.Module): A view, a :class:`NormalizedClassifier`, or any module that maps images in [0, 1]
-            to logits.
+        model (Victim or nn.Module): A view, a :class:`NormalizedClassifier`, or what can become one: an MMPretrain
+            classifier, with its own normalisation, or any module that maps images in [0, 1] to logits.
 
     Returns:
         BoundAttack: ``attack(images, labels, seed=None) -> adversarial images``.

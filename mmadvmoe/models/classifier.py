@@ -89,7 +89,7 @@ class RobustClassifier(ImageClassifier):
             )
         self.router_loss = None if router_loss is None else self._build_objectives('router_loss', router_loss)
         if isinstance(self.data_preprocessor, AdvDataPreprocessor):
-            self.data_preprocessor.bind_victim(Victim.from_classifier(self))
+            self.data_preprocessor.bind_victim(Victim(self))
 
     def _build_objectives(self, key: str, cfg: Union[dict, Sequence[dict]]) -> nn.ModuleList:
         cfgs = cfg if isinstance(cfg, (list, tuple)) else [cfg]

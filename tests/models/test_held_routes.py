@@ -54,7 +54,7 @@ def test_experts_learn_on_the_pathway_of_the_clean_image(routing):
     data = model.data_preprocessor(batch('experts'), training=True)
     losses = model.loss(**data)
     clean, adversarial = data['inputs'], data['adv_inputs']
-    route = clean_route(Victim.from_classifier(model), model.data_preprocessor.to_unit(clean))
+    route = clean_route(Victim(model), model.data_preprocessor.to_unit(clean))
     features = model.backbone.forward_routed(adversarial, route)[0]
     expected = 6 * kl_divergence(model(clean), model.head(features)).mean()
     torch.testing.assert_close(losses['loss_robust'], expected)
@@ -75,7 +75,7 @@ def test_free_experts_learn_where_an_attack_sends_images():
         router.fc.bias -= router(torch.rand(64, 3, 8, 8)).mean(0)
     data = model.data_preprocessor(batch('experts'), training=True)
     losses = model.loss(**data)
-    victim = Victim.from_classifier(model)
+    victim = Victim(model)
     clean, adversarial = (
         clean_route(victim, model.data_preprocessor.to_unit(data[k])) for k in ('inputs', 'adv_inputs')
     )
@@ -90,7 +90,7 @@ def test_free_experts_learn_where_an_attack_sends_images():
 
 
 def test_the_attack_is_against_the_pathway_of_the_clean_image():
-    victim = Victim.from_classifier(build().eval())
+    victim = Victim(build().eval())
     images = torch.rand(16, 3, 8, 8)
     with torch.no_grad():
         clean, route = victim(images), clean_route(victim, images)
@@ -123,7 +123,7 @@ def test_the_router_learns_its_groups_under_attack():
 @pytest.mark.parametrize('routing', ['image', 'layer'])
 def test_the_attack_on_groups_raises_their_cross_entropy(routing):
     model = build(routing, data_preprocessor=dict(attack=ATTACK)).eval()
-    victim, images, labels = Victim.from_classifier(model), torch.rand(12, 3, 8, 8), torch.arange(12) % 4
+    victim, images, labels = Victim(model), torch.rand(12, 3, 8, 8), torch.arange(12) % 4
     attack = build_attack(dict(type='ClassGroupAttack', groups=GROUPS, eps=0.1, alpha=0.03, steps=8), victim)
     adversarial = attack(images, labels, seed=0)
     assert (adversarial - images).abs().max() <= 0.1 + 1e-6
