@@ -150,6 +150,10 @@ def inference(
         FloatingPointError: A router gives logits that are not finite.
     """
     images = as_unit(_as_batch(images))
+    if not len(images):
+        # Networks of MMPretrain cannot have no image; of one they tell K and L.
+        probabilities, experts = inference(model, images.new_zeros(1, *images.shape[1:]))
+        return probabilities[:0], experts[:0]
     device = next(model.parameters()).device
     probabilities, experts = [], []
     with model.frozen():

@@ -11,6 +11,11 @@ from mmadvmoe.moe import split_parameters
 
 GROUPS = [[0, 2], [1, 3]]
 ATTACK = dict(type='TRADESAttack', eps=0.1, alpha=0.05, steps=2, router_weight=0.0, route='held')
+PREPROCESSOR = dict(
+    type='AdvDataPreprocessor',
+    attack=ATTACK,
+    router_attack=dict(type='ClassGroupAttack', groups=GROUPS, eps=0.1, alpha=0.05, steps=3),
+)
 
 
 def build(routing='image', **cfg):
@@ -19,11 +24,7 @@ def build(routing='image', **cfg):
     model = dict(
         type='RobustClassifier',
         route='held',
-        data_preprocessor=dict(
-            type='AdvDataPreprocessor',
-            attack=ATTACK,
-            router_attack=dict(type='ClassGroupAttack', groups=GROUPS, eps=0.1, alpha=0.05, steps=3),
-        ),
+        data_preprocessor=PREPROCESSOR,
         backbone=dict(
             type='MoEBackbone',
             num_experts=2,
@@ -145,8 +146,23 @@ def test_the_attack_on_groups_raises_their_cross_entropy(routing):
             dict(data_preprocessor=dict(attack=ATTACK, router_attack=dict(type='ClassGroupAttack', groups=[[0], [1]]))),
             'groups holds 2 classes',
         ),
+        (
+            dict(data_preprocessor=PREPROCESSOR | dict(attack=dict(ATTACK, route='gate'))),
+            r"model\.route='held', but data_preprocessor\.attack\.route='gate'",
+        ),
+        (
+            dict(router_loss=dict(type='ClassGroupLoss', groups=[[0, 1], [2, 3]])),
+            r'data_preprocessor\.router_attack\.groups=.* are not the groups of model\.router_loss.*\[0, 0, 1, 1\]',
+        ),
     ],
 )
 def test_mistakes_are_named_when_the_model_is_built(cfg, error):
     with pytest.raises(ValueError, match=error):
         build(**cfg)
+
+
+def test_what_agrees_may_be_written_in_two_ways():
+    attack = dict(PREPROCESSOR['router_attack'], groups='modulo')
+    build(data_preprocessor=dict(PREPROCESSOR, router_attack=attack))
+    # In joint training one attack is on routes and pathways.
+    build(data_preprocessor=dict(attack=dict(ATTACK, route='gate')), router_loss=None)
