@@ -100,7 +100,7 @@ class RobustClassifier(ImageClassifier):
         """Compare what the attacks of training are set to with what is learned from their images."""
         attack, of_router = preprocessor.attack_cfg or {}, preprocessor.router_attack_cfg
         # Where it is that of both turns, it has to move routes as well.
-        if self.route == 'held' and of_router is not None and attack.get('route') != 'held':
+        if self.route == 'held' and of_router not in (None, attack) and attack.get('route') != 'held':
             raise ValueError(
                 f"model.route='held', but data_preprocessor.attack.route={attack.get('route', ROUTES[0])!r}: a pathway "
                 "would learn from images that were made against another; set data_preprocessor.attack.route='held', or "

@@ -165,4 +165,6 @@ def test_what_agrees_may_be_written_in_two_ways():
     attack = dict(PREPROCESSOR['router_attack'], groups='modulo')
     build(data_preprocessor=dict(PREPROCESSOR, router_attack=attack))
     # In joint training one attack is on routes and pathways.
-    build(data_preprocessor=dict(attack=dict(ATTACK, route='gate')), router_loss=None)
+    both = dict(ATTACK, route='gate')
+    for router_attack in (None, both):
+        build(data_preprocessor=dict(attack=both, router_attack=router_attack), router_loss=None)
