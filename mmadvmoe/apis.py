@@ -26,6 +26,7 @@ from mmadvmoe.evaluation import CLEAN, WORST, RobustOutcomes
 from mmadvmoe.evaluation.data import Data, as_dataset, read_chunks, spread_images
 from mmadvmoe.evaluation.named_attacks import choose_attacks, with_route_attack
 from mmadvmoe.evaluation.run import RobustEvaluation
+from mmadvmoe.runtime.console import quiet
 from mmadvmoe.runtime.preflight import check_data
 from mmadvmoe.runtime.safe_load import check_state_dict
 from mmadvmoe.runtime.seeding import preserve_rng_state
@@ -76,7 +77,8 @@ def get_model(
     model = models[choose(name, sorted(models), 'name')]
     if pretrained is False:
         classifier = _build_classifier(Config.fromfile(model.config))
-        classifier.init_weights()
+        with quiet():
+            classifier.init_weights()
         return NormalizedClassifier(classifier.to(device)).eval()
     checkpoint = model.checked_weights() if pretrained is True else pretrained
     return load_robust_model(model.config, checkpoint, device)

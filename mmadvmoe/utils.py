@@ -7,6 +7,7 @@ import os.path as osp
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Union
 
 import numpy as np
@@ -65,7 +66,7 @@ def as_plain(value: Any) -> Any:
         return [as_plain(each) for each in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
-    return value.__name__ if isinstance(value, type) else repr(value)
+    return value.__name__ if isinstance(value, (type, FunctionType)) else repr(value)
 
 
 def write_atomically(path: Union[str, Path], content: bytes) -> None:

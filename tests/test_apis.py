@@ -112,6 +112,24 @@ def test_inference_gives_probabilities_and_routes_in_order(trained: tuple, image
     assert [tuple(each.shape) for each in inference(model, images[:0])] == [(0, 10), (0, 1)]
 
 
+def test_inference_takes_arrays_and_single_images(trained: tuple, images: Tensor) -> None:
+    model = load_robust_model(*trained[:2])
+    pixels = (images * 255).to(torch.uint8)
+    expected, _ = inference(model, pixels)
+    for array in (
+        pixels.numpy(),
+        pixels.permute(0, 2, 3, 1).numpy(),
+        pixels.permute(0, 2, 3, 1).flip(2).numpy()[:, :, ::-1],
+    ):
+        assert torch.equal(inference(model, array)[0], expected)
+    for one in (pixels[3], pixels[3].numpy(), pixels[3].permute(1, 2, 0).numpy()):
+        probabilities, experts = inference(model, one)
+        assert experts.shape == (1, 1)
+        torch.testing.assert_close(probabilities, expected[3:4])
+    with pytest.raises(ValueError, match=r'\(B, C, H, W\) or one \(C, H, W\), got \(8, 8\)'):
+        inference(model, images[0, 0])
+
+
 def test_a_checkpoint_of_another_model_is_refused(trained: tuple, tmp_path: Path) -> None:
     config, checkpoint, classifier = trained
     with pytest.raises(CheckpointError, match='does not fit the model'):

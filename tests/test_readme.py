@@ -1,4 +1,4 @@
-"""The examples of the README and of docs/extending.md do what they say, and what the documents name exists."""
+"""The examples of the README and of a tutorial do what they say, and what the documents name exists."""
 
 import importlib
 import re
@@ -19,13 +19,13 @@ from mmadvmoe.runtime.preflight import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The documents whose Python examples are files.
-WITH_FILES = (ROOT / 'README.md', ROOT / 'docs' / 'extending.md')
-DOCUMENTS = (*WITH_FILES, *sorted({*(ROOT / 'docs').glob('*.md'), ROOT / 'configs' / 'README.md'} - {*WITH_FILES}))
+WITH_FILES = (ROOT / 'README.md', ROOT / 'docs' / 'tutorials' / 'own_parts.md')
+DOCUMENTS = (*WITH_FILES, *sorted({*(ROOT / 'docs').rglob('*.md'), ROOT / 'configs' / 'README.md'} - {*WITH_FILES}))
 README, TEXT, ALL_TEXT = (
     '\n'.join(path.read_text(encoding='utf-8') for path in paths) for paths in (WITH_FILES[:1], WITH_FILES, DOCUMENTS)
 )
 #: The Python examples by the file name in their first line.
-EXAMPLES = {code[2:].split('\n')[0]: code for code in re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)}
+EXAMPLES = dict(re.findall(r'```(?:python\n#|{code-cell} ipython3\n%%writefile) (\w+\.py)\n(.*?)```', TEXT, re.DOTALL))
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the examples as files and the configs beside them."""
     folder = tmp_path_factory.mktemp('readme') / 'mmadvmoe'
     folder.mkdir()
-    assert len(EXAMPLES) == TEXT.count('```python')
+    assert len(EXAMPLES) == TEXT.count('```python') + TEXT.count('%%writefile') == 6
     for name, code in EXAMPLES.items():
         (folder / name).write_text(code)
     (folder / 'configs').symlink_to(ROOT / 'configs')

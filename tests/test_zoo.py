@@ -55,6 +55,11 @@ def test_a_name_that_is_unknown_and_weights_that_are_not_there() -> None:
         get_model('advmoe_resnet18_imagenet', pretrained=True)
 
 
+def test_a_model_with_random_weights_is_made_without_a_word(capfd: pytest.CaptureFixture) -> None:
+    get_model(NAME)
+    assert capfd.readouterr().out == ''
+
+
 def test_published_weights_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_model(NAME)
     assert not model.training

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
-from mmadvmoe.evaluation import attack_examples
-from mmadvmoe.evaluation.data import as_dataset, spread_images
+from mmadvmoe.evaluation import as_dataset, attack_examples, spread_images
 from mmadvmoe.report import PARTS, slug
 from mmadvmoe.runtime.launch import complete_loaders
 from mmadvmoe.visualization import draw_image_grid, save_png

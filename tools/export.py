@@ -77,6 +77,15 @@ def export(model: nn.Module, images: Tensor, kind: str, path: Path) -> Callable[
     return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
 
 
+def comparison_images(cfg: Config) -> Tensor:
+    """Random images of the size that a config trains with, from dark to bright, so that routes differ."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(max(BATCHES), *input_shape_of(cfg), generator=generator)
+    return images * torch.linspace(0, 1, len(images))[torch.randperm(len(images), generator=generator)].view(
+        -1, 1, 1, 1
+    )
+
+
 @torch.no_grad()
 def compare(model: NormalizedClassifier, exported: Callable[[Tensor], Tensor], images: Tensor) -> float:
     """The largest difference of logits, relative to the largest logit where that is above 1.
@@ -100,9 +109,7 @@ def main() -> None:
     cfg: Config = load_config(args.config)
     model = load_robust_model(cfg, args.checkpoint)
     path = args.out or Path(args.checkpoint).with_suffix(SUFFIXES[args.format])
-    # From dark to bright, so that routes differ.
-    images = torch.rand(max(BATCHES), *input_shape_of(cfg), generator=torch.Generator().manual_seed(0))
-    images = images * torch.linspace(0, 1, len(images))[torch.randperm(len(images))].view(-1, 1, 1, 1)
+    images = comparison_images(cfg)
     exported = export(model, images[:2], args.format, path)
     difference = compare(model, exported, images)
     print(f'{path}: {path.stat().st_size:,} bytes; differs from the model by {difference:.1e} at most')

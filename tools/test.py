@@ -12,7 +12,7 @@ from mmengine.evaluator import DumpResults
 
 from mmadvmoe.attacks import STANDARD_ATTACKS
 from mmadvmoe.evaluation.named_attacks import choose_attacks
-from mmadvmoe.runtime.atomic import check_writable, write_atomically
+from mmadvmoe.runtime.atomic import check_writable
 from mmadvmoe.runtime.config_checks import keywords_named
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
@@ -24,7 +24,7 @@ from mmadvmoe.runtime.launch import (
     prepare_distributed,
 )
 from mmadvmoe.runtime.lock import in_first_process
-from mmadvmoe.utils import as_plain
+from mmadvmoe.utils import as_plain, write_atomically
 
 OUT_SUFFIXES = {
     'pred': ('.pkl', '.pickle'),

@@ -21,5 +21,5 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=0.2, nesterov=True), clip_grad=dict(max_norm=5.0))
 train_cfg = dict(max_epochs=15, val_interval=5)
 val_dataloader = dict(dataset=dict(indices=1000))
-# AutoAttack takes minutes for each 1,000 images.
-test_dataloader = dict(dataset=dict(indices=2000))
+# AutoAttack takes minutes for them.
+test_dataloader = dict(dataset=dict(indices=1000))

@@ -4,6 +4,7 @@ from .autoattack import APGD, APGDT, AutoAttack
 from .builder import BoundAttack, NonFiniteImagesError, attack_class, build_attack
 from .library import JSMA, register_torchattacks
 from .model import NormalizedClassifier
+from .multi_attack import MultiAttack, parts_of
 from .pgd import PGD
 from .route_pgd import ForcedRoutePGD, RoutePGD
 from .router_attack import ClassGroupAttack, RouterAttack
@@ -24,6 +25,7 @@ __all__ = [
     'ClassGroupAttack',
     'ForcedRoutePGD',
     'HeldVictim',
+    'MultiAttack',
     'NonFiniteImagesError',
     'NormalizedClassifier',
     'PGD',
@@ -38,5 +40,6 @@ __all__ = [
     'build_attack',
     'is_standard_attack',
     'kl_divergence',
+    'parts_of',
     'standard_attack',
 ]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import math
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -20,17 +19,11 @@ from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose
 
 from .images import check_range
-from .library import L2_ATTACKS, NO_L1, SOFT_LABEL_ATTACKS
-from .steps import NORMS
+from .library import NOT_FROM_CONFIGS, SOFT_LABEL_ATTACKS
+from .settings import RADII, check_enough_classes, check_values, checked_norm, fill_in_class_count
+from .targets import take_targets
 from .views import ROUTES, HeldVictim, Victim, clean_route
 
-# Names that torchattacks' and our classes use for the same thing.
-_RADII = ('eps', 'max_epsilon')
-_COUNTS = (
-    'steps n_restarts restarts eot_iter n_queries num_iter_set nb_iter nb_sample max_iterations binary_search_steps '
-    'noise_batch_size'
-).split()
-_CLASS_COUNTS = ('n_classes', 'num_classes')
 # Attacks draw from the random state of the process, of which there is one: threads attack one after the other.
 _RANDOM_STATE = threading.RLock()
 
@@ -50,7 +43,9 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
             ``RouterAttack``) also takes ``route``: ``'gate'``, the default, to attack the model as it is used; or
             ``'held'``, to hold the route of each image at the clean one. Attacks of torchattacks are then run once for
             each route among the images, which with layer- or token-level routing can mean image by image; :class:`PGD`
-            is not. On a model without routers both are the same.
+            is not. On a model without routers both are the same. Attacks with a targeted mode take ``targeted``:
+            ``'least-likely'``, ``'random'``, a function of images and labels, or ``'label'``, to get targets for
+            labels; see :mod:`mmadvmoe.attacks.targets`.
         model (Victim or nn.Module): A view, a :class:`NormalizedClassifier`, or what can become one: an MMPretrain
             classifier, with its own normalisation, or any module that maps images in [0, 1] to logits.
 
@@ -73,22 +68,27 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
     parameters = dict(inspect.signature(cls).parameters)
     parameters.pop('model', None)
     hold_routes = _takes_held_routes(name, arguments, parameters, cls) and victim.num_routers > 0
+    aim = take_targets(name, arguments, parameters)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in arguments:
             choose(key, parameters, f'attack type={name!r}: argument')
-    _fill_in_class_count(name, arguments, parameters, victim)
+    fill_in_class_count(name, arguments, parameters, victim)
+    missing = [key for key, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    for key in missing:
+        if key not in arguments:
+            raise ValueError(f'attack type={name!r} needs {key}')
     # Defaults are checked too: a default that does not suit this victim is as wrong.
     values = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | arguments
-    norm = _checked_norm(name, values)
-    _check_values(name, values, norm)
-    _check_enough_classes(name, values, victim)
+    norm = checked_norm(name, values)
+    check_values(name, values, norm)
+    check_enough_classes(name, cls, values, victim)
     return BoundAttack(
         name,
-        partial(cls, **arguments),
+        partial(_build, cls, arguments, aim),
         victim,
-        eps=next((values[key] for key in _RADII if key in values), None),
+        eps=next((values[key] for key in RADII if key in values), None),
         norm=norm,
-        soft_labels=getattr(cls, 'soft_labels', name in SOFT_LABEL_ATTACKS),
+        soft_labels=aim is None and getattr(cls, 'soft_labels', name in SOFT_LABEL_ATTACKS),
         own_seed='seed' in arguments,
         hold_routes=hold_routes,
     )
@@ -102,11 +102,21 @@ def attack_class(kind: Union[str, type]) -> type[Attack]:
         ValueError: There is no attack of that name.
     """
     cls = ATTACKS.get(kind) if isinstance(kind, str) else kind
+    for name, (theirs, reason) in NOT_FROM_CONFIGS.items():
+        if cls is theirs or (cls is None and kind == name):
+            raise ValueError(f'attack type={kind!r} {reason}')
     if cls is None:
         choose(kind, sorted(ATTACKS.module_dict), 'attack type')
     if not (isinstance(cls, type) and issubclass(cls, Attack)):
         raise TypeError(f'attack type={kind!r} must be a subclass of torchattacks.attack.Attack')
     return cls
+
+
+def _build(cls: type[Attack], arguments: dict, aim: Optional[Callable], view: Victim) -> Attack:
+    attack = cls(view, **arguments)
+    if aim is not None:
+        aim(attack)
+    return attack
 
 
 def _takes_held_routes(name: str, arguments: dict, parameters: Mapping, cls: type) -> bool:
@@ -117,77 +127,6 @@ def _takes_held_routes(name: str, arguments: dict, parameters: Mapping, cls: typ
     if getattr(cls, 'own_routes', False):
         raise ValueError(f'attack type={name!r} chooses routes itself; leave out route={route!r}')
     return 'route' not in parameters and arguments.pop('route') == 'held'
-
-
-def _fill_in_class_count(name: str, arguments: dict, parameters: Mapping, victim: Victim) -> None:
-    key = next((key for key in _CLASS_COUNTS if key in parameters), None)
-    if key is None:
-        return
-    count = victim.num_classes
-    given = arguments.get(key, count)
-    if given is None:
-        raise ValueError(
-            f'attack type={name!r} needs {key}, which the model does not tell before its first forward pass: classify '
-            f'an image first, or give {key}'
-        )
-    if not _is_count(given) or given < 2 or (count is not None and given > count):
-        most = 'any' if count is None else count
-        raise ValueError(
-            f'attack type={name!r}: {key}={given!r} must be a whole number from 2 to the number of classes of the '
-            f'model ({most})'
-        )
-    arguments[key] = given
-
-
-def _checked_norm(name: str, values: Mapping) -> str:
-    """The norm of the threat model."""
-    if 'norm' not in values:
-        return 'L2' if name in L2_ATTACKS else 'Linf'
-    norm = choose(values['norm'], NORMS, f'attack type={name!r}: norm')
-    if norm == 'L1' and name in NO_L1:
-        raise ValueError(
-            f"attack type={name!r}: there is no norm='L1' for it; allowed: ('Linf', 'L2'). "
-            'In L1 there are PGD, APGD, APGDT, RoutePGD, RouterAttack, TRADESAttack and AutoAttack; FAB and Square '
-            "there are dict(type='AutoAttack', attacks_to_run=['fab-t', 'square'])"
-        )
-    return norm
-
-
-def _check_values(name: str, values: Mapping, norm: str) -> None:
-    where = f'attack type={name!r}'
-    for key in (*_RADII, 'alpha'):
-        if key not in values:
-            continue
-        value = values[key]
-        if not _is_number(value) or not value >= 0:
-            raise ValueError(f'{where}: {key}={value!r} must be a number of at least 0')
-        if norm == 'Linf' and value > 1:
-            raise ValueError(
-                f'{where}: {key}={value!r} is above 1, but images are in [0, 1]; '
-                f'if it is in units of 0..255, write {key}={value:g} / 255'
-            )
-    for key in _COUNTS:
-        if key in values and not (_is_count(values[key]) and values[key] >= 1):
-            raise ValueError(f'{where}: {key}={values[key]!r} must be a whole number of at least 1')
-
-
-def _check_enough_classes(name: str, values: Mapping, victim: Victim) -> None:
-    """The DLR loss looks at the third largest logit, its targeted form at the fourth."""
-    needed = 4 if name == 'APGDT' else 3 if values.get('loss') == 'dlr' else 2
-    count = victim.num_classes
-    if count is not None and count < needed:
-        raise ValueError(
-            f'attack type={name!r} needs at least {needed} classes for its loss, the model has {count}; AutoAttack '
-            'leaves out what does not exist for few classes'
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class BoundAttack:
@@ -220,11 +159,12 @@ class BoundAttack:
         hold_routes: bool = False,
     ) -> None:
         self.name = name
-        self.norm = norm
-        self.eps = eps
         self.victim = victim
         self._build = build
         self._attack = build(victim)
+        # An attack that is made of others knows these of them.
+        self.norm = getattr(self._attack, 'norm', norm)
+        self.eps = getattr(self._attack, 'eps', None) if eps is None else eps
         label_parameter = inspect.signature(self._attack.forward).parameters.get('labels')
         self.needs_labels = label_parameter is None or label_parameter.default is not None
         self.soft_labels = soft_labels or not self.needs_labels
@@ -266,6 +206,17 @@ class BoundAttack:
                 'the logits of the model or their gradient are not finite'
             )
         return adversarial
+
+    @property
+    def attack(self) -> Attack:
+        """What it runs, built on the victim."""
+        return self._attack
+
+    @property
+    def aims_at_labels(self) -> bool:
+        """Whether the labels it is given are the classes that images shall be taken for."""
+        parts = (self._attack, *self._attack._attacks.values())
+        return any(part.attack_mode == 'targeted(label)' for part in parts)
 
     @property
     def steps(self) -> Optional[int]:

@@ -22,13 +22,25 @@ L2_ATTACKS = frozenset(['PGDL2', 'PGDRSL2'])
 #: Attacks of torchattacks with a choice of norms that have none for L1; there they are parts of AutoAttack.
 NO_L1 = frozenset(['FAB', 'Square'])
 
+#: Classes of torchattacks that a config cannot build, and why.
+NOT_FROM_CONFIGS = {
+    'LGV': (
+        torchattacks.LGV,
+        'trains a copy of the model on a data loader of [0, 1] images before it attacks, to make images for other '
+        'models than this; call torchattacks.LGV with what mmadvmoe.apis.load_robust_model gives',
+    ),
+    'MultiAttack of torchattacks': (
+        torchattacks.MultiAttack,
+        "takes attacks that have been built; give configs: dict(type='MultiAttack', attacks=[dict(type='PGD', ...), "
+        "dict(type='Square', ...)])",
+    ),
+}
+
 
 def attacks_a_model(cls: type) -> bool:
     """Whether a config can build the attack: it takes a model, and has a default for all else.
 
-    Of torchattacks' classes that leaves out ``MultiAttack``, which takes built attacks (the robust
-    test loop reports the worst case of several), and ``LGV``, which trains the model on a data
-    loader before it attacks.
+    Of torchattacks' classes that leaves out those of :data:`NOT_FROM_CONFIGS`.
     """
     _, first, *others = inspect.signature(cls.__init__).parameters.values()
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -34,6 +34,9 @@ class PGD(BallAttack):
             entropy is kept. Defaults to 1.
         route (str): ``'gate'`` or ``'held'``. Defaults to ``'gate'``.
 
+    In torchattacks' targeted modes (``targeted`` in a config) it lowers the cross entropy of the target, and an image
+    that is taken for it is fooled.
+
     Raises:
         ValueError: ``norm`` or ``route`` is unknown, or there are restarts without a random start.
     """
@@ -54,6 +57,7 @@ class PGD(BallAttack):
     ) -> None:
         super().__init__(model, eps, alpha, steps, random_start, norm, restarts)
         self.route = choose(route, ROUTES, 'route')
+        self.supported_mode = ['default', 'targeted']
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Where the run ended; with several, the worst case of each image.
@@ -63,14 +67,17 @@ class PGD(BallAttack):
             labels (Tensor): (B,) int64, or class probabilities (B, K).
         """
         images, labels = images.detach().to(self.device), labels.to(self.device)
+        if self.targeted:
+            labels = self.get_target_label(images, labels)
         held = self._clean_routings(images) if self.route == 'held' and self.model.num_routers else None
 
         def losses(points: Tensor, rows: Tensor, route: tuple | None) -> tuple[Tensor, Tensor]:
-            """Cross entropy (b,), and whether the prediction is wrong (b,)."""
+            """What is maximised (b,), and whether the image is fooled (b,)."""
             logits = self._logits(points, route)
             target = labels[rows]
-            wrong = logits.argmax(1) != (target if target.dim() == 1 else target.argmax(1))
-            return F.cross_entropy(logits, target, reduction='none'), wrong
+            as_labelled = logits.argmax(1) == (target if target.dim() == 1 else target.argmax(1))
+            cross_entropy = F.cross_entropy(logits, target, reduction='none')
+            return (-cross_entropy, as_labelled) if self.targeted else (cross_entropy, ~as_labelled)
 
         adversarial = images.clone()
         largest = images.new_full((len(images),), -torch.inf)

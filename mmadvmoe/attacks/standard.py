@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from .autoattack import PARTS
 from .library import L2_ATTACKS
+from .multi_attack import parts_of
 from .steps import check_norm
 
 # Steps of a quarter of the radius, as in the reference evaluation (2/255 at 8/255).
@@ -58,5 +59,6 @@ def standard_attack(name: str, eps: float, norm: str = 'Linf') -> dict:
 
 def attack_norm(cfg: Mapping) -> str:
     """The norm of the ball that the config of an attack speaks of."""
+    cfg = parts_of(cfg)[0]
     kind = cfg['type'] if isinstance(cfg['type'], str) else cfg['type'].__name__
     return cfg.get('norm') or ('L2' if kind in L2_ATTACKS else 'Linf')

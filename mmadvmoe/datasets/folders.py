@@ -150,7 +150,8 @@ class ImageFolders(BaseDataset):
 def _digest_of_files(root: str, names: list[str], size: Optional[tuple[int, int]]) -> str:
     digest = hashlib.sha256(repr(size).encode())
     for name in names:
-        digest.update(f'{name}/{os.stat(osp.join(root, name)).st_size}\n'.encode())
+        found = os.stat(osp.join(root, name))
+        digest.update(f'{name}/{found.st_size}/{found.st_mtime_ns}\n'.encode())
     return digest.hexdigest()
 
 

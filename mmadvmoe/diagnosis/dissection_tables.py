@@ -6,12 +6,18 @@ from collections.abc import Mapping, Sequence
 
 #: The attacks in words.
 ATTACKS = dict(
-    gate='whole model, PGD through the gate',
-    route_pgd='whole model, RoutePGD',
-    end_to_end='whole model, worse of both',
-    router='router alone',
-    experts='experts alone, route frozen',
-    experts_free='the same images, route free',
+    end_to_end='whole model, worst case',
+    gate='whole model, through the gate (PGD)',
+    route_pgd='whole model, each route forced (RoutePGD)',
+    router='router alone, to change routes',
+    experts='experts alone, route held',
+    experts_free='the same images, routers free',
+)
+#: What becomes of an image that is right without an attack; see :func:`~mmadvmoe.diagnosis.dissection.failures`.
+FAILURES = dict(
+    standing='robust',
+    experts='flipped though the route is held (experts)',
+    router='flipped only when the route is free (router)',
 )
 #: The loads that tables show; the others are in the file.
 _LOADS = dict(clean='clean', end_to_end='attacked', router='router attacked')
@@ -62,7 +68,7 @@ def _attacks(report: Mapping) -> str:
     if len(report['routers']) > 1:
         header.append('decisions changed %')
     if not is_moe:
-        return text_table([*header[:2], 'stand', 'fall'], [row[:4] for row in rows])
+        return text_table([*header[:2], 'kept', 'flipped'], [row[:4] for row in rows])
     counted = 'Attacks. Counts: route/prediction, of the images that are right without an attack'
     table = f'{counted}\n{text_table(header, rows)}'
     certified = report['routes_certified']
@@ -83,12 +89,7 @@ def routes_text(certified: float, changed: float) -> str:
 def _failures(report: Mapping) -> str:
     failures = report['failures']
     total = max(sum(failures.values()), 1)
-    words = dict(
-        standing='stand end to end',
-        experts='fall with the route kept: the experts fail',
-        router='fall only with another route: the router fails',
-    )
-    rows = [[words[key], str(count), f'{100 * count / total:.1f}'] for key, count in failures.items()]
+    rows = [[FAILURES[key], str(count), f'{100 * count / total:.1f}'] for key, count in failures.items()]
     return f'Who fails, of the images that are right without an attack\n{text_table(["images", "count", "%"], rows)}'
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmadvmoe.attacks import BoundAttack, Victim, build_attack
 from mmadvmoe.moe import ClassGroups
+from mmadvmoe.runtime.console import quiet
 from mmadvmoe.runtime.seeding import preserve_rng_state
 
 from .class_groups import Partition
@@ -82,8 +83,8 @@ def try_router(
     with preserve_rng_state():
         torch.manual_seed(train.seed)
         network = MODELS.build(dict(router or default_router(train), num_experts=num_groups)).to(train.images.device)
-        network._dump_init_info = lambda: None  # of no interest here
-        network.init_weights()
+        with quiet():
+            network.init_weights()
         victim = Victim(network, getattr(like.classifier, 'data_preprocessor', None), num_classes=num_groups)
         alpha = min(threat.eps / 2, 1.0)
         attack = build_attack(ThreatModel(threat.norm, threat.eps, alpha, _ATTACK_STEPS).attack('PGD'), victim)

@@ -8,6 +8,7 @@ Dimension letters: B images, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
@@ -171,24 +172,40 @@ def _measure_white_box(bench: _Bench, threat: ThreatModel, measured: Measured) -
     measured.robust['route_pgd'] = bench.attack('RoutePGD', threat, 'RoutePGD')
 
 
-def _measure_curves(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
-    def point(at: float, where: str, threat_there: ThreatModel) -> Point:
-        gate = bench.attack(f'PGD at {where}', threat_there)
-        judge = bench.attack(f'RoutePGD at {where}', threat_there, 'RoutePGD') if measured.is_moe else gate
-        return Point(at, gate, judge)
+def measure_eps_curve(victim: Victim, data: Images, threat: ThreatModel) -> list[Point]:
+    """Attack a model in balls of growing radius, up to the one that holds every image: the curve of :func:`measure`.
 
-    gate = measured.robust['gate']
-    judge = measured.robust.get('route_pgd', gate)
+    Args:
+        victim, data, threat: See :func:`measure`.
+    """
+    bench = _Bench(victim, data)
+    return _eps_curve(bench, threat, _point(bench, threat.eps, f'eps {threat.eps:.4g}', threat))
+
+
+def _point(bench: _Bench, at: float, where: str, threat: ThreatModel) -> Point:
+    gate = bench.attack(f'PGD at {where}', threat)
+    return Point(
+        at, gate, bench.attack(f'RoutePGD at {where}', threat, 'RoutePGD') if bench.victim.num_routers else gate
+    )
+
+
+def _eps_curve(bench: _Bench, threat: ThreatModel, at_eps: Point) -> list[Point]:
     everything = threat.everything(bench.data.images.shape[1:])
     radii = {factor * threat.eps for factor in EPS_FACTORS if factor * threat.eps < everything} | {everything}
-    measured.eps_curve = [Point(0.0, bench.right, bench.right), Point(threat.eps, gate, judge)]
+    curve = [Point(0.0, bench.right, bench.right), at_eps]
     for eps in sorted(radii - {threat.eps}):
-        measured.eps_curve.append(point(eps, f'eps {eps:.4g}', threat.scaled(eps)))
-    measured.steps_curve = [Point(threat.steps, gate, judge)]
+        curve.append(_point(bench, eps, f'eps {eps:.4g}', threat.scaled(eps)))
+    return sorted(curve, key=lambda each: each.at)
+
+
+def _measure_curves(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
+    gate = measured.robust['gate']
+    judge = measured.robust.get('route_pgd', gate)
+    measured.eps_curve = _eps_curve(bench, threat, Point(threat.eps, gate, judge))
+    steps_curve = [Point(threat.steps, gate, judge)]
     for steps in sorted({1, *(max(1, round(factor * threat.steps)) for factor in STEP_FACTORS)} - {threat.steps}):
-        measured.steps_curve.append(point(steps, f'{steps} steps', replace(threat, steps=steps)))
-    for curve in (measured.eps_curve, measured.steps_curve):
-        curve.sort(key=lambda each: each.at)
+        steps_curve.append(_point(bench, steps, f'{steps} steps', replace(threat, steps=steps)))
+    measured.steps_curve = sorted(steps_curve, key=lambda each: each.at)
     restarted = bench.attack(f'PGD with {RESTARTS} restarts', threat, restarts=RESTARTS)
     measured.restarts_curve = [Point(1, gate, gate), Point(RESTARTS, restarted, restarted)]
 
@@ -304,7 +321,9 @@ def ra_of_each(measured: Measured) -> dict[str, float]:
 def curves(measured: Measured) -> dict[str, list[dict]]:
     """RA against ``eps``, ``steps`` and ``restarts``: ``ra`` in the worst case that was looked for, ``gate`` by PGD."""
     points = dict(eps=measured.eps_curve, steps=measured.steps_curve, restarts=measured.restarts_curve)
-    return {
-        name: [{name: each.at, 'ra': percent(each.judge), 'gate': percent(each.gate)} for each in curve]
-        for name, curve in points.items()
-    }
+    return {name: in_percent(name, curve) for name, curve in points.items()}
+
+
+def in_percent(name: str, curve: Sequence[Point]) -> list[dict]:
+    """The points of a curve against ``name``, as :func:`curves` gives them."""
+    return [{name: each.at, 'ra': percent(each.judge), 'gate': percent(each.gate)} for each in curve]

@@ -28,11 +28,11 @@ from mmadvmoe.evaluation.chunks import Attack, chunk_seed, classify, run_attack
 from mmadvmoe.evaluation.data import Chunk, as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 from mmadvmoe.moe import placement_of
-from mmadvmoe.runtime.atomic import check_writable, write_atomically
+from mmadvmoe.runtime.atomic import check_writable
 from mmadvmoe.runtime.config_checks import check_options
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.seeding import preserve_rng_state
-from mmadvmoe.utils import did_you_mean
+from mmadvmoe.utils import did_you_mean, write_atomically
 
 #: Version of the files of results; to be raised when a number in them changes its meaning.
 FORMAT = 1

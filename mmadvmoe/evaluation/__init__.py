@@ -1,6 +1,6 @@
 """Robust evaluation: named attacks on every image of a data set, and the metrics made of the outcomes."""
 
-from .data import Chunk
+from .data import Chunk, as_dataset, spread_images
 from .examples import Examples, attack_examples
 from .folder import OutcomeFolder, SavedEvaluation, read_evaluation
 from .loops import RobustTestLoop, RobustValLoop
@@ -17,9 +17,11 @@ __all__ = [
     'RobustTestLoop',
     'RobustValLoop',
     'SavedEvaluation',
+    'as_dataset',
     'attack_examples',
     'compute_metrics',
     'gather_outcomes',
     'read_evaluation',
     'route_metrics',
+    'spread_images',
 ]

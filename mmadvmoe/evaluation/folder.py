@@ -5,25 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from mmengine.logging import print_log
 
-from mmadvmoe.runtime.atomic import PARTIAL, write_atomically
 from mmadvmoe.runtime.lock import FolderLock
 from mmadvmoe.runtime.seal import damage_of, is_sealed, seal
-from mmadvmoe.utils import as_plain
+from mmadvmoe.utils import PARTIAL, as_plain, write_atomically
 
 from .data import Chunk
 from .outcomes import CLEAN, NORMS, Outcome, RobustOutcomes
 
-#: Version of the layout of the folder. In 1, a part had no checksum but the CRC-32 of its zip records, and nothing said
-#: to which run it belongs: such a folder can be read, but not be gone on with.
+#: Version of the layout of the folder.
 FORMAT = 2
 RUN, PARTS, OUTCOMES, METRICS, SUMS = 'run.json', 'parts', 'outcomes.jsonl', 'metrics.json', 'SHA256SUMS'
 
@@ -140,7 +136,7 @@ class OutcomeFolder:
         run, path = self._run_of(), self.part(chunk_number, name)
         try:
             damage = damage_of(path)
-            if damage is None and run['format'] > 1 and not is_sealed(path):
+            if damage is None and not is_sealed(path):
                 damage = 'it is cut off: its checksum is missing'
             part = torch.load(path, weights_only=True) if damage is None else {}
         except (OSError, MemoryError):
@@ -153,9 +149,9 @@ class OutcomeFolder:
         cure = 'Delete it, and the evaluation, started again, computes it anew.'
         if damage is not None:
             raise ValueError(f'{str(path)!r} is damaged ({damage}). {cure}')
-        identity = None if run['format'] == 1 else _identity(run)
-        if (part['index'], part['name'], part.get('run')) != (chunk_number, name, identity):
-            other = f'chunk {part["index"]} under {part["name"]!r}' + ' of another run' * (part.get('run') != identity)
+        identity = _identity(run)
+        if (part['index'], part['name'], part['run']) != (chunk_number, name, identity):
+            other = f'chunk {part["index"]} under {part["name"]!r}' + ' of another run' * (part['run'] != identity)
             raise ValueError(f'{str(path)!r} does not hold what its name says, but the outcome of {other}. {cure}')
         return part
 
@@ -226,9 +222,6 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
     run = _read_run(path)
     if run is None:
         raise FileNotFoundError(f'{str(path)!r} holds no evaluation: there is no {RUN}')
-    if run['format'] == 1:
-        message = f'{str(path)!r} was written before outcomes had a checksum of their own: only zip CRCs are compared.'
-        print_log(message, logger='current', level=logging.WARNING)
     folder, names = OutcomeFolder(path, list(run['settings']['attacks'])), (CLEAN, *run['settings']['attacks'])
     parts = []
     for file in sorted(path.glob(f'{PARTS}/*.00-{CLEAN}.pt')):
@@ -255,7 +248,7 @@ def read_metrics(path: Path) -> Optional[dict]:
         return None
     content, cure = metrics.read_bytes(), 'Delete it and start the same evaluation again, which writes it anew.'
     expected = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.is_file() else {}
-    if expected.get(METRICS, digest := hashlib.sha256(content).hexdigest()) != digest:
+    if expected.get(METRICS) != hashlib.sha256(content).hexdigest():
         raise ValueError(f'{str(metrics)!r} is damaged: its SHA-256 is not the one in {SUMS}. {cure}')
     return _parse(metrics, content, cure)
 
@@ -309,11 +302,9 @@ def _read_run(path: Path) -> Optional[dict]:
     if lacking or not isinstance(settings, dict) or not isinstance(settings.get('attacks'), dict):
         raise ValueError(f'{str(file)!r} is damaged: it lacks {", ".join(lacking) or "settings.attacks"}. {cure}')
     digest = run.pop('sha256', None)
-    if run['format'] not in range(1, FORMAT + 1):
-        raise ValueError(
-            f'{str(file)!r} has format {run["format"]!r}, and formats 1 to {FORMAT} are known here. {cure}'
-        )
-    if digest != (None if run['format'] == 1 else _digest(run)):
+    if run['format'] != FORMAT:
+        raise ValueError(f'{str(file)!r} has format {run["format"]!r}, and format {FORMAT} is known here. {cure}')
+    if digest != _digest(run):
         raise ValueError(f'{str(file)!r} is damaged: its content is not that of its checksum. {cure}')
     return run
 
@@ -339,7 +330,7 @@ def _identity(run: Mapping) -> str:
 
 def _is_part(part: Any) -> bool:
     names = {field.name for field in fields(Outcome)}
-    keys = {'index', 'name', 'place', 'label', 'digest', 'outcome'}
+    keys = {'index', 'name', 'place', 'label', 'digest', 'run', 'outcome'}
     return (
         isinstance(part, dict)
         and keys <= part.keys()

@@ -18,6 +18,7 @@ from mmadvmoe.attacks import (
     attack_norm,
     build_attack,
     is_standard_attack,
+    parts_of,
     standard_attack,
 )
 from mmadvmoe.moe import placement_of
@@ -43,6 +44,12 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
     """
     _check_configs(attacks, key)
     built = {name: build_attack(cfg, victim) for name, cfg in attacks.items()}
+    for name, attack in built.items():
+        if attack.aims_at_labels:
+            raise ValueError(
+                f"{key}.{name}: targeted='label' takes the labels for targets, and those of an evaluation are the true "
+                "ones; use targeted='least-likely', 'random' or a function of images and labels."
+            )
     if victim.num_routers and not any(map(moves_routes, attacks.values())):
         print_log(
             f'{key} ({", ".join(attacks)}) has no attack on the routes of this mixture of experts: {WORST}/ is only an '
@@ -107,7 +114,7 @@ def check_groups(
 
 def moves_routes(cfg: Mapping) -> bool:
     """Whether the config is that of an attack that knows of the routes of a mixture of experts."""
-    return issubclass(attack_class(cfg['type']), RoutePGD)
+    return any(issubclass(attack_class(part['type']), RoutePGD) for part in parts_of(cfg))
 
 
 def choose_attacks(
@@ -165,7 +172,8 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         both = {}
         for name, cfg in attacks.items():
             both[name] = cfg
-            if 'route' not in cfg and not getattr(attack_class(cfg['type']), 'own_routes', False):
+            own_routes = [getattr(attack_class(part['type']), 'own_routes', False) for part in parts_of(cfg)]
+            if 'route' not in cfg and not any(own_routes):
                 both[held_name(name)] = dict(cfg, route='held')
         attacks = both
     if any(map(moves_routes, attacks.values())):
@@ -193,6 +201,8 @@ def held_name(name: str) -> str:
 
 
 def _with_radius(cfg: dict, eps: float) -> dict:
+    if parts_of(cfg) != [cfg]:
+        return cfg | {'attacks': [_with_radius(dict(each), eps) for each in cfg['attacks']]}
     if 'eps' not in inspect.signature(attack_class(cfg['type'])).parameters:
         return cfg
     values = _values(cfg)

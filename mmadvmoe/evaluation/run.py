@@ -226,7 +226,7 @@ class EvaluationProgress:
         if self._done:
             parts.append(f'robust accuracy so far {100 * self._robust / self._done:.2f}')
         if name != self._last_name:
-            parts.append(f'in the next {size} images {robust} stand after {name!r}')
+            parts.append(f'of the next {size} images {robust} are robust after {name!r}')
         left = self.seconds_left()
         if left:
             parts.append(f'{timedelta(seconds=round(left))} left')

@@ -77,6 +77,11 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             self._attacks = dict.fromkeys((None, *GROUPS), build_attack(self.attack_cfg, victim))
         if self.router_attack_cfg is not None:
             self._attacks['router'] = build_attack(self.router_attack_cfg, victim)
+        if any(attack.aims_at_labels for attack in self._attacks.values()):
+            raise ValueError(
+                "data_preprocessor.attack: targeted='label' takes labels for targets, and those of training are the "
+                "true ones; use targeted='least-likely', 'random' or a function of images and labels"
+            )
 
     @property
     def has_victim(self) -> bool:

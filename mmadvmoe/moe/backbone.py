@@ -189,7 +189,16 @@ class MoEBackbone(BaseBackbone):
 
         Returns:
             tuple: What the dense backbone returns, in the order of the batch.
+
+        Raises:
+            RuntimeError: It is traced or exported, of which only the routes of the example would be left.
         """
+        if self.num_routers and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            raise RuntimeError(
+                'a mixture of experts sorts its batch by expert: a trace or an exported graph of it would hold for the '
+                'routes of the example images alone. Trace or export mmadvmoe.moe.deployable(model), which computes '
+                'all experts and selects, or run tools/export.py (torchscript, onnx or torch_export)'
+            )
         return self.forward_routed(x)[0]
 
     def forward_routed(

@@ -32,7 +32,7 @@ class ExpertFFN(nn.Module):
 
     def __init__(self, dense: nn.Sequential, num_experts: int, context: RouteContext, router: TokenRouter) -> None:
         super().__init__()
-        #: What it is called in its network, for messages; set by those who put it there.
+        # What it is called in its network, for messages; set by those who put it there.
         self.name = 'ffn'
         self.num_experts = num_experts
         self.context = context

@@ -68,7 +68,7 @@ class ExpertLayer(nn.Module):
         self, dense: nn.Module, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
     ) -> None:
         super().__init__()
-        #: What the layer is called in its network, for messages; set by those who put it there.
+        # What the layer is called in its network, for messages; set by those who put it there.
         self.name = type(dense).__name__
         self.num_experts = num_experts
         self.context = context

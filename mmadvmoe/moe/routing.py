@@ -21,7 +21,7 @@ GATES = ('softmax', 'logit')
 
 
 class NonFiniteRouterError(FloatingPointError):
-    """A router gives logits that are NaN or infinite, of which the largest would be nothing but expert 0."""
+    """A router gives logits that are NaN or infinite; taking their largest would send every image to expert 0."""
 
     def __init__(self, router: str = 'router') -> None:
         super().__init__(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -16,18 +16,22 @@ from torch import Tensor
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.cost import count_cost
+from mmadvmoe.diagnosis.soundness import in_percent, measure_eps_curve
+from mmadvmoe.diagnosis.subject import Images, ThreatModel
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.evaluation.data import as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.named_attacks import moves_routes
 from mmadvmoe.moe import placement_of
-from mmadvmoe.runtime.atomic import write_atomically
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.safe_load import load_from_local
+from mmadvmoe.utils import write_atomically
 
 from .results import MODEL, PARTS, TRAINING, DamagedFileError, SavedExamples, read_json, save_examples
 
 #: Images in a report, and how many are attacked to choose them from.
 _SHOWN, _TRIED = 6, 64
+#: Images of a curve, if nothing else is asked for.
+_ON_CURVE = 100
 #: Where MMEngine's ``LocalVisBackend`` writes, below the folder that each start of a run makes for itself.
 _SCALARS = '*/vis_data/scalars.json'
 _COUNTERS = ('epoch', 'iter', 'step')
@@ -100,15 +104,33 @@ def make_examples(folder: Path, device: str) -> None:
 
     The attack is the first of the config that moves routes, or else the first. The folder holds the description.
     """
-    model = read_json(folder, MODEL)
-    cfg = load_config(model['config'])
-    victim = Victim(load_robust_model(cfg, model['checkpoint'], device))
-    images, labels = spread_images(as_dataset(cfg.test_dataloader.dataset), victim.classifier.data_preprocessor, _TRIED)
-    attacks = cfg.test_cfg.attacks
+    victim, images, labels, attacks = _attackable(folder, device, _TRIED)
     name = next((name for name in attacks if moves_routes(attacks[name])), next(iter(attacks)))
     examples = attack_examples(victim, build_attack(attacks[name], victim), images, labels).telling(_SHOWN)
     patches = [_patch_choices(victim, view.to(device)) for view in (examples.images, examples.adversarial)]
     save_examples(folder / PARTS['examples'], SavedExamples(examples, name, *patches))
+
+
+def make_curve(folder: Path, device: str, num_images: Optional[int] = None) -> None:
+    """Measure robust accuracy over the size of the ball on some test images, spread over the data set.
+
+    Norm, step size and steps are those of the first attack of the config that has them all. The folder holds the
+    description.
+    """
+    victim, images, labels, attacks = _attackable(folder, device, num_images or _ON_CURVE)
+    threat = ThreatModel.from_attacks(attacks)
+    curve = measure_eps_curve(victim, Images(images.to(device), labels.to(device)), threat)
+    content = dict(num_images=len(images), threat_model=asdict(threat), curves=dict(eps=in_percent('eps', curve)))
+    _write_json(folder / PARTS['curve'], dict(kind='curve', **content))
+
+
+def _attackable(folder: Path, device: str, count: int) -> tuple[Victim, Tensor, Tensor, Mapping[str, Mapping]]:
+    """The model that a folder describes, images of its test set, (B, 3, H, W), labels, and the attacks of its test."""
+    model = read_json(folder, MODEL)
+    cfg = load_config(model['config'])
+    victim = Victim(load_robust_model(cfg, model['checkpoint'], device))
+    images, labels = spread_images(as_dataset(cfg.test_dataloader.dataset), victim.classifier.data_preprocessor, count)
+    return victim, images, labels, cfg.test_cfg.attacks
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmadvmoe.attacks import attack_norm
 from mmadvmoe.evaluation import CLEAN, RobustOutcomes
 from mmadvmoe.visualization import draw_loads
 
@@ -16,6 +17,8 @@ from .results import ModelResults
 
 # A table of more classes than these tells less than its ends: the least robust ones are shown.
 _MOST_CLASSES = 20
+# Pairs of a clean and an attacked expert that a picture has room for.
+_MOST_PAIRS = 16
 
 
 def facts(models: Sequence[ModelResults]) -> Section:
@@ -36,6 +39,7 @@ def facts(models: Sequence[ModelResults]) -> Section:
             'images of the evaluation': f'{data["num_images"]:,}' if 'num_images' in data else '–',
             'images of the dissection': _count(model.dissection),
             'images of the checks of attacks': _count(model.soundness),
+            'images of the curve': _count(model.curve),
             'checkpoint': model.model['checkpoint'],
             'selected at iteration': _number(model.model.get('iteration')),
         }
@@ -69,7 +73,8 @@ def flow(models: Sequence[ModelResults]) -> Section:
         'flow',
         'Where attacks send the images',
         'Each row is the expert that an image takes without an attack, each column the one that it takes in the worst '
-        'case, as a share of the row: what is off the diagonal has changed its route.',
+        'case, as a share of the row: what is off the diagonal has changed its route. By class, each column is a pair '
+        'of the two.',
     )
     for model in models:
         outcomes = model.outcomes
@@ -77,7 +82,7 @@ def flow(models: Sequence[ModelResults]) -> Section:
         if outcomes is None or outcomes.by_name[CLEAN].expert.shape[1] != 1:
             continue
         number = model.model['num_experts']
-        counts = _counts(outcomes.by_name[CLEAN].expert[:, 0], outcomes.worst().expert[:, 0], number)
+        counts = _counts(outcomes.by_name[CLEAN].expert[:, 0], outcomes.worst().expert[:, 0], (number, number))
         title = f'{model.name}: route in the worst case'
         figure = draw_loads(
             {'worst case': _shares(counts)}, [str(n) for n in range(number)], title, 'expert, clean', columns='expert'
@@ -87,7 +92,23 @@ def flow(models: Sequence[ModelResults]) -> Section:
         )
         alt = f'{title}. Images: {said}.'
         section.items.append(Picture(f'{slug(model.name)}_flow', figure, f'{title}, by the clean one.', alt))
+        if number**2 <= _MOST_PAIRS:
+            section.items.append(_flow_by_class(model, outcomes))
     return section
+
+
+def _flow_by_class(model: ModelResults, outcomes: RobustOutcomes) -> Picture:
+    number, names = model.model['num_experts'], model.model['class_names']
+    pair = outcomes.by_name[CLEAN].expert[:, 0] * number + outcomes.worst().expert[:, 0]
+    pairs = [f'{before}→{after}' for before in range(number) for after in range(number)]
+    counts = _counts(outcomes.label, pair, (len(names), len(pairs)))
+    title = f'{model.name}: clean route → route in the worst case'
+    figure = draw_loads({'': _shares(counts)}, names, title, columns='experts', column_names=pairs)
+    changed = [column for column in range(len(pairs)) if column // number != column % number]
+    moved = counts[:, changed].sum(axis=1)
+    said = '; '.join(f'{names[row]} {int(moved[row])}' for row in np.argsort(-moved)[:3] if moved[row])
+    alt = f'{title}, by class. Most images that changed their route: {said or "none"}.'
+    return Picture(f'{slug(model.name)}_flow_by_class', figure, f'{title}, as share of the class.', alt)
 
 
 def _class_table(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[str]) -> Table:
@@ -109,10 +130,16 @@ def _class_table(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[
 
 def _confusion(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[str]) -> Picture:
     views = {'clean': outcomes.by_name[CLEAN].prediction, 'worst case': outcomes.worst().prediction}
-    counts = {view: _counts(outcomes.label, prediction, len(names)) for view, prediction in views.items()}
+    size = (len(names), len(names))
+    counts = {view: _counts(outcomes.label, prediction, size) for view, prediction in views.items()}
     title = f'{model.name}: true class and what is seen'
     figure = draw_loads(
-        {view: _shares(each) for view, each in counts.items()}, names, title, 'true class', columns='seen'
+        {view: _shares(each) for view, each in counts.items()},
+        names,
+        title,
+        'true class',
+        columns='seen',
+        column_names=names,
     )
     wrong = counts['worst case'] * (1 - np.eye(len(names)))
     most = np.dstack(np.unravel_index(np.argsort(-wrong, axis=None), wrong.shape))[0][:3]
@@ -121,9 +148,9 @@ def _confusion(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[st
     return Picture(f'{slug(model.name)}_confusion', figure, f'{title}, as share of the class.', alt)
 
 
-def _counts(rows: Tensor, columns: Tensor, size: int) -> np.ndarray:
-    """How many are in each row and column, (size, size)."""
-    return torch.bincount(rows * size + columns, minlength=size * size).view(size, size).numpy()
+def _counts(rows: Tensor, columns: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """How many are in each row and column, of the given size."""
+    return torch.bincount(rows * size[1] + columns, minlength=size[0] * size[1]).view(size).numpy()
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
@@ -133,7 +160,7 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 
 def _balls(attacks: Mapping[str, Mapping]) -> list[str]:
-    balls = (f'{cfg.get("norm", "Linf")}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
+    balls = (f'{attack_norm(cfg)}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
     return list(dict.fromkeys(balls))
 
 

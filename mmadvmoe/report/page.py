@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmadvmoe.runtime.atomic import write_atomically
+from mmadvmoe.utils import write_atomically
 from mmadvmoe.visualization import png_bytes
 
 #: Pixels of a figure for each pixel of the page: figures are sharp on fine screens and on paper.

@@ -6,6 +6,7 @@ The folder holds what the tools of this package write, each file whole or not th
     evaluation/       from tools/test.py --out
     dissection.json   from tools/analysis_tools/dissect_robustness.py --out
     soundness.json    from tools/analysis_tools/check_attacks.py --out
+    curve.json        accuracy over the size of the ball, where soundness.json, which has it too, is not
     examples.npz      attacked images
     training.json     scalars of the training run
 
@@ -29,13 +30,14 @@ import torch
 
 from mmadvmoe.evaluation import Examples, RobustOutcomes, read_evaluation
 from mmadvmoe.evaluation.folder import read_metrics
-from mmadvmoe.runtime.atomic import write_atomically
+from mmadvmoe.utils import write_atomically
 
 #: Where each part lies in the folder of a model. The last file of an evaluation says that it is complete.
 PARTS = dict(
     evaluation='evaluation/metrics.json',
     dissection='dissection.json',
     soundness='soundness.json',
+    curve='curve.json',
     examples='examples.npz',
 )
 MODEL, RUN, TRAINING = 'model.json', 'evaluation/run.json', 'training.json'
@@ -58,6 +60,8 @@ _CONTENT = {
     'load?.clean.per_class load?.clean.per_layer load?.end_to_end.per_class load?.end_to_end.per_layer',
     PARTS['soundness']: _TOOL + 'checks.*.title checks.*.status checks.*.message num_warnings curves.eps.*.eps '
     'curves.eps.*.ra curves.steps.*.steps curves.steps.*.ra',
+    PARTS['curve']: 'num_images threat_model.norm threat_model.eps threat_model.alpha threat_model.steps '
+    'curves.eps.*.eps curves.eps.*.ra',
     TRAINING: '*.*',
 }
 #: What NumPy raises on a file that is no archive of arrays, or a damaged one.
@@ -97,7 +101,7 @@ class ModelResults:
         metrics: Metrics of robust evaluation, as :class:`~mmadvmoe.evaluation.RobustTestLoop` names them.
         outcomes: Those of its images.
         run: Settings and versions of that evaluation.
-        dissection, soundness: Content of these files.
+        dissection, soundness, curve: Content of these files.
         examples: Attacked images.
         scalars: Points ``(iteration, value)`` of each scalar of the training run; empty where there is no log of it.
         damaged: For each damaged file, a sentence that names it and the cure.
@@ -110,6 +114,7 @@ class ModelResults:
     run: Optional[Mapping[str, Any]] = None
     dissection: Optional[Mapping[str, Any]] = None
     soundness: Optional[Mapping[str, Any]] = None
+    curve: Optional[Mapping[str, Any]] = None
     examples: Optional[SavedExamples] = None
     scalars: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     damaged: Sequence[str] = ()
@@ -145,6 +150,7 @@ def read_results(folder: Path, damaged: Sequence[str] = ()) -> ModelResults:
         run=part(RUN),
         dissection=part(PARTS['dissection']),
         soundness=part(PARTS['soundness']),
+        curve=part(PARTS['curve']),
         examples=part(PARTS['examples'], lambda folder, name: load_examples(folder / name)),
         scalars=part(TRAINING) or {},
         damaged=faults,
@@ -164,7 +170,7 @@ def read_json(folder: Path, name: str) -> dict:
         content = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as error:
         raise DamagedFileError(f'{file} is damaged ({error}); {cure}') from None
-    kind = Path(name).stem if name in (PARTS['dissection'], PARTS['soundness']) else None
+    kind = Path(name).stem if name in (PARTS['dissection'], PARTS['soundness'], PARTS['curve']) else None
     if isinstance(content, dict) and kind not in (None, content.get('kind')):
         raise DamagedFileError(f'{file} holds kind={content.get("kind")!r}, not {kind!r}; {cure}')
     lacking = [path for path in _CONTENT[name].split() if _lacks(content, path.split('.'))]

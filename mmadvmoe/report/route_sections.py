@@ -7,27 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mmadvmoe.diagnosis.dissection_tables import routes_text
+from mmadvmoe.diagnosis.dissection_tables import ATTACKS, FAILURES, routes_text
 from mmadvmoe.moe import PLACEMENTS
 from mmadvmoe.visualization import draw_image_grid, draw_loads, draw_parts, draw_patch_routes
 
 from .page import Picture, Section, Table, percent, share, slug
 from .results import ModelResults
 
-#: What the attacks of a dissection are called here.
-ATTACKS = dict(
-    end_to_end='whole model, worst case',
-    gate='whole model, through the gate (PGD)',
-    route_pgd='whole model, each route forced (RoutePGD)',
-    router='router alone, to change routes',
-    experts='experts alone, route held',
-    experts_free='the same images, routers free',
-)
-_FAILURES = dict(
-    standing='robust',
-    experts='falls though the route is held (experts)',
-    router='falls only when the route is free (router)',
-)
 _WRONG = 'wrong without an attack'
 #: Images in one figure, narrow enough for a phone.
 _ABREAST = 3
@@ -54,11 +40,12 @@ def dissection(models: Sequence[ModelResults]) -> Section:
 
 
 def _failures(models: Sequence[ModelResults]) -> Picture:
-    parts = {}
+    parts, several = {}, len({model.dissection['num_images'] for model in models}) > 1
     for model in models:
         found = model.dissection
-        counts = {label: found['failures'][key] for key, label in _FAILURES.items()}
-        parts[model.name] = counts | {_WRONG: found['num_images'] - sum(counts.values())}
+        counts = {label: found['failures'][key] for key, label in FAILURES.items()}
+        name = f'{model.name} ({found["num_images"]:,} images)' if several else model.name
+        parts[name] = counts | {_WRONG: found['num_images'] - sum(counts.values())}
     title = 'What became of the test images'
     said = '; '.join(
         f'{name}: ' + ', '.join(f'{label} {count / sum(of_model.values()):.0%}' for label, count in of_model.items())
@@ -97,7 +84,8 @@ def _expert_table(model: ModelResults) -> Table:
     named = {f'expert {expert["expert"]}': expert for expert in model.dissection['experts']}
     named['best expert of each image'] = model.dissection['best_expert']
     rows = [(name, percent(numbers['sa']), percent(numbers['ra'])) for name, numbers in named.items()]
-    caption = f'{model.name}: each expert on all images. The last row is the most that a perfect router could reach.'
+    caption = f'{model.name}: each expert on all {model.dissection["num_images"]:,} images. The last row is the most '
+    caption += 'that a perfect router could reach.'
     return Table(caption, ('', 'SA', 'RA'), rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -75,8 +75,9 @@ def summary(models: Sequence[ModelResults]) -> Section:
     section = Section(
         'summary',
         'Summary',
-        'Accuracy on the test images, in percent. SA is the accuracy without an attack. An image counts as robust in '
-        'the worst case when it is classified rightly without an attack and under every one of them.',
+        'Accuracy on the test images, in percent, and of how many where these differ. SA is the accuracy without an '
+        'attack. An image counts as robust in the worst case when it is classified rightly without an attack and '
+        'under every one of them.',
     )
     runs = [model.run['settings'] for model in models if model.run]
     # The number of an attack on the survivors of others is not its own alone.
@@ -87,11 +88,12 @@ def summary(models: Sequence[ModelResults]) -> Section:
     labels |= {name: f'{name}, after those above' if name in after_others else name for name in attacks}
     labels |= {name: f'worst of {", ".join(members)} ({name})' for name, members in groups.items()}
     labels['worst'] = 'worst case of all'
-    rows = [(label, [_accuracy(model, name) for model in models]) for name, label in labels.items()]
+    images_of = [model.run and model.run['settings']['data']['num_images'] for model in models]
+    of = [f' of {count:,}' if count is not None else '' for count in images_of] if _differ(images_of) else None
+    rows = [(label, _accuracies(models, name, of)) for name, label in labels.items()]
     rows.append(('routes changed, at most', [_routes_changed(model) for model in models]))
     rows.append(('busiest expert, clean', [_busiest(model) for model in models]))
     rows += [(label, [show(model.model['cost']) for model in models]) for label, show in _COSTS.items()]
-    images_of = [model.run and model.run['settings']['data']['num_images'] for model in models]
     rows.append(('test images', [_ABSENT if count is None else f'{count:,}' for count in images_of]))
     shown = [(label, *cells) for label, cells in rows if set(cells) != {_ABSENT}]
     caption = 'Accuracy (%), routes and cost of each model. GFLOPs are 10⁹ multiply-adds per image.'
@@ -109,7 +111,14 @@ def curves(models: Sequence[ModelResults]) -> Section:
         'dashed line is what PGD through the gate finds alone.',
     )
     for key, label, log_x in (('eps', 'radius eps of the ball', False), ('steps', 'steps', True)):
-        lines = [line for color, model in enumerate(models) for line in _curve_lines(model, key, color)]
+        found = {model.name: _curves(model) for model in models if key in _curves(model).get('curves', ())}
+        several = _differ(each['num_images'] for each in found.values())
+        lines = [
+            line
+            for color, model in enumerate(models)
+            if model.name in found
+            for line in _curve_lines(model.name, found[model.name], key, color, several)
+        ]
         if not lines:
             continue
         title = f'Robust accuracy against {key}'
@@ -117,7 +126,7 @@ def curves(models: Sequence[ModelResults]) -> Section:
             f'{line.label}: ' + ', '.join(f'{y:.0f} at {x:g}' for x, y in zip(line.x, line.y)) for line in lines
         )
         figure = draw_lines(lines, title, label, 'robust accuracy (%)', (0, 103), log_x=log_x)
-        threats = dict.fromkeys(_threat(model.soundness) for model in models if model.soundness)
+        threats = dict.fromkeys(f'{_threat(each)}, {each["num_images"]:,} images' for each in found.values())
         caption = f'{title}; the other settings are {"; ".join(threats)}.'
         section.items.append(Picture(f'accuracy_against_{key}', figure, caption, f'{title}, in percent. {said}.'))
     return section
@@ -142,9 +151,15 @@ def soundness(models: Sequence[ModelResults]) -> Section:
     return section
 
 
-def _accuracy(model: ModelResults, name: str) -> str:
-    value = (model.metrics or {}).get(name + _TOP1)
-    return _ABSENT if value is None else f'{value:.1f}'
+def _accuracies(models: Sequence[ModelResults], name: str, of: Optional[Sequence[str]]) -> list[str]:
+    """An accuracy of each model, and of how many images where these differ."""
+    values = [(model.metrics or {}).get(name + _TOP1) for model in models]
+    return [_ABSENT if v is None else f'{v:.1f}{count}' for v, count in zip(values, of or [''] * len(values))]
+
+
+def _differ(counts: Iterable[Optional[int]]) -> bool:
+    """Whether several numbers of images stand side by side."""
+    return len(set(counts) - {None}) > 1
 
 
 def _routes_changed(model: ModelResults) -> str:
@@ -162,16 +177,22 @@ def _busiest(model: ModelResults) -> str:
     return share(max(loads)) if loads else _ABSENT
 
 
-def _curve_lines(model: ModelResults, key: str, color: int) -> list[Line]:
+def _curves(model: ModelResults) -> Mapping:
+    """Where the curves of a model are: in the checks of the attacks, or else alone."""
+    return model.soundness or model.curve or {}
+
+
+def _curve_lines(name: str, result: Mapping, key: str, color: int, several: bool) -> list[Line]:
     """Robust accuracy over a setting; of a mixture also what PGD through the gate alone would say."""
-    points = model.soundness['curves'].get(key, ()) if model.soundness else ()
+    points = result['curves'][key]
     x = [point[key] for point in points]
-    lines = [Line(model.name, x, [point['ra'] for point in points], color)]
+    label = f'{name} ({result["num_images"]:,} images)' if several else name
+    lines = [Line(label, x, [point['ra'] for point in points], color)]
     if any(point.get('gate', point['ra']) != point['ra'] for point in points):
         lines.append(
-            Line(f'{model.name}, gate alone', x, [point.get('gate', point['ra']) for point in points], color, stroke=1)
+            Line(f'{label}, gate alone', x, [point.get('gate', point['ra']) for point in points], color, stroke=1)
         )
-    return lines if points else []
+    return lines
 
 
 def _threat(result: Mapping) -> str:

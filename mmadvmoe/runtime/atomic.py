@@ -14,8 +14,6 @@ from mmadvmoe.utils import PARTIAL, write_atomically
 
 from .seal import seal
 
-__all__ = ['PARTIAL', 'AtomicLocalBackend', 'check_writable', 'use_atomic_files', 'write_atomically']
-
 
 def check_writable(path: Union[str, Path], argument: str) -> None:
     """Find out, before long work, whether a file can be written; nothing that is there is touched.

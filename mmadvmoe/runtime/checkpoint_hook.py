@@ -12,7 +12,9 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from mmpretrain.registry import HOOKS
 
-from .atomic import PARTIAL, AtomicLocalBackend, use_atomic_files
+from mmadvmoe.utils import PARTIAL
+
+from .atomic import AtomicLocalBackend, use_atomic_files
 from .checkpoint_folder import POINTER, CheckpointFolder
 from .lock import FolderLock, in_first_process
 from .safe_load import CheckpointError, check_state_dict

@@ -42,7 +42,7 @@ def check_options(options: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
 
 @contextmanager
 def keywords_named(cfg: Mapping[str, Any]) -> Iterator[None]:
-    """Build from a config inside of this, to hear where in it a keyword stands that something does not take.
+    """While building from a config, name the key of a keyword argument that its class does not take.
 
     Raises:
         TypeError: With the path of the key in the message.

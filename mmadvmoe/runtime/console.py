@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mmengine.logging import MMLogger
@@ -22,6 +24,18 @@ FILE_ONLY = (
 _RESULT = re.compile(r'^(Epoch\((?:val|test)\) ?)(?:(\[\d+\])\[\d+/\d+\]|\[\d+/\d+\])? +(?=\S+: )')
 _ITEM = re.compile(r'(\S+): (-?[\d.]+|nan)')
 _ACCURACY, _LOAD = '/accuracy/top1', 'clean/expert_share/'
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show nothing below warnings meanwhile: without a log file, ``init_weights`` shows every parameter."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class ConsoleFilter(logging.Filter):

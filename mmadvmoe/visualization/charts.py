@@ -21,6 +21,8 @@ _MARKED_POINTS = 25
 _LABELLED_SHARE = 0.06
 #: Heat maps with more columns or rows than this have no room for numbers and names.
 _LABELLED_COLUMNS, _LABELLED_ROWS = 8, 40
+#: Letters of names that have room below the columns; more are turned.
+_LETTERS = 30
 #: Height of a heat map, in inches.
 _HIGHEST = 9.0
 
@@ -73,7 +75,7 @@ def draw_lines(
                 linewidth=1.6,
             )
         if mark is not None:
-            axes.axvline(mark[0], color='#555555', linewidth=1, linestyle=':', label=plain(mark[1]), zorder=1)
+            axes.axvline(mark[0], color='black', linewidth=1.3, linestyle=(0, (1, 1.5)), label=plain(mark[1]), zorder=1)
         if log:
             axes.set_yscale('log')
         if log_x:
@@ -137,13 +139,16 @@ def draw_loads(
     row_kind: str = 'class',
     counted: str = 'images',
     columns: str = 'expert',
+    column_names: Optional[Sequence[str]] = None,
 ) -> Figure:
     """Draw heat maps of the share of what is ``counted`` that each expert gets, side by side for several situations.
 
     Args:
         loads (Mapping): For each situation, such as ``'clean'`` and ``'under attack'``, the shares (R, N) in [0, 1];
             each row sums to 1, or is NaN where there was nothing to share.
-        rows (Sequence[str]): Names of the R rows, each a ``row_kind``. The columns are ``columns``, by number.
+        rows (Sequence[str]): Names of the R rows, each a ``row_kind``.
+        columns (str): What the columns are.
+        column_names (Sequence[str], optional): Their names. Defaults to their numbers.
 
     Raises:
         ValueError: There is no situation, or its shape does not fit the names of the rows.
@@ -161,7 +166,12 @@ def draw_loads(
             picture = axes.imshow(load, cmap=COLORMAP, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
             axes.set_title(plain(name), fontsize=9)
             few = load.shape[1] <= _LABELLED_ROWS
-            axes.set(xlabel=columns, **(dict(xticks=range(load.shape[1])) if few else {}))
+            axes.set_xlabel(columns)
+            if few:
+                shown = [plain(name) for name in column_names or range(load.shape[1])]
+                axes.set_xticks(
+                    range(len(shown)), shown, rotation=90 if len(''.join(shown)) * len(loads) > _LETTERS else 0
+                )
             axes.grid(False)
             if load.shape[1] * len(loads) <= _LABELLED_COLUMNS and len(rows) <= _LABELLED_ROWS:
                 _label_cells(axes, load)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmadvmoe.runtime.atomic import write_atomically
+from mmadvmoe.utils import write_atomically
 
 #: The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), without its yellow, which is too light for lines.
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')

@@ -33,13 +33,15 @@ QUICK = dict(
 
 
 def quick(name, **kwargs):
+    if name == 'MultiAttack':
+        kwargs = dict(attacks=[dict(type='PGD', steps=1), dict(type='Square', n_queries=5)]) | kwargs
     parameters = inspect.signature(ATTACKS.get(name)).parameters
     return dict(type=name, **{key: value for key, value in QUICK.items() if key in parameters}, **kwargs)
 
 
 def test_every_class_of_torchattacks_is_there_but_those_that_take_more_than_a_model():
     theirs = {name for name in torchattacks.__all__ if issubclass(getattr(torchattacks, name), Attack)}
-    assert theirs - set(NAMES) == {'MultiAttack', 'LGV'}
+    assert theirs - set(NAMES) == {'LGV'}
     assert set(NAMES) - theirs == {'TRADESAttack', 'RoutePGD'}
     assert ATTACKS.get('PGDL2') is torchattacks.PGDL2
 
@@ -232,7 +234,20 @@ def test_class_count_of_a_foreign_module_is_that_of_its_logits(make_tiny):
     ('cfg', 'message'),
     [
         (dict(type='PDG'), "type='PDG' is unknown \\(did you mean 'PGD'"),
-        (dict(type='MultiAttack'), "type='MultiAttack' is unknown"),
+        (dict(type='MultiAttack'), "type='MultiAttack' needs attacks"),
+        (dict(type='MultiAttack', attacks=[dict(type='PGD')]), 'must be a list of at least two configs'),
+        (dict(type='MultiAttack', attacks=[dict(type='PGD'), dict(type='PGDL2')]), 'have radii in L2, Linf'),
+        (dict(type='MultiAttack', attacks=[dict(type='PGD', route='held')] * 2), "give route='held' to it"),
+        (dict(type=torchattacks.MultiAttack, attacks=[]), "give configs: dict\\(type='MultiAttack', attacks="),
+        (dict(type='LGV'), "type='LGV' trains a copy of the model on a data loader"),
+        (dict(type=torchattacks.LGV, trainloader=[]), 'trains a copy of the model on a data loader'),
+        (
+            dict(type='PGD', targeted='least_likely'),
+            "targeted='least_likely' .* mean 'least-likely'",
+        ),
+        (dict(type='PGD', targeted=dict(by='random', kth_min=2)), 'must be one of label, least-likely, random'),
+        (dict(type='APGD', targeted='random'), "type='APGD': targeted is not for APGD, which has no targeted mode"),
+        (dict(type='RoutePGD', targeted='random'), 'targeted is not for RoutePGD'),
         (dict(eps=0.1), 'has no type'),
         (dict(type='PGD', eps=-0.1), r'eps=-0\.1 must be a number of at least 0'),
         (dict(type='PGD', eps=8), r'eps=8 is above 1, but images .* write eps=8 / 255'),

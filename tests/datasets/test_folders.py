@@ -58,7 +58,9 @@ def test_a_second_start_decodes_nothing(root, monkeypatch):
     assert values(build(root, 'val'))
 
 
-@pytest.mark.parametrize('change', ['new image', 'other size of file', 'damaged cache', 'cut cache', 'other size'])
+@pytest.mark.parametrize(
+    'change', ['new image', 'other size of file', 'same size of file', 'damaged cache', 'cut cache', 'other size']
+)
 def test_a_cache_that_does_not_fit_is_made_anew(root, change):
     before = values(build(root, 'trainval'))
     cache = root / 'train.as_is.npz'
@@ -67,6 +69,11 @@ def test_a_cache_that_does_not_fit_is_made_anew(root, change):
         save(root / 'train' / 'ant' / '99.png', 99)
     elif change == 'other size of file':
         Image.fromarray(np.random.randint(0, 256, (5, 7, 3), np.uint8)).save(root / 'train' / 'ant' / '00.png')
+    elif change == 'same size of file':
+        path = root / 'train' / 'ant' / '99.bmp'
+        save(path, 1)
+        before = values(build(root, 'trainval'))
+        save(path, 2)
     elif change == 'damaged cache':
         content = bytearray(cache.read_bytes())
         content[len(content) // 3] ^= 255

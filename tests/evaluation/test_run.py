@@ -41,7 +41,7 @@ def test_images_accuracy_and_time_left(messages: list[str]) -> None:
     report(CLEAN, 1.0)
     report('pgd', 10.0, pgd=2)
     assert messages[1:] == [
-        'Robust evaluation: 4 of 12 images, robust accuracy so far 25.00, in the next 4 images 2 stand after '
+        'Robust evaluation: 4 of 12 images, robust accuracy so far 25.00, of the next 4 images 2 are robust after '
         "'pgd', 0:01:08 left"
     ]
     report('auto', 1.0, pgd=2, auto=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +87,26 @@ def test_layers_of_every_form_and_dense_models() -> None:
         torch.testing.assert_close(deployable(model)(_images(3)), model(_images(3)))
     plain = deployable(nn.Linear(2, 2))
     assert isinstance(plain, nn.Linear) and not plain.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('form', ['trace', 'export', 'onnx'])
+def test_a_graph_of_the_routes_of_an_example_is_refused(
+    mixture: NormalizedClassifier, form: str, tmp_path: Path
+) -> None:
+    make = {
+        'trace': lambda model, images: torch.jit.trace(model, images, check_trace=False),
+        'export': lambda model, images: torch.export.export(model, (images,)),
+        'onnx': lambda model, images: torch.onnx.export(model, (images,), tmp_path / 'model.onnx', dynamo=False),
+    }[form]
+    images = mixture.normalize(_images(4))
+    with pytest.raises(Exception, match=r'deployable\(model\).*tools/export\.py'):
+        make(mixture.classifier, images)
+    assert mixture(_images(4)).shape == (4, 4)
+
+
+@torch.no_grad()
+def test_a_trace_of_all_experts_holds_for_other_batches(mixture: NormalizedClassifier) -> None:
+    traced = torch.jit.trace(deployable(mixture).requires_grad_(False), _images(4), check_trace=False)
+    for count in (1, 7):
+        torch.testing.assert_close(traced(_images(count)), mixture(_images(count)), atol=1e-5, rtol=1e-5)

@@ -1,11 +1,13 @@
 """Folders of results as the tools write them, of a mixture and of a dense model, with numbers that are easy to tell."""
 
+import hashlib
 import json
 
 import numpy as np
 import torch
 
 from mmadvmoe.evaluation import Examples
+from mmadvmoe.evaluation.folder import OutcomeFolder
 from mmadvmoe.report.results import SavedExamples, save_examples
 
 CLASSES = [str(n) for n in range(10)]
@@ -15,6 +17,8 @@ THREAT = dict(norm='Linf', eps=0.2, alpha=0.05, steps=50)
 def write_model(folder, name, routing='image', num_experts=2, routers=('router',), ra=30.0, parts=None):
     """Write all parts of a model, or those named."""
     writers = dict(evaluation=_evaluation, dissection=_dissection, soundness=_soundness, examples=_examples)
+    if parts is not None and 'curve' in parts:
+        writers['curve'] = _curve
     kind = dict(routing=routing, num_experts=num_experts, routers=list(routers))
     if routing is None:
         kind = dict(routing=None, num_experts=1, routers=[])
@@ -80,7 +84,7 @@ def _evaluation(folder, kind, ra):
         metrics |= {'pgd50/route_changed': 0.25, 'routepgd50/route_changed': 0.5}
     attacks = {name: dict(type=name, eps=0.2) for name in ('pgd50', 'routepgd50', 'autoattack')}
     run = dict(
-        format=1,
+        format=2,
         settings=dict(
             model=dict(type='RobustClassifier', num_classes=10, num_experts=kind['num_experts'], sha256='ff' * 32),
             data=dict(type='Digits', num_images=360),
@@ -93,8 +97,12 @@ def _evaluation(folder, kind, ra):
         versions=dict(python='3.11', torch='2.14.1'),
         machine=dict(device='cpu', threads=1),
     )
-    _write(folder / 'evaluation' / 'run.json', run)
+    written = OutcomeFolder(folder / 'evaluation', list(attacks))
+    written.prepare(run, overwrite=True)
+    written.close()
     _write(folder / 'evaluation' / 'metrics.json', metrics)
+    digest = hashlib.sha256((folder / 'evaluation' / 'metrics.json').read_bytes()).hexdigest()
+    (folder / 'evaluation' / 'SHA256SUMS').write_text(f'{digest}  metrics.json\n')
 
 
 def _head(name, kind):
@@ -162,6 +170,12 @@ def _soundness(folder, kind, ra):
     )
     content = dict(passed=False, num_warnings=1, checks=checks, curves=curves, attacks=dict(gate=ra + 10, held=ra))
     _write(folder / 'soundness.json', _head('soundness', kind) | content)
+
+
+def _curve(folder, kind, ra):
+    points = [dict(eps=eps, ra=value, gate=value) for eps, value in ((0.0, 95.0), (0.2, ra), (1.0, 0.0))]
+    content = dict(kind='curve', num_images=100, threat_model=THREAT, curves=dict(eps=points))
+    _write(folder / 'curve.json', content)
 
 
 def _examples(folder, kind, ra):

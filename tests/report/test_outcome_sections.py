@@ -56,6 +56,10 @@ def test_the_least_robust_class_comes_first() -> None:
 
 
 def test_routes_flow_from_clean_to_attacked() -> None:
-    (picture,) = flow([_model('A', ROUTED), _model('B', DENSE)]).items
+    picture, by_class = flow([_model('A', ROUTED), _model('B', DENSE)]).items
     # Of images that stand the route is the clean one: only what fools the model counts.
     assert picture.alt.endswith('Images: 2 from 0 to 0, 1 from 0 to 1, 2 from 1 to 1.')
+    assert by_class.alt.endswith('Most images that changed their route: a 1.')
+    shares = by_class.figure.axes[0].images[0].get_array()
+    assert shares.tolist() == [[1 / 3, 1 / 3, 0, 1 / 3], [0, 0, 0, 1], [1, 0, 0, 0]]
+    assert [label.get_text() for label in by_class.figure.axes[0].get_xticklabels()] == ['0→0', '0→1', '1→0', '1→1']

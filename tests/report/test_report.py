@@ -108,6 +108,25 @@ def test_curves_of_a_mixture_tell_what_the_gate_alone_would_say(tmp_path):
     assert [line.get_label() for line in eps.figure.axes[0].get_lines()] == ['MoE', 'Dense']
 
 
+def test_a_curve_alone_stands_in_for_that_of_the_checks(tmp_path):
+    (checked,), (alone,) = results(tmp_path, 'MoE'), results(tmp_path, 'Dense', routing=None, parts=['curve'])
+    eps, steps = next(section for section in sections_of([checked, alone]) if section.name == 'curves').items
+    # Of another number of images, which stands beside it.
+    assert [line.get_label() for line in eps.figure.axes[0].get_lines()] == ['MoE (360 images)', 'Dense (100 images)']
+    assert [line.get_label() for line in steps.figure.axes[0].get_lines()] == ['MoE', 'MoE, gate alone']
+    assert '100 images' in eps.caption and '100 images' not in steps.caption
+
+
+def test_numbers_of_other_numbers_of_images_say_so_in_their_row(tmp_path):
+    results(tmp_path, 'A', 'B')
+    run, dissection = (tmp_path / 'b' / name for name in ('evaluation/run.json', 'dissection.json'))
+    run.write_text(run.read_text().replace('"num_images": 360', '"num_images": 90'))
+    dissection.write_text(dissection.read_text().replace('"num_images": 360', '"num_images": 400'))
+    page = write_report(tmp_path, [read_results(tmp_path / name) for name in 'ab'])
+    assert ['SA (clean)', '95.0 of 360', '95.0 of 90'] in rows_of(page)
+    assert 'B (400 images): robust' in page.read_text()
+
+
 def test_a_file_in_the_wrong_place_is_named(tmp_path):
     results(tmp_path, 'A')
     (tmp_path / 'a' / 'soundness.json').write_bytes((tmp_path / 'a' / 'dissection.json').read_bytes())
@@ -291,12 +310,18 @@ def test_the_tool_measures_what_is_missing_and_keeps_what_is_there(trained, tmp_
     missing = {'training'}
     # Its routes are those of tokens, of which there is no flow.
     assert {section.name for section in sections_of([found])} == SECTIONS - missing | {'classes'}
-    parts = [tmp_path / 'vit_moe' / part for part in PARTS.values()]
+    # The checks of the attacks have the curve, too.
+    parts = [tmp_path / 'vit_moe' / file for part, file in PARTS.items() if part != 'curve']
     kept = [part.stat().st_mtime_ns for part in parts]
     capfd.readouterr()
     run_tool(monkeypatch, tmp_path, *model)
     assert capfd.readouterr().out.count('is there') == len(PARTS)
     assert kept == [part.stat().st_mtime_ns for part in parts]
+    (tmp_path / 'vit_moe' / PARTS['soundness']).unlink()
+    run_tool(monkeypatch, tmp_path, *model, '--measure', 'curve', '--num-images', 8)
+    alone = read_results(tmp_path / 'vit_moe')
+    assert alone.curve['num_images'] == 8
+    assert alone.curve['curves']['eps'] == found.soundness['curves']['eps']
 
 
 def test_two_models_need_two_names(trained, tmp_path, monkeypatch, capfd):

@@ -52,7 +52,8 @@ def test_nothing_reaches_over_the_edge_of_a_phone(report, browser):
 def test_each_section_can_be_reached(report, browser):
     browser.open(report, 1200)
     links = browser.evaluate("[...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1))")
-    expected = ['summary', 'curves', 'dissection', 'load', 'images', 'patches', 'soundness', 'training', 'settings']
+    expected = ['facts', 'summary', 'curves', 'dissection', 'load', 'images', 'patches', 'soundness', 'training']
+    expected.append('settings')
     assert links == expected
     assert browser.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") == expected
 

@@ -42,3 +42,17 @@ def test_batches_of_mixed_routes_are_computed_as_by_the_model(
     assert all(min(routing.counts) > 0 for routing in model.decide_routes(images))
     # Images of another batch do not change what comes of one.
     assert export.compare(model, exported, images.flip(0)) <= export.TOLERANCE
+
+
+def test_the_table_names_routes_and_differences(
+    export: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    table = import_module('export_table')
+    name = 'advmoe_resnet18_digits'
+    monkeypatch.setattr('sys.argv', ['export_table.py', name, '--formats', 'torchscript'])
+    table.main()
+    row = capsys.readouterr().out.splitlines()[-1]
+    _, model, routing, loads, difference, _ = (cell.strip() for cell in row.split('|'))
+    assert (model, routing) == (f'`{name}`', 'image')
+    assert min(map(int, loads.split('/'))) > 0 and sum(map(int, loads.split('/'))) == 64
+    assert float(difference) <= export.TOLERANCE

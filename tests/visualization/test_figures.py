@@ -180,7 +180,7 @@ def test_joint_training_of_a_dense_model_has_losses_and_rates():
     assert list(charts) == ['losses', 'validation', 'learning_rates']
 
 
-def test_files_are_the_same_each_time_whatever_the_user_has_set(tmp_path):
+def test_files_are_the_same_each_time_whatever_the_user_has_set(tmp_path, monkeypatch):
     def figure():
         return draw_lines([Line('a', [0, 1], [1, 2])], 'title', 'x', 'y')
 
@@ -190,6 +190,9 @@ def test_files_are_the_same_each_time_whatever_the_user_has_set(tmp_path):
     pixels = save_png(figure(), str(tmp_path / 'new' / 'figure.png'))
     assert (tmp_path / 'new' / 'figure.png').read_bytes() == plain
     assert pixels.shape == np.asarray(Image.open(io.BytesIO(plain)).convert('RGB')).shape
+    monkeypatch.chdir(tmp_path)
+    save_png(figure(), 'x.png')
+    assert (tmp_path / 'x.png').read_bytes() == plain
 
 
 def test_texts_from_data_are_no_formulas():

@@ -36,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--max-load', type=float, metavar='S', help='largest share in one group [2 / N; 0.8 for 2]')
     parser.add_argument('--count', type=int, default=3, help='partitions of each number of groups [%(default)s]')
     parser.add_argument('--hidden', type=int, help='hidden units of the router on trial, 0 for a linear one [16]')
+    parser.add_argument('--pool', type=int, help='average pooling in front of that router [1 for each 28 pixels]')
     parser.add_argument(
         '--iterations', type=int, default=3000, help='updates of each router [%(default)s]; 0: no trial'
     )
@@ -60,8 +61,7 @@ def main() -> None:
         found += [(str(place), partition) for place, partition in enumerate(best, start=1)]
         found.append(('y mod N', modulo_partition(confusion, number)))
     router = default_router(subject.data)
-    if args.hidden is not None:
-        router.update(hidden=args.hidden)
+    router.update({key: getattr(args, key) for key in ('hidden', 'pool') if getattr(args, key) is not None})
     trials = [None] * len(found)
     if args.iterations:
         train = subject.more_images('train_dataloader', args.num_train)

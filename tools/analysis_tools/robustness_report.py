@@ -18,6 +18,7 @@ from mmadvmoe.report import (
     DamagedFileError,
     ModelResults,
     describe_model,
+    make_curve,
     make_examples,
     read_results,
     slug,
@@ -78,6 +79,9 @@ def measure(part: str, folder: Path, config: str, checkpoint: str, args: argpars
     if part == 'examples':
         make_examples(folder, args.device)
         return
+    if part == 'curve':
+        make_curve(folder, args.device, args.num_images)
+        return
     if part == 'evaluation':
         options = ['--out', out.parent] + (['--attacks', *args.attacks] if args.attacks else [])
         command = [TOOLS / 'test.py', config, checkpoint, '--work-dir', folder / 'log', *options]
@@ -99,7 +103,9 @@ def collect(name: str, config: str, checkpoint: str, args: argparse.Namespace, f
         # Nothing is measured into a folder of which nothing says whose it is.
         return ModelResults(name, damaged=[str(error)])
     for part in args.measure:
-        if (folder / PARTS[part]).is_file():
+        # The checks of the attacks have a curve, too.
+        same = ('curve', 'soundness') if part == 'curve' else (part,)
+        if any((folder / PARTS[each]).is_file() for each in same):
             print(f'==> {name}: {part} is there', flush=True)
         else:
             print(f'==> {name}: {part}', flush=True)

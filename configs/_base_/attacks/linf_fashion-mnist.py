@@ -18,6 +18,8 @@ test_cfg = dict(
         routepgd50=dict(type='RoutePGD', eps=0.05, alpha=0.0125, steps=50),
         autoattack=dict(type='AutoAttack', eps=0.05),
     ),
+    # The networks are so small that many images at once cost hardly more than few.
+    chunk_size=500,
     # AutoAttack costs most, and can only lower what the others have left standing.
     survivors_only=['autoattack'],
     worst_of=dict(ra=['pgd50', 'routepgd50']),

@@ -1,0 +1,94 @@
+"""Values in the config of an attack that are not allowed, whatever the attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mmadvmoe.utils import choose
+
+from .library import L2_ATTACKS, NO_L1
+from .steps import NORMS
+from .views import Victim
+
+#: Names that torchattacks' and our classes use for the radius.
+RADII = ('eps', 'max_epsilon')
+_COUNTS = (
+    'steps n_restarts restarts eot_iter n_queries num_iter_set nb_iter nb_sample max_iterations binary_search_steps '
+    'noise_batch_size'
+).split()
+_CLASS_COUNTS = ('n_classes', 'num_classes')
+
+
+def fill_in_class_count(name: str, arguments: dict, parameters: Mapping, victim: Victim) -> None:
+    """Give the attack the number of classes, under the name by which it takes it."""
+    key = next((key for key in _CLASS_COUNTS if key in parameters), None)
+    if key is None:
+        return
+    count = victim.num_classes
+    given = arguments.get(key, count)
+    if given is None:
+        raise ValueError(
+            f'attack type={name!r} needs {key}, which the model does not tell before its first forward pass: classify '
+            f'an image first, or give {key}'
+        )
+    if not _is_count(given) or given < 2 or (count is not None and given > count):
+        most = 'any' if count is None else count
+        raise ValueError(
+            f'attack type={name!r}: {key}={given!r} must be a whole number from 2 to the number of classes of the '
+            f'model ({most})'
+        )
+    arguments[key] = given
+
+
+def checked_norm(name: str, values: Mapping) -> str:
+    """The norm of the threat model."""
+    if 'norm' not in values:
+        return 'L2' if name in L2_ATTACKS else 'Linf'
+    norm = choose(values['norm'], NORMS, f'attack type={name!r}: norm')
+    if norm == 'L1' and name in NO_L1:
+        raise ValueError(
+            f"attack type={name!r}: there is no norm='L1' for it; allowed: ('Linf', 'L2'). "
+            'In L1 there are PGD, APGD, APGDT, RoutePGD, RouterAttack, TRADESAttack and AutoAttack; FAB and Square '
+            "there are dict(type='AutoAttack', attacks_to_run=['fab-t', 'square'])"
+        )
+    return norm
+
+
+def check_values(name: str, values: Mapping, norm: str) -> None:
+    """Check radius, step size and counts."""
+    where = f'attack type={name!r}'
+    for key in (*RADII, 'alpha'):
+        if key not in values:
+            continue
+        value = values[key]
+        if not _is_number(value) or not value >= 0:
+            raise ValueError(f'{where}: {key}={value!r} must be a number of at least 0')
+        if norm == 'Linf' and value > 1:
+            raise ValueError(
+                f'{where}: {key}={value!r} is above 1, but images are in [0, 1]; '
+                f'if it is in units of 0..255, write {key}={value:g} / 255'
+            )
+    for key in _COUNTS:
+        if key in values and not (_is_count(values[key]) and values[key] >= 1):
+            raise ValueError(f'{where}: {key}={values[key]!r} must be a whole number of at least 1')
+
+
+def check_enough_classes(name: str, cls: type, values: Mapping, victim: Victim) -> None:
+    """The DLR loss looks at the third largest logit; an attack may need more (``min_classes``)."""
+    needed = getattr(cls, 'min_classes', 3 if values.get('loss') == 'dlr' else 2)
+    count = victim.num_classes
+    if count is not None and count < needed:
+        raise ValueError(
+            f'attack type={name!r} needs at least {needed} classes for its loss, the model has {count}; AutoAttack '
+            'leaves out what does not exist for few classes'
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
