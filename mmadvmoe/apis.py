@@ -79,7 +79,7 @@ def get_model(
         classifier = _build_classifier(Config.fromfile(model.config))
         with quiet():
             classifier.init_weights()
-        return NormalizedClassifier.from_classifier(classifier.to(device)).eval()
+        return NormalizedClassifier(classifier.to(device)).eval()
     checkpoint = model.checked_weights() if pretrained is True else pretrained
     return load_robust_model(model.config, checkpoint, device)
 
@@ -118,7 +118,7 @@ def load_robust_model(
     content = load_checkpoint(classifier, str(checkpoint), map_location='cpu', logger='silent')
     # MMEngine leaves a tensor that does not fit as it was.
     check_state_dict(classifier, content, str(checkpoint))
-    return NormalizedClassifier.from_classifier(classifier.to(device)).eval()
+    return NormalizedClassifier(classifier.to(device)).eval()
 
 
 def _build_classifier(config: Mapping) -> nn.Module:
@@ -152,6 +152,10 @@ def inference(
         FloatingPointError: A router gives logits that are not finite.
     """
     images = as_unit(_as_batch(images))
+    if not len(images):
+        # Networks of MMPretrain cannot have no image; of one they tell K and L.
+        probabilities, experts = inference(model, images.new_zeros(1, *images.shape[1:]))
+        return probabilities[:0], experts[:0]
     device = next(model.parameters()).device
     probabilities, experts = [], []
     with model.frozen():
@@ -226,8 +230,9 @@ def evaluate_robustness(
     group) each takes its share of the images, and all get the result.
 
     Args:
-        model (nn.Module): What :func:`load_robust_model` gives, a view of it (:class:`~mmadvmoe.attacks.Victim`), or
-            any module that maps images in [0, 1] to logits.
+        model (nn.Module): What :func:`load_robust_model` gives, a view of it (:class:`~mmadvmoe.attacks.Victim`), an
+            MMPretrain classifier, which gets the normalisation of its ``data_preprocessor``, or any module that maps
+            images in [0, 1] to logits.
         data (Mapping, Dataset or tuple): Config of a data set; a data set, with samples as MMPretrain packs them or
             pairs of an image in [0, 1] and a label; or the tensors images (B, C, H, W) and labels (B,).
         attacks (Mapping or Sequence): Configs of attacks under names of your own; or names of standard attacks, such as
@@ -261,7 +266,7 @@ def evaluate_robustness(
         >>> result = evaluate_robustness(model, data, ['pgd50', 'autoattack'], eps=0.2, cascade=True)
         >>> result.clean_accuracy, result.robust_accuracy
     """
-    victim = model if isinstance(model, Victim) else Victim(model, num_classes=num_classes)
+    victim = Victim(model, num_classes=num_classes)
     if device is not None:
         victim.model.to(device)
     dataset = as_dataset(data)

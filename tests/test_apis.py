@@ -109,6 +109,7 @@ def test_inference_gives_probabilities_and_routes_in_order(trained: tuple, image
     assert experts.shape == (12, 1)
     assert torch.equal(experts[:, 0], model.forward_routed(images)[1][0].expert)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [tuple(each.shape) for each in inference(model, images[:0])] == [(0, 10), (0, 1)]
 
 
 def test_inference_takes_arrays_and_single_images(trained: tuple, images: Tensor) -> None:

@@ -97,7 +97,7 @@ def _moe() -> Victim:
         )
     )
     model.init_weights()
-    return Victim.from_classifier(model)
+    return Victim(model)
 
 
 evaluate = partial(evaluate_robustness, chunk_size=8)
@@ -350,7 +350,7 @@ def test_a_model_and_data_of_other_classes_are_told_before_anything_runs(tmp_pat
         )
     )
     with pytest.raises(ValueError, match='num_classes=7 differs from the 10 classes of data.dataset'):
-        evaluate(Victim.from_classifier(model), DIGITS, WEAK, out_dir=tmp_path / 'nothing')
+        evaluate(Victim(model), DIGITS, WEAK, out_dir=tmp_path / 'nothing')
     assert not (tmp_path / 'nothing').exists()
 
 

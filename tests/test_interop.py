@@ -53,7 +53,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
 def _train(classifier: nn.Module) -> None:
     """A few epochs of FGSM training: enough that an attack leaves some images standing."""
     images, labels = _digits('train')
-    victim = Victim.from_classifier(classifier)
+    victim = Victim(classifier)
     attack = build_attack(dict(type='FGSM', eps=0.15), victim)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=5e-3)
     for epoch in range(6):

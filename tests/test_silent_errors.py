@@ -102,7 +102,7 @@ def test_a_model_in_half_precision_takes_images_in_any(dtype):
     for routing in ('image', 'layer', 'token'):
         model = random_mixture(routing).model
         model.classifier.data_preprocessor = MODELS.build(dict(type='AdvDataPreprocessor'))
-        model = NormalizedClassifier.from_classifier(model.classifier).to(dtype)
+        model = NormalizedClassifier(model.classifier).to(dtype)
         images = torch.rand(4, 3, 8, 8)
         for given in (images, images.to(dtype), images.double()):
             assert model(given).dtype == torch.float32

@@ -232,3 +232,6 @@ class APGD(_SparseInL1, torchattacks.APGD):
 @ATTACKS.register_module()
 class APGDT(_SparseInL1, torchattacks.APGDT):
     """Targeted Auto-PGD of torchattacks (Croce & Hein, arXiv:2003.01690), and in L1 of AutoAttack's authors."""
+
+    # The targeted DLR loss looks at the fourth largest logit.
+    min_classes = 4

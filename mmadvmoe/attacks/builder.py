@@ -46,8 +46,8 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
             is not. On a model without routers both are the same. Attacks with a targeted mode take ``targeted``:
             ``'least-likely'``, ``'random'``, a function of images and labels, or ``'label'``, to get targets for
             labels; see :mod:`mmadvmoe.attacks.targets`.
-        model (Victim or nn.Module): A view, a :class:`NormalizedClassifier`, or any module that maps images in [0, 1]
-            to logits.
+        model (Victim or nn.Module): A view, a :class:`NormalizedClassifier`, or what can become one: an MMPretrain
+            classifier, with its own normalisation, or any module that maps images in [0, 1] to logits.
 
     Returns:
         BoundAttack: ``attack(images, labels, seed=None) -> adversarial images``.
@@ -81,7 +81,7 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
     values = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | arguments
     norm = checked_norm(name, values)
     check_values(name, values, norm)
-    check_enough_classes(name, values, victim)
+    check_enough_classes(name, cls, values, victim)
     return BoundAttack(
         name,
         partial(_build, cls, arguments, aim),

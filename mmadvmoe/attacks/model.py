@@ -28,11 +28,11 @@ class NormalizedClassifier(nn.Module):
     Args:
         classifier (nn.Module): ``classifier(inputs)`` gives logits (B, K), as MMPretrain's ``ImageClassifier`` does. If
             its ``backbone`` has ``forward_routed``, as :class:`mmadvmoe.moe.MoEBackbone` has, routes can be read and
-            given.
+            given. A distributed wrapper is taken off: an attack must not go through its gradient hooks.
         preprocessor (nn.Module, optional): Normalises images: by ``normalize(images)`` on [0, 1] if it has that method,
             else as MMPretrain's ``ClsDataPreprocessor`` does, by ``mean`` and ``std`` in units of 0..255. Channel order
-            and padding are left as they are. The classifier's own ``data_preprocessor`` stays a part of it. None for
-            a classifier of [0, 1] images. Defaults to None.
+            and padding are left as they are. Defaults to the classifier's own ``data_preprocessor``, which stays a part
+            of it; a classifier without one is of [0, 1] images.
         num_classes (int, optional): K. Defaults to what an MMPretrain classifier tells, or the first forward pass.
 
     Raises:
@@ -44,6 +44,9 @@ class NormalizedClassifier(nn.Module):
         self, classifier: nn.Module, preprocessor: Optional[nn.Module] = None, num_classes: Optional[int] = None
     ) -> None:
         super().__init__()
+        classifier = bare_model(classifier)
+        own = _own_preprocessor(classifier)
+        preprocessor = own if preprocessor is None else preprocessor
         needs_head = isinstance(classifier, BaseClassifier) or hasattr(
             getattr(classifier, 'backbone', None), 'forward_routed'
         )
@@ -59,22 +62,21 @@ class NormalizedClassifier(nn.Module):
                 'ClsDataPreprocessor or AdvDataPreprocessor'
             )
         self.classifier = classifier
-        self._normalized_by_itself = preprocessor is not None and preprocessor is _own_preprocessor(classifier)
+        self._normalized_by_itself = preprocessor is not None and preprocessor is own
         self.preprocessor = None if self._normalized_by_itself else preprocessor
         self._given_classes = self._num_classes = num_classes
         self._freeze = _Freeze()
-        self.training = classifier.training
 
-    @classmethod
-    def from_classifier(cls, classifier: nn.Module) -> NormalizedClassifier:
-        """Wrap an MMPretrain classifier, normalised by its own data preprocessor.
+    @property
+    def training(self) -> bool:
+        """Whether the classifier is in training mode, of which this is no second opinion."""
+        return self.classifier.training
 
-        Args:
-            classifier (nn.Module): The model, bare or in a distributed wrapper, which is taken off: an attack must not
-                go through the gradient hooks of the wrapper.
-        """
-        classifier = bare_model(classifier)
-        return cls(classifier, _own_preprocessor(classifier))
+    @training.setter
+    def training(self, mode: bool) -> None:
+        # ``nn.Module.__init__`` sets it when there is no classifier yet.
+        if 'classifier' in self.__dict__.get('_modules', ()):
+            self.classifier.training = mode
 
     @property
     def num_classes(self) -> Optional[int]:
@@ -117,8 +119,8 @@ class NormalizedClassifier(nn.Module):
     def _inputs(self, images: Tensor) -> Tensor:
         """What the network is fed for ``images``: in [0, 1], or of an integer type that tells its range."""
         images = as_unit(images)
-        # Whoever holds the model frozen has looked at the images, and comes back many times.
-        if not (self._freeze.held or torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        # A thread that holds the model frozen has looked at the images, and comes back many times.
+        if not (self._freeze.entered or torch.jit.is_tracing() or torch.compiler.is_compiling()):
             check_unit(images, slack=_SLACK)
         return self.normalize(images)
 
@@ -209,6 +211,7 @@ class _Freeze:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holders = 0
+        self._of_thread = threading.local()
         self._modes: list[tuple[nn.Module, bool]] = []
         self._gradients: list[tuple[nn.Parameter, bool]] = []
         self._checkpointing: list[tuple[nn.Module, str]] = []
@@ -217,11 +220,12 @@ class _Freeze:
         return type(self), ()
 
     @property
-    def held(self) -> bool:
-        """Whether anyone holds the model frozen."""
-        return self._holders > 0
+    def entered(self) -> bool:
+        """Whether this thread holds the model frozen; what others do must not decide what it is refused."""
+        return getattr(self._of_thread, 'depth', 0) > 0
 
     def enter(self, model: nn.Module) -> None:
+        self._of_thread.depth = getattr(self._of_thread, 'depth', 0) + 1
         with self._lock:
             if not self._holders:
                 self._modes = [(module, module.training) for module in model.modules()]
@@ -236,6 +240,7 @@ class _Freeze:
                 setattr(module, key, False)
 
     def leave(self) -> None:
+        self._of_thread.depth -= 1
         with self._lock:
             self._holders -= 1
             if self._holders:

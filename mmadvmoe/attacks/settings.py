@@ -75,9 +75,9 @@ def check_values(name: str, values: Mapping, norm: str) -> None:
             raise ValueError(f'{where}: {key}={values[key]!r} must be a whole number of at least 1')
 
 
-def check_enough_classes(name: str, values: Mapping, victim: Victim) -> None:
-    """The DLR loss looks at the third largest logit, its targeted form at the fourth."""
-    needed = 4 if name == 'APGDT' else 3 if values.get('loss') == 'dlr' else 2
+def check_enough_classes(name: str, cls: type, values: Mapping, victim: Victim) -> None:
+    """The DLR loss looks at the third largest logit; an attack may need more (``min_classes``)."""
+    needed = getattr(cls, 'min_classes', 3 if values.get('loss') == 'dlr' else 2)
     count = victim.num_classes
     if count is not None and count < needed:
         raise ValueError(

@@ -34,7 +34,8 @@ class Victim:
         num_classes (int, optional): See :class:`NormalizedClassifier`.
 
     Raises:
-        TypeError: See :class:`NormalizedClassifier`.
+        TypeError: See :class:`NormalizedClassifier`; or a preprocessor is given to what has its own.
+        ValueError: ``num_classes`` is not that of a model which is a view or ``NormalizedClassifier`` already.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Victim:
     ) -> None:
         if not isinstance(model, (NormalizedClassifier, Victim)):
             model = NormalizedClassifier(model, preprocessor, num_classes)
+        elif preprocessor is not None:
+            raise TypeError(f'preprocessor: a {type(model).__name__} normalises by itself; give its classifier instead')
+        elif num_classes not in (None, model.num_classes):
+            raise ValueError(
+                f'num_classes={num_classes}, but the {type(model).__name__} has num_classes={model.num_classes}; give '
+                'num_classes to the NormalizedClassifier, or leave it out'
+            )
         self._base = model
-
-    @classmethod
-    def from_classifier(cls, classifier: nn.Module) -> Victim:
-        """A view of an MMPretrain classifier, bare or in a distributed wrapper, with its own normalisation."""
-        return cls(NormalizedClassifier.from_classifier(classifier))
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({type(self.classifier).__name__})'

@@ -47,7 +47,7 @@ class _RobustLoop:
             )
         model = bare_model(runner.model)
         self.data_preprocessor = model.data_preprocessor
-        self.victim = Victim.from_classifier(model)
+        self.victim = Victim(model)
         self.evaluation = RobustEvaluation(
             self.victim,
             attacks,
@@ -199,7 +199,7 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         **kwargs,
     ) -> None:
         if add_route_attack:
-            attacks = with_route_attack(attacks, Victim.from_classifier(runner.model), f'{self.mode}_cfg.attacks')
+            attacks = with_route_attack(attacks, Victim(runner.model), f'{self.mode}_cfg.attacks')
         if cascade:
             kwargs['survivors_only'] = list(attacks)
         elif add_route_attack:

@@ -205,13 +205,21 @@ def _with_radius(cfg: dict, eps: float) -> dict:
         return cfg | {'attacks': [_with_radius(dict(each), eps) for each in cfg['attacks']]}
     if 'eps' not in inspect.signature(attack_class(cfg['type'])).parameters:
         return cfg
-    scaled = {'alpha': cfg['alpha'] * eps / cfg['eps']} if 'alpha' in cfg and cfg.get('eps') else {}
+    values = _values(cfg)
+    scaled = {'alpha': values['alpha'] * eps / values['eps']} if 'alpha' in values and values['eps'] else {}
     return cfg | {'eps': eps} | scaled
+
+
+def _values(cfg: Mapping) -> dict:
+    """The arguments of an attack: those of its config, else their defaults."""
+    parameters = inspect.signature(attack_class(cfg['type'])).parameters
+    return {name: each.default for name, each in parameters.items() if each.default is not each.empty} | dict(cfg)
 
 
 def _common_ball(name: str, known: Mapping[str, dict], eps: Optional[float], norm: Optional[str]) -> tuple[float, str]:
     """Radius and norm of a standard attack."""
-    balls = {(cfg['eps'], attack_norm(cfg)) for cfg in known.values() if cfg.get('eps') is not None}
+    radii = {name: _values(cfg).get('eps') for name, cfg in known.items()}
+    balls = {(radius, attack_norm(known[name])) for name, radius in radii.items() if radius is not None}
     norms = {each for _, each in balls}
     if norm is None:
         norm = norms.pop() if len(norms) == 1 else 'Linf'

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
+import torch
 from mmpretrain.models.classifiers import ImageClassifier
 from mmpretrain.models.heads import ClsHead
 from mmpretrain.models.losses import FocalLoss
@@ -13,13 +14,15 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks import ClassGroupAttack, Victim, attack_class
 from mmadvmoe.attacks.views import ROUTES
-from mmadvmoe.moe import NonFiniteRouterError, Routing, forward_routed
+from mmadvmoe.moe import ClassGroups, NonFiniteRouterError, Routing, forward_routed
+from mmadvmoe.moe.class_groups import MODULO
 from mmadvmoe.utils import choose
 
 from .data_preprocessor import AdvDataPreprocessor, targets_of
 from .losses import ROUTER_LOGITS, NonFiniteError, Objective, Outputs, RobustBatch, check_finite
+from .router_losses import ClassGroupLoss
 
 #: ``model.route`` of adversarial images that the routers send where they will, without the gradient of the gate.
 FREE = 'free'
@@ -61,7 +64,8 @@ class RobustClassifier(ImageClassifier):
     Raises:
         TypeError: The head has no single loss over one softmax of class logits, or a loss is no config of an objective.
         ValueError: An objective is unknown, is about routers that a dense network does not have, cannot serve the
-            batch augmentations, or nothing in ``robust_loss`` trains the experts.
+            batch augmentations, or nothing in ``robust_loss`` trains the experts; or routes or groups of classes are
+            not those of the training attack.
     """
 
     def __init__(
@@ -89,7 +93,33 @@ class RobustClassifier(ImageClassifier):
             )
         self.router_loss = None if router_loss is None else self._build_objectives('router_loss', router_loss)
         if isinstance(self.data_preprocessor, AdvDataPreprocessor):
-            self.data_preprocessor.bind_victim(Victim.from_classifier(self))
+            self.data_preprocessor.bind_victim(Victim(self))
+            self._check_attacks(self.data_preprocessor)
+
+    def _check_attacks(self, preprocessor: AdvDataPreprocessor) -> None:
+        """Compare what the attacks of training are set to with what is learned from their images."""
+        attack, of_router = preprocessor.attack_cfg or {}, preprocessor.router_attack_cfg
+        # Where it is that of both turns, it has to move routes as well.
+        if self.route == 'held' and of_router not in (None, attack) and attack.get('route') != 'held':
+            raise ValueError(
+                f"model.route='held', but data_preprocessor.attack.route={attack.get('route', ROUTES[0])!r}: a pathway "
+                "would learn from images that were made against another; set data_preprocessor.attack.route='held', or "
+                f'model.route={FREE!r}'
+            )
+        key, cfg = ('attack', attack) if of_router is None else ('router_attack', of_router)
+        if not cfg or not issubclass(attack_class(cfg['type']), ClassGroupAttack):
+            return
+        groups = ClassGroups(**{name: cfg[name] for name in ('groups', 'classes') if name in cfg})
+        labels, num_experts = torch.arange(preprocessor.num_classes or 0), self.backbone.num_experts
+        expected = groups.experts_of(labels, num_experts)
+        name = 'robust_loss' if self.router_loss is None else 'router_loss'
+        for part in getattr(self, name).modules():
+            if isinstance(part, ClassGroupLoss) and not part.groups.experts_of(labels, num_experts).equal(expected):
+                raise ValueError(
+                    f'data_preprocessor.{key}.groups={cfg.get("groups", MODULO)!r} are not the groups of model.{name}: '
+                    f'by these, classes 0 to {len(labels) - 1} belong to experts '
+                    f'{part.groups.experts_of(labels, num_experts).tolist()}; give both the same groups'
+                )
 
     def _build_objectives(self, key: str, cfg: Union[dict, Sequence[dict]]) -> nn.ModuleList:
         cfgs = cfg if isinstance(cfg, (list, tuple)) else [cfg]

@@ -81,7 +81,8 @@ class RouterLabelLoss(RouterObjective):
     .. math:: L = \alpha \cdot CE(r(x), y \bmod N) + \beta \cdot KL(r(x) \,\|\, r(x'))
 
     with r(x) the router's logits, averaged over the routers and, where it reads them, over tokens. The first term asks
-    for a fixed expert per class, so every expert is used; the second keeps the route under attack.
+    for a fixed expert per class, so every expert is used (:class:`ClassGroupLoss` of clean images); the second keeps
+    the route under attack (:class:`RouterKLLoss`, but averaged over the routers).
 
     Args:
         alpha (float): Weight of the cross entropy, at least 0. Defaults to 6.
@@ -92,15 +93,14 @@ class RouterLabelLoss(RouterObjective):
 
     def __init__(self, alpha: float = 6.0, beta: float = 6.0) -> None:
         super().__init__()
-        self.alpha = check_weight('RouterLabelLoss.alpha', alpha)
+        self.label = ClassGroupLoss(weight=check_weight('RouterLabelLoss.alpha', alpha), images='clean')
         self.beta = check_weight('RouterLabelLoss.beta', beta)
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
         """Give ``loss_route_label`` and ``loss_route_robust``; ValueError for soft labels."""
         check_hard_labels('RouterLabelLoss', batch.target)
-        label = ClassGroups(MODULO).cross_entropy(batch.clean.routings, batch.target).mean()
         robust = _route_divergence(batch) / len(batch.clean.routings)
-        return dict(loss_route_label=self.alpha * label, loss_route_robust=self.beta * robust)
+        return dict(loss_route_label=self.label(batch)['loss_class_group'], loss_route_robust=self.beta * robust)
 
 
 @MODELS.register_module()
@@ -246,8 +246,8 @@ class RouterLoadLoss(AuxiliaryRouterLoss):
                 "RouterLoadLoss needs a router with noise: set backbone.routing='token' and backbone.router="
                 "dict(type='TokenRouter', noise=1.0), or use RouterImportanceLoss or RouterBalanceLoss"
             )
-        lack = (routing.threshold.unsqueeze(-1) - routing.logits) / routing.noise_std
-        chosen = 0.5 * torch.erfc(lack.float() / math.sqrt(2))
+        shortfall = (routing.threshold.unsqueeze(-1) - routing.logits) / routing.noise_std
+        chosen = 0.5 * torch.erfc(shortfall.float() / math.sqrt(2))
         return _squared_variation(_global_mean(chosen.flatten(0, -2).mean(dim=0)))
 
 

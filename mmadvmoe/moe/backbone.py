@@ -120,9 +120,9 @@ class MoEBackbone(BaseBackbone):
             )
         if getattr(kind, 'reads_images', False) and not self.placement.one_route_per_image:
             raise ValueError(
-                f'backbone.router.type={kind.__name__} is a network for whole images, of which '
-                f'backbone.routing={self.routing!r} would build one for each of {self.placement.num_routers} layers, '
-                f'each as costly as a pathway; set backbone.router=dict(_delete_=True, type={default!r})'
+                f'backbone.router.type={kind.__name__} reads images, but with backbone.routing={self.routing!r} each '
+                f'of {self.placement.num_routers} layers has a router, which reads what that layer is given; set '
+                f'backbone.router=dict(_delete_=True, type={default!r})'
             )
         given = cfg.setdefault('num_experts', self.num_experts)
         if given != self.num_experts:
@@ -236,7 +236,7 @@ class MoEBackbone(BaseBackbone):
         """
         if not self.num_routers:
             return self.network(x), ()
-        self.placement.check_route(route)
+        self.placement.check_route(route, len(x))
         with self.context.run(self.placement.router_names, len(x), route, with_logits, gated) as routes:
             return self.placement.forward(self, _with_contiguous_gradient(x), routes), routes.taken
 

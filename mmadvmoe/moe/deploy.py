@@ -7,6 +7,7 @@ exported cannot hold that. Here nothing depends on the data but values.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .backbone import MoEBackbone
 from .expert_ffn import ExpertFFN
 from .expert_layers import ExpertLayer, MoEConv2d
+from .placements import map_tensors
 from .routers import BaseRouter, TokenRouter
 from .token_routing import gate_of
 
@@ -78,14 +80,11 @@ def _dense_layer(layer: ExpertLayer, expert: int) -> nn.Module:
     return dense
 
 
-def _select(outputs: list[Any], expert: Tensor) -> Any:
+def _select(expert: Tensor, first: Tensor, *others: Tensor) -> Tensor:
     """From what each expert gave for the whole batch, what the expert of each image (B,) gave."""
-    if not isinstance(outputs[0], Tensor):
-        return type(outputs[0])(_select(list(each), expert) for each in zip(*outputs))
-    chosen = outputs[0]
-    for number, output in enumerate(outputs[1:], 1):
-        chosen = torch.where((expert == number).view(-1, *[1] * (output.dim() - 1)), output, chosen)
-    return chosen
+    for number, output in enumerate(others, 1):
+        first = torch.where((expert == number).view(-1, *[1] * (output.dim() - 1)), output, first)
+    return first
 
 
 class _AllPathways(nn.Module):
@@ -102,7 +101,7 @@ class _AllPathways(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """x: (B, C, H, W) -> features, in the order of the batch."""
-        return _select([pathway(x) for pathway in self.pathways], self.router(x).argmax(1))
+        return map_tensors(partial(_select, self.router(x).argmax(1)), *[pathway(x) for pathway in self.pathways])
 
 
 class _AllExperts(nn.Module):
@@ -115,7 +114,7 @@ class _AllExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, ...), as the dense layer takes it."""
-        return _select([expert(x) for expert in self.experts], self.router(x).argmax(1))
+        return _select(self.router(x).argmax(1), *[expert(x) for expert in self.experts])
 
 
 class _AllFFNs(nn.Module):
@@ -147,4 +146,4 @@ class _AllFFNs(nn.Module):
         for number, expert in enumerate(self.experts):
             weight = weights[..., number, None].to(tokens.dtype)
             total = total + torch.where(chosen[..., number, None] > 0, expert(tokens) * weight, 0.0)
-        return total.view(*x.shape[:-1], -1)
+        return total.view(x.shape)

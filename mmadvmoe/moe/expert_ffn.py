@@ -71,7 +71,7 @@ class ExpertFFN(nn.Module):
         rows = routing.dispatch(tokens.flatten(0, 1))
         for _, part in _leaves(self.experts):
             rows = part(rows, routing.computed) if isinstance(part, _TokenLinear) else part(rows)
-        return routing.combine(rows).view(*x.shape[:-1], -1)
+        return routing.combine(rows).view(*x.shape[:-1], rows.shape[-1])
 
 
 class _TokenLinear(MoELinear):

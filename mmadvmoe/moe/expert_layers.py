@@ -112,11 +112,10 @@ class ExpertLayer(nn.Module):
         """Each expert on its slice of the sorted batch."""
         weights = self.weight.chunk(self.num_experts)
         biases = [None] * self.num_experts if self.bias is None else self.bias.chunk(self.num_experts)
-        parts = [
-            self.compute(part, weights[n], biases[n])
-            for n, part in enumerate(x.split(routing.counts))
-            if routing.counts[n]
-        ]
+        # Of an empty batch the first expert, which gives nothing in the right shape.
+        experts = [n for n, count in enumerate(routing.counts) if count] or [0]
+        slices = x.split(routing.counts)
+        parts = [self.compute(slices[n], weights[n], biases[n]) for n in experts]
         if routing.gate is not None and torch.is_grad_enabled():
             return _GatedConcat.apply(routing.sort(routing.gate), *parts)
         return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -100,8 +100,8 @@ class _TakeRows(torch.autograd.Function):
         if kept is not None:
             rows = torch.where(kept[:, None], rows, 0)
         # A row that was taken for several slots gets the sum over them: slots are laid out choice by choice.
-        copies = len(rows) // ctx.num_rows
-        return (rows if copies == 1 else rows.unflatten(0, (copies, -1)).sum(0)), None, None, None
+        copies = len(rows) // max(ctx.num_rows, 1)
+        return (rows if copies <= 1 else rows.unflatten(0, (copies, -1)).sum(0)), None, None, None
 
 
 def take_rows(x: Tensor, take: Tensor, back: Tensor, kept: Optional[Tensor] = None) -> Tensor:

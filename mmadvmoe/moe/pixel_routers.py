@@ -34,6 +34,8 @@ class _Pixels(nn.Module):
 class _ReLURouter(BaseRouter):
     """Base of routers that are their :meth:`affine_maps`."""
 
+    reads_images = True
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> logits (B, N)."""
         first, *others = self.affine_maps()

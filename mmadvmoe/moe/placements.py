@@ -74,8 +74,8 @@ class Placement:
         """The converted layers, in the order of the network."""
         return [network.get_submodule(name) for name in self.layer_names]
 
-    def check_route(self, route: Optional[Route]) -> None:
-        """Check a given route: (B,), (B, L), or a routing for each router.
+    def check_route(self, route: Optional[Route], batch: int) -> None:
+        """Check a route given to ``batch`` images: (B,), (B, L), or a routing for each router.
 
         Raises:
             ValueError: It is none of these.
@@ -85,8 +85,11 @@ class Placement:
         if not isinstance(route, Tensor):
             if len(route) != self.num_routers:
                 raise ValueError(f'a route of {len(route)} routings was given to {self.num_routers} routers')
-        elif not self._fits(route):
-            raise ValueError(f'route must have shape (B,) or (B, {self.num_routers}), got {tuple(route.shape)}')
+        elif route.shape[:1] != (batch,) or not self._fits(route):
+            raise ValueError(
+                f'route must have shape (B,) or (B, {"T" if self.reads_tokens else self.num_routers}) for B={batch} '
+                f'images, got {tuple(route.shape)}'
+            )
 
     def _fits(self, route: Tensor) -> bool:
         return route.dim() == 1 or route.shape[1:] == (self.num_routers,)
@@ -121,7 +124,7 @@ class ImagePlacement(Placement):
         x = x.to(memory_format=layout)
         routing = routes.route(backbone.router, x)
         features = backbone.network(routing.sort(x).to(memory_format=layout))
-        return _map_tensors(lambda feature: routing.unsort(feature).contiguous(), features)
+        return map_tensors(lambda feature: routing.unsort(feature).contiguous(), features)
 
     def decide(self, backbone, x, gated):
         return (Routing.decide(backbone.router(x.to(memory_format=_fast_layout(backbone, x))), gate=None),)
@@ -197,8 +200,9 @@ def _fast_layout(backbone: nn.Module, x: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Union[Tensor, Sequence]) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map_tensors(function, item) for item in value)
+def map_tensors(function: Callable[..., Tensor], *values: Any) -> Any:
+    """Apply ``function`` to the tensors that stand at the same place of nested tuples or lists, all of one form."""
+    if isinstance(values[0], (tuple, list)):
+        return type(values[0])(map_tensors(function, *items) for items in zip(*values))
     # Some networks give None in place of what they compute in training alone.
-    return function(value) if isinstance(value, Tensor) else value
+    return function(*values) if isinstance(values[0], Tensor) else values[0]

@@ -31,7 +31,7 @@ class BaseRouter(BaseModule):
 
     Attributes:
         reads_tokens (bool): Whether it gives logits for each token, (B, T, N), rather than for each image.
-        reads_images (bool): Whether it is a network for images, too costly to stand in front of every layer.
+        reads_images (bool): Whether it reads the images themselves, and not what some layer is given.
     """
 
     reads_tokens = False

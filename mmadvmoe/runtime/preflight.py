@@ -245,7 +245,7 @@ def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
     advice = f'enlarge them, with a Resize in {key}.dataset.pipeline'
     device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
-    with Victim.from_classifier(model).frozen() as victim, torch.no_grad(), size_must_fit(image.shape, advice), counter:
+    with Victim(model).frozen() as victim, torch.no_grad(), size_must_fit(image.shape, advice), counter:
         victim(image[None].to(device) / 255)
     if victim.num_routers and key == 'train_dataloader':
         names = {id(module): f'.{name}' for name, module in victim.named_modules()}

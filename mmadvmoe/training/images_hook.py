@@ -65,7 +65,7 @@ class AdversarialImagesHook(Hook):
             raise ValueError(
                 'train_cfg.by_epoch=False: AdversarialImagesHook draws after epochs; set by_epoch=True or remove it'
             )
-        self._victim = Victim.from_classifier(bare_model(runner.model))
+        self._victim = Victim(runner.model)
         self._attack = build_attack(self.attack, self._victim)
 
     def after_train_epoch(self, runner: Runner) -> None:

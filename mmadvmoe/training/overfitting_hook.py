@@ -67,7 +67,7 @@ class CatastrophicOverfittingHook(Hook):
                 'train_cfg.by_epoch=False: CatastrophicOverfittingHook looks at the end of epochs; set by_epoch=True '
                 'or remove it'
             )
-        self._victim = Victim.from_classifier(bare_model(runner.model))
+        self._victim = Victim(runner.model)
         self._attack = build_attack(self.attack, self._victim)
 
     def after_train_iter(

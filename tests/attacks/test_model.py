@@ -23,14 +23,32 @@ def test_normalises_like_the_data_preprocessor(make_moe):
     model = make_moe(data_preprocessor=stats).eval()
     pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     inputs = model.data_preprocessor(dict(inputs=pixels))['inputs']
-    logits = Victim.from_classifier(model)(pixels / 255)
+    logits = Victim(model)(pixels / 255)
     torch.testing.assert_close(logits, model(inputs))
+    assert build_attack(dict(type='PGD'), model).victim(pixels / 255).equal(logits)
 
 
 def test_unnormalised_preprocessor_keeps_the_scale_of_pixels(make_moe):
     model = make_moe(data_preprocessor=dict()).eval()
     images = torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(Victim.from_classifier(model)(images), model(images * 255))
+    torch.testing.assert_close(Victim(model)(images), model(images * 255))
+
+
+def test_what_is_normalised_already_takes_no_second_opinion(make_tiny):
+    model = NormalizedClassifier(make_tiny(5)[0].classifier, num_classes=5)
+    assert Victim(model, num_classes=5).num_classes == 5
+    with pytest.raises(ValueError, match='num_classes=7, but the NormalizedClassifier has num_classes=5'):
+        Victim(model, num_classes=7)
+    with pytest.raises(TypeError, match='a Victim normalises by itself'):
+        Victim(Victim(model), nn.Identity())
+
+
+def test_the_mode_is_that_of_the_classifier(make_tiny):
+    model = NormalizedClassifier(make_tiny()[0].classifier.train())
+    assert model.training
+    model.classifier.eval()
+    assert not model.training
+    assert model.train().classifier.training
 
 
 def test_own_normalize_takes_precedence(make_tiny):
@@ -46,7 +64,7 @@ def test_own_normalize_takes_precedence(make_tiny):
 @pytest.mark.parametrize(('routing', 'routers'), [('image', 1), ('layer', 16)])
 def test_routes_are_read_held_and_forced(make_moe, routing, routers):
     model = make_moe(routing).eval()
-    victim = Victim.from_classifier(model)
+    victim = Victim(model)
     assert (victim.num_classes, victim.num_experts, victim.num_routers) == (4, 2, routers)
     images = torch.rand(6, 3, 8, 8)
     logits, routings = victim.forward_routed(images)
@@ -75,7 +93,7 @@ def test_dense_model_has_no_routes(make_tiny):
 
 def test_a_view_is_no_module_but_answers_for_the_classifier(make_moe):
     model = make_moe()
-    victim = Victim.from_classifier(model)
+    victim = Victim(model)
     assert not isinstance(victim, nn.Module)
     assert [id(p) for p in victim.parameters()] == [id(p) for p in model.parameters()]
     victim.eval()
@@ -93,7 +111,7 @@ def test_frozen_restores_every_flag_after_an_exception(make_moe):
     model.backbone.network.layer1[0].bn1.eval()
     model.backbone.router.requires_grad_(False)
     before = flags(model)
-    victim = Victim.from_classifier(model)
+    victim = Victim(model)
     with pytest.raises(KeyError, match='inside'), victim.frozen():
         assert not any(flag for part in flags(model) for flag in part.values())
         with victim.frozen():
@@ -112,7 +130,7 @@ def test_deep_copy_of_a_robust_classifier_attacks_the_copy(make_moe):
         data_preprocessor=dict(type='AdvDataPreprocessor', attack=attack),
     )
     # A plain attribute, which registers nothing and closes no circle of submodules.
-    model.data_preprocessor.view = Victim.from_classifier(model)
+    model.data_preprocessor.view = Victim(model)
     twin = copy.deepcopy(model)
     victim = twin.data_preprocessor.view
     assert victim.classifier is twin and model.data_preprocessor.view.classifier is model
@@ -127,7 +145,7 @@ def test_takes_a_distributed_wrapper_off(make_tiny, tmp_path):
     try:
         victim, _, _ = make_tiny()
         wrapped = MMDistributedDataParallel(victim.classifier)
-        assert Victim.from_classifier(wrapped).classifier is victim.classifier
+        assert Victim(wrapped).classifier is victim.classifier
     finally:
         torch.distributed.destroy_process_group()
 
@@ -174,7 +192,7 @@ def test_refuses_what_gives_no_logits(make_tiny, make_moe):
 @pytest.fixture
 def normalized(make_moe):
     stats = dict(type='AdvDataPreprocessor', mean=[120.0, 110.0, 100.0], std=[50.0, 60.0, 70.0])
-    model = NormalizedClassifier.from_classifier(make_moe(classifier='RobustClassifier', data_preprocessor=stats))
+    model = NormalizedClassifier(make_moe(classifier='RobustClassifier', data_preprocessor=stats))
     nn.init.normal_(model.classifier.head.fc.weight)
     return model.eval()
 
@@ -240,7 +258,7 @@ def test_a_copy_made_inside_a_freeze_is_not_held_by_it(normalized):
 @pytest.mark.parametrize('batch', [1, 4])
 def test_gradients_are_contiguous_whatever_the_routes(make_moe, routing, batch):
     """torchattacks flattens gradients with view()."""
-    victim = Victim.from_classifier(make_moe(routing).eval())
+    victim = Victim(make_moe(routing).eval())
     nn.init.normal_(victim.classifier.head.fc.weight)
     images = torch.rand(batch, 3, 8, 8)
     labels = victim(images).argmax(1)
@@ -268,6 +286,6 @@ def test_activation_checkpointing_is_off_while_attacked_and_on_again(name):
             module.with_cp = True
     images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
     cfg = dict(type=name, eps=0.1, steps=2) | (dict(attacks_to_run=['apgd-ce']) if name == 'AutoAttack' else {})
-    ours, theirs = (build_attack(cfg, Victim.from_classifier(each))(images, labels, seed=0) for each in (model, saving))
+    ours, theirs = (build_attack(cfg, Victim(each))(images, labels, seed=0) for each in (model, saving))
     assert ours.equal(theirs) and not ours.equal(images)
     assert saving.backbone.layer1[0].with_cp

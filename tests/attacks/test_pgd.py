@@ -31,7 +31,7 @@ def test_restarts_keep_the_worst_of_each_image(make_tiny):
 
 @pytest.mark.parametrize(('routing', 'num_experts'), [('image', 3), ('layer', 2)])
 def test_held_route_is_the_clean_one_in_our_pgd_and_in_any_attack(make_moe, routing, num_experts):
-    victim = Victim.from_classifier(make_moe(routing, num_experts).eval())
+    victim = Victim(make_moe(routing, num_experts).eval())
     images = torch.rand(8, 3, 8, 8)
     labels = victim(images).argmax(1)
     route = torch.cat([routing.decisions for routing in victim.forward_routed(images)[1]], dim=1)
@@ -60,7 +60,7 @@ def test_on_a_dense_model_there_is_no_route_to_hold(make_tiny):
 
 @pytest.mark.parametrize('name', ['AutoAttack', 'APGDT', 'FAB', 'Square', 'TRADESAttack', 'DeepFool', 'CW', 'SPSA'])
 def test_attacks_of_any_kind_run_with_the_route_held(make_moe, name):
-    victim = Victim.from_classifier(make_moe(num_experts=3).eval())
+    victim = Victim(make_moe(num_experts=3).eval())
     images = torch.rand(5, 3, 8, 8)
     labels = victim(images).argmax(1)
     quick = {
@@ -75,7 +75,7 @@ def test_attacks_of_any_kind_run_with_the_route_held(make_moe, name):
 
 
 def test_a_held_route_is_taken_by_all_images(make_moe):
-    victim = Victim.from_classifier(make_moe().eval())
+    victim = Victim(make_moe().eval())
     images = torch.rand(2, 3, 8, 8)
     for expert in (0, 1):
         held = HeldVictim(victim, torch.tensor([expert]))

@@ -107,7 +107,7 @@ def test_beats_a_masked_router(scale, norm):
 
 @pytest.mark.parametrize(('routing', 'num_experts'), [('image', 2), ('image', 3), ('layer', 2)])
 def test_stays_in_the_ball_and_is_at_least_as_strong_as_each_run(make_moe, routing, num_experts):
-    victim = Victim.from_classifier(make_moe(routing, num_experts).eval())
+    victim = Victim(make_moe(routing, num_experts).eval())
     images = torch.rand(8, 3, 8, 8)
     labels = victim(images).argmax(1)
     eps = 0.02
@@ -128,7 +128,7 @@ def test_stays_in_the_ball_and_is_at_least_as_strong_as_each_run(make_moe, routi
 
 def test_work_per_image(make_moe):
     """N + 1 runs of ``steps`` passes for an image that survives; none for one that is fooled."""
-    victim = Victim.from_classifier(make_moe(num_experts=2).eval())
+    victim = Victim(make_moe(num_experts=2).eval())
     images = torch.rand(6, 3, 8, 8)
     labels = victim(images).argmax(1)
     labels[:2] = (labels[:2] + 1) % 4
@@ -143,7 +143,7 @@ def test_work_per_image(make_moe):
 
 
 def test_one_image_and_none_to_attack(make_moe):
-    victim = Victim.from_classifier(make_moe().eval())
+    victim = Victim(make_moe().eval())
     images = torch.rand(1, 3, 8, 8)
     labels = victim(images).argmax(1)
     attack = build_attack(dict(type='RoutePGD', eps=0.3, alpha=0.1, steps=3), victim)

@@ -12,7 +12,7 @@ def changed(victim, images, adversarial):
 @pytest.mark.parametrize(('routing', 'num_experts'), [('image', 2), ('image', 3), ('layer', 2)])
 @pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.1), ('L2', 1.0), ('L1', 12.0)])
 def test_changes_more_routes_than_noise_and_than_an_attack_on_the_class(make_moe, routing, num_experts, norm, eps):
-    victim = Victim.from_classifier(make_moe(routing, num_experts).eval())
+    victim = Victim(make_moe(routing, num_experts).eval())
     images = torch.rand(12, 3, 8, 8)
     labels = victim(images).argmax(1)
     common = dict(eps=eps, alpha=eps / 4, steps=8, norm=norm)
@@ -29,7 +29,7 @@ def test_changes_more_routes_than_noise_and_than_an_attack_on_the_class(make_moe
 
 
 def test_huge_and_tiny_logits_are_attacked_alike(make_moe):
-    victim = Victim.from_classifier(make_moe().eval())
+    victim = Victim(make_moe().eval())
     images = torch.rand(12, 3, 8, 8)
     attack = build_attack(dict(type='RouterAttack', eps=0.05, alpha=0.01, steps=8), victim)
     shares = []
@@ -43,7 +43,7 @@ def test_huge_and_tiny_logits_are_attacked_alike(make_moe):
 
 
 def test_restarts_and_steps_only_add(make_moe):
-    victim = Victim.from_classifier(make_moe('layer').eval())
+    victim = Victim(make_moe('layer').eval())
     images = torch.rand(12, 3, 8, 8)
     common = dict(type='RouterAttack', eps=0.02, alpha=0.005)
     one, more = (build_attack(dict(common, steps=2, restarts=n), victim)(images, seed=0) for n in (1, 4))

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from small_mixtures import UNIT
 from torch import nn
 
 from mmadvmoe.apis import inference
@@ -62,7 +63,7 @@ def jobs(model, images, routed):
 
 @pytest.mark.parametrize(('kind', 'calls'), [('dense', 200), ('image', 400), ('layer', 100)])
 def test_four_threads_get_what_one_gets(make_tiny, make_moe, kind, calls):
-    classifier = make_tiny()[0].classifier if kind == 'dense' else make_moe(kind)
+    classifier = make_tiny()[0].classifier if kind == 'dense' else make_moe(kind, data_preprocessor=UNIT)
     model = NormalizedClassifier(classifier.eval())
     # A mixture of flags that must come back.
     model.classifier.head.requires_grad_(False)
@@ -97,3 +98,11 @@ def test_the_last_one_out_restores_the_flags():
         event.set()
         thread.join()
     assert flags(model) == before
+
+
+def test_what_one_thread_holds_does_not_decide_what_another_is_refused(make_tiny):
+    victim, images, _ = make_tiny()
+    with victim.frozen(), ThreadPoolExecutor(1) as pool:
+        assert victim(images * 255).isfinite().all()
+        with pytest.raises(ValueError, match=r'must be in \[0, 1\]'):
+            pool.submit(victim, images * 255).result()

@@ -34,7 +34,7 @@ def make_victim():
             torch.nn.init.normal_(module.weight)
         torch.nn.init.normal_(model.head.fc.weight)
         model.eval()
-        return Victim.from_classifier(model)
+        return Victim(model)
 
     return make
 

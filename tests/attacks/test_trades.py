@@ -46,7 +46,7 @@ def test_raises_the_divergence_inside_the_ball(make_tiny, norm, steps):
 
 
 def test_router_weight_moves_the_router(make_moe):
-    victim = Victim.from_classifier(make_moe().eval())
+    victim = Victim(make_moe().eval())
     images = torch.rand(8, 3, 8, 8)
 
     def moved(router_weight):
@@ -61,7 +61,7 @@ def test_router_weight_moves_the_router(make_moe):
 @pytest.mark.parametrize('gated', [False, True])
 def test_the_gate_is_in_the_gradient_only_on_request(make_moe, gated):
     """With hard routing the router gets a gradient from the class logits by the gate alone."""
-    victim = Victim.from_classifier(make_moe().eval())
+    victim = Victim(make_moe().eval())
     images = torch.rand(4, 3, 8, 8)
     attack = TRADESAttack(victim, eps=0.1, alpha=0.02, steps=1, router_weight=0.0, gated=gated)
     seen = []

@@ -9,7 +9,7 @@ from mmadvmoe.moe import router_modules
 
 @pytest.fixture(params=['image', 'layer'])
 def victim(make_moe, request):
-    victim = Victim.from_classifier(make_moe(request.param)).eval()
+    victim = Victim(make_moe(request.param)).eval()
     victim.classifier.head.fc.weight.data.normal_()
     return victim
 
@@ -69,7 +69,7 @@ def test_other_logits_give_the_same_predictions_and_routes(victim):
 @pytest.mark.parametrize('expert', [0, 1])
 def test_a_forced_route_is_taken(make_moe, expert):
     """With labels that no attack can spoil, all that is left to do is to change the route."""
-    victim = Victim.from_classifier(make_moe('image')).eval()
+    victim = Victim(make_moe('image')).eval()
     victim.classifier.head.fc.weight.data.zero_()
     victim.classifier.head.fc.bias.data.copy_(torch.arange(4.0))
     router = victim.classifier.backbone.router

@@ -33,7 +33,7 @@ def mixture(router, num_experts=3, **preprocessor):
     model = dict(
         type='ImageClassifier', backbone=backbone, neck=neck, head=head, data_preprocessor=preprocessor or None
     )
-    victim = Victim.from_classifier(MODELS.build(model)).eval()
+    victim = Victim(MODELS.build(model)).eval()
     fc = victim.classifier.backbone.router.fc
     nn.init.normal_(fc.weight)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmpretrain.registry import DATASETS, MODELS
-from small_mixtures import TinyPathway  # noqa: F401  (registers parts of mixtures)
+from small_mixtures import UNIT
 from torch import nn
 
 import mmadvmoe  # noqa: F401
@@ -39,7 +39,7 @@ class Quantiser(nn.Module):
 
 def classifier(backbone):
     head = dict(type='LinearClsHead', num_classes=10, in_channels=256)
-    return MODELS.build(dict(type='ImageClassifier', backbone=backbone, head=head)).eval()
+    return MODELS.build(dict(type='ImageClassifier', data_preprocessor=UNIT, backbone=backbone, head=head)).eval()
 
 
 @pytest.fixture(scope='module')

@@ -49,7 +49,7 @@ def test_only_active_experts_cost(top_k):
 
 
 def test_outcomes_hold_the_experts_of_all_tokens():
-    victim = Victim.from_classifier(classifier(top_k=2))
+    victim = Victim(classifier(top_k=2))
     images = torch.rand(6, 3, 8, 8)
     attack = build_attack(dict(type='PGD', eps=0.2, alpha=0.1, steps=3), victim)
     labels = victim(images).argmax(1)

@@ -42,7 +42,7 @@ def case() -> tuple[Victim, Tensor, Tensor]:
     )
     model.init_weights()
     images = torch.rand(48, 3, 8, 8)
-    victim = Victim.from_classifier(model)
+    victim = Victim(model)
     with torch.no_grad():
         victim(images)  # norm statistics of these images spread the predictions
         model.eval()

@@ -54,7 +54,10 @@ def test_a_known_attack_goes_before_a_standard_one() -> None:
 
 def test_a_given_radius_counts_for_all() -> None:
     chosen = choose_attacks(['pgd50', 'pgd10', 'jsma', 'default'], KNOWN | dict(default=dict(type='PGD')), eps=0.1)
-    assert chosen['default'] == dict(type='PGD', eps=0.1)
+    # The step goes with it where the config leaves both to their defaults, 2 and 8 of 255, or one of them.
+    assert chosen['default'] == dict(type='PGD', eps=0.1, alpha=pytest.approx(0.025))
+    half = choose_attacks(['a', 'b'], dict(a=dict(type='PGD', eps=0.1), b=dict(type='PGD', alpha=0.01)), eps=0.2)
+    assert [half[name]['alpha'] for name in 'ab'] == pytest.approx([4 / 255, 0.01 * 0.2 / (8 / 255)])
     assert chosen['pgd50']['eps'] == 0.1 and chosen['pgd50']['alpha'] == pytest.approx(0.01)
     assert chosen['pgd10']['eps'] == 0.1
     assert chosen['jsma'] == KNOWN['jsma']
@@ -86,6 +89,8 @@ def test_two_radii_leave_none_to_choose() -> None:
     known = dict(a=dict(type='PGD', eps=0.1), b=dict(type='PGD', eps=0.2))
     with pytest.raises(ValueError, match=r'the attacks of the config have \[0\.1, 0\.2\]'):
         choose_attacks(['pgd50'], known)
+    with pytest.raises(ValueError, match=r'the attacks of the config have \[0\.031.*, 0\.1\]'):
+        choose_attacks(['pgd50'], dict(known, b=dict(type='PGD')))
 
 
 class _Mixture(nn.Module):

@@ -401,7 +401,7 @@ def not_finite_in_training(folder, number):
 def not_finite_in_test(folder, number):
     """Pixels or a router that are not finite stop an evaluation."""
     value = float(('nan', 'inf', '-inf')[number % 3])
-    victim = Victim.from_classifier(MODELS.build(model_cfg())).eval()
+    victim = Victim(MODELS.build(model_cfg())).eval()
     images, labels = torch.rand(4, 3, 8, 8), torch.arange(4) % 3
     if number // 3 % 2:
         images[1, 2, 3, 4] = value

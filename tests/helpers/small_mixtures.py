@@ -8,6 +8,9 @@ import mmadvmoe  # noqa: F401
 from mmadvmoe.attacks import Victim
 from mmadvmoe.moe import BaseRouter, router_modules
 
+#: A data preprocessor for networks of images in [0, 1].
+UNIT = dict(mean=[0.0] * 3, std=[255.0] * 3)
+
 
 @MODELS.register_module(force=True)
 class TinyPathway(nn.Module):
@@ -38,6 +41,7 @@ def two_experts(weights, biases):
     model = MODELS.build(
         dict(
             type='ImageClassifier',
+            data_preprocessor=UNIT,
             backbone=dict(
                 type='MoEBackbone',
                 num_experts=2,
@@ -89,7 +93,7 @@ def mixture_cfg(routing, num_experts=3):
     )
     head = dict(type='LinearClsHead', num_classes=4, in_channels=16 if token else 8)
     neck = None if token else dict(type='GlobalAveragePooling')
-    return dict(type='ImageClassifier', backbone=backbone, neck=neck, head=head)
+    return dict(type='ImageClassifier', data_preprocessor=UNIT, backbone=backbone, neck=neck, head=head)
 
 
 def random_mixture(routing, num_experts=3):

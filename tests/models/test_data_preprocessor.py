@@ -47,13 +47,13 @@ def test_pair_adds_adversarial_inputs_in_the_scale_of_the_network(normalisation,
 def test_replace_gives_adversarial_inputs_alone():
     model = make_classifier('ImageClassifier', attack=PGD, mode='replace', **IMAGENET)
     preprocessor, data = model.data_preprocessor, make_data()
-    preprocessor.bind_victim(Victim.from_classifier(model))
+    preprocessor.bind_victim(Victim(model))
     torch.manual_seed(0)
     batch = preprocessor(data, training=True)
     assert set(batch) == {'inputs', 'data_samples'}
     paired = make_classifier('ImageClassifier', attack=PGD, **IMAGENET)
     paired.load_state_dict(model.state_dict())
-    paired.data_preprocessor.bind_victim(Victim.from_classifier(paired))
+    paired.data_preprocessor.bind_victim(Victim(paired))
     torch.manual_seed(0)
     assert batch['inputs'].equal(paired.data_preprocessor(make_data(), training=True)['adv_inputs'])
 

@@ -11,6 +11,11 @@ from mmadvmoe.moe import split_parameters
 
 GROUPS = [[0, 2], [1, 3]]
 ATTACK = dict(type='TRADESAttack', eps=0.1, alpha=0.05, steps=2, router_weight=0.0, route='held')
+PREPROCESSOR = dict(
+    type='AdvDataPreprocessor',
+    attack=ATTACK,
+    router_attack=dict(type='ClassGroupAttack', groups=GROUPS, eps=0.1, alpha=0.05, steps=3),
+)
 
 
 def build(routing='image', **cfg):
@@ -19,11 +24,7 @@ def build(routing='image', **cfg):
     model = dict(
         type='RobustClassifier',
         route='held',
-        data_preprocessor=dict(
-            type='AdvDataPreprocessor',
-            attack=ATTACK,
-            router_attack=dict(type='ClassGroupAttack', groups=GROUPS, eps=0.1, alpha=0.05, steps=3),
-        ),
+        data_preprocessor=PREPROCESSOR,
         backbone=dict(
             type='MoEBackbone',
             num_experts=2,
@@ -54,7 +55,7 @@ def test_experts_learn_on_the_pathway_of_the_clean_image(routing):
     data = model.data_preprocessor(batch('experts'), training=True)
     losses = model.loss(**data)
     clean, adversarial = data['inputs'], data['adv_inputs']
-    route = clean_route(Victim.from_classifier(model), model.data_preprocessor.to_unit(clean))
+    route = clean_route(Victim(model), model.data_preprocessor.to_unit(clean))
     features = model.backbone.forward_routed(adversarial, route)[0]
     expected = 6 * kl_divergence(model(clean), model.head(features)).mean()
     torch.testing.assert_close(losses['loss_robust'], expected)
@@ -75,7 +76,7 @@ def test_free_experts_learn_where_an_attack_sends_images():
         router.fc.bias -= router(torch.rand(64, 3, 8, 8)).mean(0)
     data = model.data_preprocessor(batch('experts'), training=True)
     losses = model.loss(**data)
-    victim = Victim.from_classifier(model)
+    victim = Victim(model)
     clean, adversarial = (
         clean_route(victim, model.data_preprocessor.to_unit(data[k])) for k in ('inputs', 'adv_inputs')
     )
@@ -90,7 +91,7 @@ def test_free_experts_learn_where_an_attack_sends_images():
 
 
 def test_the_attack_is_against_the_pathway_of_the_clean_image():
-    victim = Victim.from_classifier(build().eval())
+    victim = Victim(build().eval())
     images = torch.rand(16, 3, 8, 8)
     with torch.no_grad():
         clean, route = victim(images), clean_route(victim, images)
@@ -123,7 +124,7 @@ def test_the_router_learns_its_groups_under_attack():
 @pytest.mark.parametrize('routing', ['image', 'layer'])
 def test_the_attack_on_groups_raises_their_cross_entropy(routing):
     model = build(routing, data_preprocessor=dict(attack=ATTACK)).eval()
-    victim, images, labels = Victim.from_classifier(model), torch.rand(12, 3, 8, 8), torch.arange(12) % 4
+    victim, images, labels = Victim(model), torch.rand(12, 3, 8, 8), torch.arange(12) % 4
     attack = build_attack(dict(type='ClassGroupAttack', groups=GROUPS, eps=0.1, alpha=0.03, steps=8), victim)
     adversarial = attack(images, labels, seed=0)
     assert (adversarial - images).abs().max() <= 0.1 + 1e-6
@@ -145,8 +146,25 @@ def test_the_attack_on_groups_raises_their_cross_entropy(routing):
             dict(data_preprocessor=dict(attack=ATTACK, router_attack=dict(type='ClassGroupAttack', groups=[[0], [1]]))),
             'groups holds 2 classes',
         ),
+        (
+            dict(data_preprocessor=PREPROCESSOR | dict(attack=dict(ATTACK, route='gate'))),
+            r"model\.route='held', but data_preprocessor\.attack\.route='gate'",
+        ),
+        (
+            dict(router_loss=dict(type='ClassGroupLoss', groups=[[0, 1], [2, 3]])),
+            r'data_preprocessor\.router_attack\.groups=.* are not the groups of model\.router_loss.*\[0, 0, 1, 1\]',
+        ),
     ],
 )
 def test_mistakes_are_named_when_the_model_is_built(cfg, error):
     with pytest.raises(ValueError, match=error):
         build(**cfg)
+
+
+def test_what_agrees_may_be_written_in_two_ways():
+    attack = dict(PREPROCESSOR['router_attack'], groups='modulo')
+    build(data_preprocessor=dict(PREPROCESSOR, router_attack=attack))
+    # In joint training one attack is on routes and pathways.
+    both = dict(ATTACK, route='gate')
+    for router_attack in (None, both):
+        build(data_preprocessor=dict(attack=both, router_attack=router_attack), router_loss=None)

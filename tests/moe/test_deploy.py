@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmpretrain.registry import MODELS
-from small_mixtures import random_mixture
+from small_mixtures import UNIT, random_mixture
 from torch import nn
 
 from mmadvmoe.attacks import NormalizedClassifier
@@ -80,7 +80,7 @@ def test_layers_of_every_form_and_dense_models() -> None:
     torch.manual_seed(0)
     conv = dict(type='ResNet_CIFAR', depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
     backbone = dict(type='MoEBackbone', num_experts=2, include=['layer1.*conv'], backbone=dict(conv, base_channels=4))
-    cfg = dict(type='ImageClassifier', neck=dict(type='GlobalAveragePooling'))
+    cfg = dict(type='ImageClassifier', data_preprocessor=UNIT, neck=dict(type='GlobalAveragePooling'))
     cfg['head'] = dict(type='LinearClsHead', num_classes=3, in_channels=4)
     for built in (backbone, dict(conv, base_channels=4)):
         model = NormalizedClassifier(MODELS.build(dict(cfg, backbone=built))).eval()

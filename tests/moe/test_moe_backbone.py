@@ -17,7 +17,7 @@ from mmadvmoe.moe import (
     router_modules,
     split_parameters,
 )
-from mmadvmoe.moe.placements import _map_tensors
+from mmadvmoe.moe.placements import map_tensors
 
 RESNET = dict(
     backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4), include=[r'layer\d\.\d\.conv\d']
@@ -260,8 +260,10 @@ def test_expert_layers_of_convnext_are_convolutions_and_linear_layers():
         (dict(gate='soft'), "gate='soft'"),
         (
             dict(routing='layer', router=dict(type='ResNetRouter')),
-            r"ResNetRouter is a network for whole images.*one for each of 16 layers.*_delete_=True, type='LayerRouter'",
+            r"ResNetRouter reads images, but .*each of 16 layers.*_delete_=True, type='LayerRouter'",
         ),
+        (dict(routing='layer', router=dict(type='MLPRouter', image_size=8)), 'MLPRouter reads images'),
+        (dict(routing='layer', router=dict(type='ConvRouter', image_size=8)), 'ConvRouter reads images'),
         (dict(router=dict(type='ResNetRouter', num_experts=2)), 'router.num_experts=2.*num_experts=3'),
     ],
 )
@@ -302,6 +304,20 @@ def test_a_bad_route_is_named():
         model.forward_routed(images(), torch.full((8,), 3))
     with pytest.raises(ValueError, match='shape'):
         model.forward_routed(images(), torch.zeros(8, 2, dtype=torch.long))
+    for short in (torch.zeros(2, dtype=torch.long), torch.tensor(0)):
+        with pytest.raises(ValueError, match=r'for B=8 images, got \((2,)?\)'):
+            model.forward_routed(images(), short)
+
+
+@pytest.mark.parametrize('routing', ['image', 'layer', 'token'])
+def test_no_images_give_no_features(routing):
+    model = token_mixture() if routing == 'token' else build(routing=routing)
+    x = images(2)[:, :, :8, :8]
+    shape, nothing = model(x)[0].shape, x[:0].requires_grad_()
+    features, routings = model.forward_routed(nothing)
+    assert features[0].shape == (0, *shape[1:]) and not any(len(routing.expert) for routing in routings)
+    (grad,) = torch.autograd.grad(features[0].sum(), nothing)
+    assert grad.shape == nothing.shape
 
 
 def test_an_expert_layer_outside_its_backbone_says_so():
@@ -431,7 +447,7 @@ def test_a_layer_that_is_given_windows_is_named(routing):
 
 
 def test_an_output_of_training_alone_stays_none():
-    aux, features = _map_tensors(torch.neg, (None, torch.ones(2)))
+    aux, features = map_tensors(torch.neg, (None, torch.ones(2)))
     assert aux is None and features.equal(-torch.ones(2))
 
 

@@ -180,7 +180,7 @@ class Training:
 
     @torch.no_grad()
     def _clean(self) -> tuple:
-        with Victim.from_classifier(self.model).frozen() as victim:
+        with Victim(self.model).frozen() as victim:
             return victim.forward_routed(self.images)
 
     def _step(self, turn: str) -> Tensor:
