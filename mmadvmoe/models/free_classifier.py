@@ -62,11 +62,17 @@ class FreeClassifier(ImageClassifier):
 
         Raises:
             TypeError: The optimizers take turns.
+        ValueError: Gradients are accumulated.
             NonFiniteError: A loss is not finite.
         """
         if isinstance(optim_wrapper, OptimWrapperDict):
             raise TypeError(
                 'FreeClassifier trains all parameters together: leave out AlternatingOptimHook and its groups'
+            )
+        if optim_wrapper._accumulative_counts > 1:
+            raise ValueError(
+                f'optim_wrapper.accumulative_counts={optim_wrapper._accumulative_counts}: FreeClassifier updates the '
+                'weights each time it goes over a batch; leave it at 1'
             )
         with optim_wrapper.optim_context(self):
             batch = self.data_preprocessor(data, True)
@@ -74,6 +80,7 @@ class FreeClassifier(ImageClassifier):
         offset = self._offset
         if offset is None or offset.shape != images.shape:
             offset = torch.zeros_like(images)
+        offset = offset.to(images.device)
         self._in_step = True
         try:
             for _ in range(self.replays):
@@ -88,6 +95,14 @@ class FreeClassifier(ImageClassifier):
             self._in_step = False
         self._offset = offset.detach()
         return log_vars
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The perturbation that the next batch begins with, for an exact resume."""
+        return {} if self._offset is None else dict(offset=self._offset.cpu())
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what :meth:`training_state` gave."""
+        self._offset = state.get('offset')
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """The head's loss.

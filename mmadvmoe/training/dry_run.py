@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +40,7 @@ class DryRun:
         iterations (dict[str, int]): How many of them the whole training has.
         val_seconds (float): Of one validation; 0 without one.
         validations (int): How many of them the whole training has.
-        memory (int): Bytes at the peak, of the GPU or, without one, of the process.
+        memory (int): Bytes at the peak, of the GPU or, without one, of the process; 0 where the system does not tell.
         checkpoint (int): Bytes of a checkpoint.
         device (str): Where it ran.
     """
@@ -155,10 +154,12 @@ def _shorten(cfg: Config) -> Optional[TurnSchedule]:
         cfg.val_cfg.chunk_size = VAL_IMAGES
     for hook in cfg.get('custom_hooks') or []:
         if hook['type'] in (AlternatingOptimHook, AlternatingOptimHook.__name__):
-            keys = {key: hook.pop(key) for key in ('k_experts', 'k_router', 'warmup_iters') if key in hook}
+            whole = {key: value for key, value in hook.items() if key in {each.name for each in fields(TurnSchedule)}}
+            for key in ('k_experts', 'k_router', 'warmup_iters', 'router_first_iters'):
+                hook.pop(key, None)
             groups = {name: cfg.optim_wrapper[name] for name in ('experts', 'router')}
             counts = {name: group.pop('accumulative_counts', 1) for name, group in groups.items()}
-            return TurnSchedule(**keys, reuse_batch=hook.get('reuse_batch', False), accumulative_counts=counts)
+            return TurnSchedule(**whole, accumulative_counts=counts)
     return None
 
 
@@ -187,5 +188,9 @@ def _now() -> float:
 def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
     # In KiB but on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

@@ -92,6 +92,22 @@ def test_free_training_is_algorithm_1_of_the_paper():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
 
 
+def test_free_training_is_resumed_exactly(tmp_path):
+    def run(epochs, **overrides):
+        model = classifier_cfg('FreeClassifier', data_preprocessor={}, eps=0.1, replays=2)
+        cfg = run_cfg(tmp_path, epochs=epochs, model=model, **overrides)
+        cfg.custom_hooks = [dict(type='ExactResumeHook')]
+        cfg.optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.05))
+        cfg.default_hooks.checkpoint.interval = 1
+        runner = build_runner(cfg)
+        runner.train()
+        return runner.model.state_dict()
+
+    whole = run(2)
+    resumed = run(2, resume=True, load_from=str(tmp_path / 'epoch_1.pth'))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 def test_free_training_of_a_mixture_and_of_batches_of_two_sizes():
     model = free_classifier(backbone=classifier_cfg(moe=True)['backbone'], replays=2).train()
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), 0.05))
@@ -109,6 +125,10 @@ def test_mistakes_of_free_training_are_named():
         free_classifier(eps=8)
     with pytest.raises(TypeError, match='without an attack'):
         make_classifier('FreeClassifier', attack=dict(type='FGSM'))
+    with pytest.raises(ValueError, match='accumulative_counts=2'):
+        model = free_classifier()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        model.train().train_step(make_data(), OptimWrapper(optimizer, accumulative_counts=2))
     model = free_classifier()
     data = model.data_preprocessor(make_data(), True)
     with pytest.raises(RuntimeError, match='trains in one process'):

@@ -41,6 +41,11 @@ def test_an_alternating_training(tmp_path):
     assert min(*found.seconds.values(), found.val_seconds, found.memory, found.checkpoint) > 0
 
 
+def test_a_router_that_learns_first_and_is_frozen(tmp_path):
+    found = dry_run(run_cfg(tmp_path, dict(router_first_iters=4, k_router=0), epochs=3))
+    assert found.iterations == dict(router=4, experts=8)
+
+
 def test_both_turns_on_one_batch(tmp_path):
     found = dry_run(run_cfg(tmp_path, dict(reuse_batch=True)))
     assert found.iterations == dict(experts=8) and found.validations == 0
