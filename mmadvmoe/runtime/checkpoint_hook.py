@@ -17,7 +17,7 @@ from mmadvmoe.utils import PARTIAL
 from .atomic import AtomicLocalBackend, use_atomic_files
 from .checkpoint_folder import POINTER, CheckpointFolder
 from .lock import FolderLock, in_first_process
-from .safe_load import CheckpointError, check_state_dict
+from .safe_load import CheckpointError, check_can_be_loaded, check_state_dict
 
 
 class _RemoveLater:
@@ -137,7 +137,12 @@ class SafeCheckpointHook(CheckpointHook):
         check_state_dict(runner.model, checkpoint, filename)
 
     def before_train(self, runner: Runner) -> None:
-        """Move what another training has left in the folder, and tidy up what a killed run has."""
+        """Move what another training has left in the folder, and tidy up what a killed run has.
+
+        Raises:
+            ValueError: The state of a scheduler is such that no checkpoint of the run could be loaded.
+        """
+        _check_schedulers(runner)
         self._training = True
         info = runner.message_hub.runtime_info
         if self._own is not None:
@@ -246,3 +251,15 @@ def _trains(runner: Runner) -> bool:
     It builds both before it runs. The loop alone is built by whoever looks at ``runner.train_loop``, too.
     """
     return isinstance(runner._train_loop, BaseLoop) and isinstance(runner.optim_wrapper, OptimWrapper)
+
+
+def _check_schedulers(runner: Runner) -> None:
+    built = runner.param_schedulers or []
+    for name, parts in built.items() if isinstance(built, dict) else [(None, built)]:
+        for part in parts:
+            key = 'param_scheduler' if name is None else f'param_scheduler.{name}'
+            check_can_be_loaded(
+                part.state_dict(),
+                f'{key}: {type(part).__name__}',
+                'choose other schedules, such as LinearLR up and CosineAnnealingLR down in place of OneCycleLR',
+            )

@@ -8,6 +8,7 @@ of numbers. They are added here in the narrowest form that loads such a checkpoi
 
 from __future__ import annotations
 
+import io
 import os
 import os.path as osp
 import pickle
@@ -177,6 +178,30 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
             f'Checkpoint {filename!r} does not fit the model. Tensors {"; ".join(problems)}. Use the config that the '
             'checkpoint was trained with. To start training from the tensors that do fit, set `load_from` and '
             '`resume=False`.'
+        ) from error
+
+
+def check_can_be_loaded(state: Any, what: str, cure: str) -> None:
+    """Check that what is going to be saved will load.
+
+    Args:
+        state: A part of a checkpoint, small as it is written into memory.
+        what: Names the part in the message.
+        cure: What to do.
+
+    Raises:
+        ValueError: It holds something else than numbers, text and tensors, such as a function.
+    """
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        held = found[1] if found else 'something that is neither number, text nor tensor'
+        raise ValueError(
+            f'{what} would be saved with {held}, and no checkpoint with it can be loaded again: {cure}'
         ) from error
 
 

@@ -344,3 +344,21 @@ def test_a_runner_that_has_trained_validates_without_saving(tmp_path):
 def test_deprecated_file_client_is_refused():
     with pytest.raises(ValueError, match='default_hooks.checkpoint.file_client_args'):
         SafeCheckpointHook(file_client_args=dict(backend='disk'))
+
+
+def test_a_schedule_whose_checkpoints_would_not_load_is_refused_before_training(tmp_path):
+    cfg = cfg_of(tmp_path, 1)
+    cfg.param_scheduler = dict(type='OneCycleLR', eta_max=0.1, total_steps=1)
+    message = r'param_scheduler: OneCycleLR would be saved with \S*OneCycleParamScheduler.*in place of OneCycleLR'
+    with pytest.raises(ValueError, match=message):
+        Runner.from_cfg(cfg).train()
+    assert not files(tmp_path)
+    cfg = cfg_of(tmp_path, 1)
+    cfg.param_scheduler = [
+        dict(type=kind, **kwargs)
+        for kind, kwargs in dict(
+            LinearLR=dict(start_factor=0.5), CosineAnnealingLR=dict(), ReduceOnPlateauLR=dict(monitor='loss')
+        ).items()
+    ]
+    Runner.from_cfg(cfg).train()
+    assert_resumable(tmp_path)
