@@ -21,6 +21,7 @@ from mmadvmoe.attacks import (
     parts_of,
     standard_attack,
 )
+from mmadvmoe.attacks.settings import RADII
 from mmadvmoe.moe import placement_of
 from mmadvmoe.utils import did_you_mean
 
@@ -203,11 +204,12 @@ def held_name(name: str) -> str:
 def _with_radius(cfg: dict, eps: float) -> dict:
     if parts_of(cfg) != [cfg]:
         return cfg | {'attacks': [_with_radius(dict(each), eps) for each in cfg['attacks']]}
-    if 'eps' not in inspect.signature(attack_class(cfg['type'])).parameters:
-        return cfg
     values = _values(cfg)
-    scaled = {'alpha': values['alpha'] * eps / values['eps']} if 'alpha' in values and values['eps'] else {}
-    return cfg | {'eps': eps} | scaled
+    key = next((key for key in RADII if key in values), None)
+    if key is None:
+        return cfg
+    scaled = {'alpha': values['alpha'] * eps / values[key]} if 'alpha' in values and values[key] else {}
+    return cfg | {key: eps} | scaled
 
 
 def _values(cfg: Mapping) -> dict:
@@ -218,8 +220,10 @@ def _values(cfg: Mapping) -> dict:
 
 def _common_ball(name: str, known: Mapping[str, dict], eps: Optional[float], norm: Optional[str]) -> tuple[float, str]:
     """Radius and norm of a standard attack."""
-    radii = {name: _values(cfg).get('eps') for name, cfg in known.items()}
-    balls = {(radius, attack_norm(known[name])) for name, radius in radii.items() if radius is not None}
+    balls = set()
+    for cfg in known.values():
+        values = _values(cfg)
+        balls.update((values[key], attack_norm(cfg)) for key in RADII if values.get(key) is not None)
     norms = {each for _, each in balls}
     if norm is None:
         norm = norms.pop() if len(norms) == 1 else 'Linf'

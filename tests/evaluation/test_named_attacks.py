@@ -56,6 +56,7 @@ def test_a_given_radius_counts_for_all() -> None:
     chosen = choose_attacks(['pgd50', 'pgd10', 'jsma', 'default'], KNOWN | dict(default=dict(type='PGD')), eps=0.1)
     # The step goes with it where the config leaves both to their defaults, 2 and 8 of 255, or one of them.
     assert chosen['default'] == dict(type='PGD', eps=0.1, alpha=pytest.approx(0.025))
+    assert choose_attacks(['c'], dict(c=dict(type='PIFGSM')), eps=0.2) == dict(c=dict(type='PIFGSM', max_epsilon=0.2))
     half = choose_attacks(['a', 'b'], dict(a=dict(type='PGD', eps=0.1), b=dict(type='PGD', alpha=0.01)), eps=0.2)
     assert [half[name]['alpha'] for name in 'ab'] == pytest.approx([4 / 255, 0.01 * 0.2 / (8 / 255)])
     assert chosen['pgd50']['eps'] == 0.1 and chosen['pgd50']['alpha'] == pytest.approx(0.01)
