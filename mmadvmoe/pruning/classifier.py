@@ -143,7 +143,7 @@ class SparseClassifier(RobustClassifier):
 def _plain(kwargs: Mapping[str, Any]) -> dict:
     """The config of the dense network alone: no attack, no objective, no training."""
     cfg = {key: copy.deepcopy(kwargs[key]) for key in ('backbone', 'neck', 'head') if kwargs.get(key) is not None}
-    scale = {key: kwargs.get('data_preprocessor', {}).get(key) for key in ('mean', 'std')}
+    scale = {key: (kwargs.get('data_preprocessor') or {}).get(key) for key in ('mean', 'std')}
     return dict(cfg, type='RobustClassifier', data_preprocessor=dict(type='AdvDataPreprocessor', **scale))
 
 

@@ -94,6 +94,9 @@ class AWPOptimWrapper(OptimWrapper):
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group['params'])
         weights = [parameter for parameter in parameters if parameter.requires_grad and parameter.dim() > 1]
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        # Routes that are watched are those of the weights that are kept.
+        records = getattr(bare_model(model), 'routing_records', {})
+        own_records = dict(records)
         with _kept(weights + list(model.buffers())):
             with torch.no_grad():
                 for weight, gradient in zip(weights, gradients):
@@ -102,6 +105,7 @@ class AWPOptimWrapper(OptimWrapper):
                 losses = model(*args, **kept)
             parse_losses = bare_model(model).parse_losses
             super().backward(self.scale_loss(parse_losses(losses)[0]), **kwargs)
+        records.update(own_records)
 
     def _perturbation(self, weight: Tensor, gradient: Optional[Tensor]) -> Tensor:
         gradient = torch.zeros_like(weight) if gradient is None else gradient

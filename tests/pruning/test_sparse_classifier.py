@@ -57,6 +57,12 @@ def test_deployed_network_keeps_the_scale_of_its_images():
     assert deployed.data_preprocessor.mean.item() == 127.5 and deployed.data_preprocessor.std.item() == 64.0
 
 
+def test_images_that_are_not_normalised_need_no_preprocessor():
+    images = torch.rand(4, *SHAPE)
+    model = build(data_preprocessor=None).eval()
+    torch.testing.assert_close(model.deployed().eval()(images), model(images), atol=1e-5, rtol=1e-5)
+
+
 def test_kept_are_the_largest_scores_and_only_those_are_seen():
     model = randomise_norms(build()).eval()
     gate = model.gates[1]

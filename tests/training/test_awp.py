@@ -80,6 +80,15 @@ def test_weights_are_restored_bit_for_bit():
     assert not model._forward_pre_hooks
 
 
+def test_routes_that_are_watched_are_those_of_the_weights_that_are_kept():
+    model, batch = model_and_batch()
+    plain, copied = copy.deepcopy(model), copy.deepcopy(batch)
+    plain.train_step(copied, sgd(plain))
+    model.train_step(batch, sgd(model, AWPOptimWrapper, gamma=1.0))
+    ours, wanted = (each.routing_records[None].clean[0].logits for each in (model, plain))
+    assert torch.equal(ours, wanted)
+
+
 def test_weights_are_restored_when_the_second_loss_is_not_finite():
     model, batch = model_and_batch()
     before = [p.detach().clone() for p in model.parameters()]
