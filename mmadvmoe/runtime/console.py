@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
 #: How messages begin that are for the log file alone.
 FILE_ONLY = (
@@ -20,7 +22,12 @@ FILE_ONLY = (
     'Exp name: ',
     'Checkpoints will be saved to ',
     'Saving checkpoint at ',
+    'Distributed training is not used, ',
 )
+#: Warnings that MMEngine gives of itself in every run.
+OF_MMENGINE = ('"FileClient" will be deprecated', '"HardDiskBackend" is the alias of')
+#: In training by turns the schedule of the group that waits goes on before its optimizer has stepped.
+_SCHEDULE_FIRST = r'Detected call of `scheduler.step\(\)` before'
 _RESULT = re.compile(r'^(Epoch\((?:val|test)\) ?)(?:(\[\d+\])\[\d+/\d+\]|\[\d+/\d+\])? +(?=\S+: )')
 _ITEM = re.compile(r'(\S+): (-?[\d.]+|nan)')
 _ACCURACY, _LOAD = '/accuracy/top1', 'clean/expert_share/'
@@ -44,7 +51,7 @@ class ConsoleFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is shown."""
         message = record.getMessage()
-        return record.levelno > logging.INFO or not message.startswith(FILE_ONLY)
+        return not message.startswith(OF_MMENGINE if record.levelno > logging.INFO else FILE_ONLY)
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -91,6 +98,12 @@ class ConsoleRunner(Runner):
 
     Environment, hook table and config are in the log file, with every share and number of an evaluation.
     """
+
+    def train(self) -> nn.Module:
+        """Train, without a warning about schedules that training by turns cannot but give."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', _SCHEDULE_FIRST)
+            return super().train()
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """MMEngine's logger, its console filtered; arguments as for the Runner's."""

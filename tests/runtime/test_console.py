@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,18 @@ def test_the_first_training_line_comes_within_twenty(
     cfg = run_cfg(tmp_path, experiment_name=f'console_{verbose}', log_level='INFO')
     runner = build_runner(cfg, verbose)
     assert (type(runner) is Runner) == verbose
-    runner.train()
+    schedule = dict(type='CosineAnnealingLR', T_max=8, by_epoch=False)
+    runner.param_schedulers = dict(experts=[schedule], router=[schedule])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        runner.train()
+    # The router's schedule goes on in the experts' turn, before its optimizer has stepped.
+    assert any('scheduler.step()' in str(warning.message) for warning in caught) == verbose
     lines = capsys.readouterr().out.splitlines()
     first = next(number for number, line in enumerate(lines) if 'Epoch(train)' in line)
     assert (first < 20) != verbose
     assert any('System environment' in line for line in lines) == verbose
+    assert any('will be deprecated' in line for line in lines) == verbose
     log = next(tmp_path.rglob('*.log')).read_text()
     for text in ('System environment:', 'Config:\n', 'Hooks will be executed', 'Exp name: ', 'Saving checkpoint at'):
         assert text in log
