@@ -79,6 +79,8 @@ def build(kind):
             head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=64),
         )
     )
+    # Both sides give it images in [0, 1].
+    model.data_preprocessor = None
     images = torch.rand(3, 3, 8, 8)
     if kind != 'dense':
         layer = model.backbone.network.conv
