@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmpretrain.registry import MODELS
 from tiny_models import classifier_cfg, make_classifier, make_data
-from tiny_runs import TurnRecorder, build_runner, model_cfg, run_cfg, turns_cfg
+from tiny_runs import TurnRecorder, build_runner, group_cfg, model_cfg, run_cfg, turns_cfg
 
 from mmadvmoe.attacks import BoundAttack
 from mmadvmoe.models import NonFiniteError
@@ -102,6 +102,24 @@ def test_free_training_of_a_mixture_and_of_batches_of_two_sizes():
     assert any('router' in name for name in changed) and any('network' in name for name in changed)
 
 
+@pytest.mark.parametrize('average', [False, True])
+def test_free_training_that_was_resumed_goes_on_with_its_perturbation(tmp_path, average):
+    """Also beside a weight average, which copies the model before it has one."""
+    hooks = [dict(type='EMAHook')] if average else []
+    cfg = run_cfg(tmp_path, optim_wrapper=group_cfg(), custom_hooks=[dict(type='ExactResumeHook'), *hooks])
+    cfg.model = classifier_cfg('FreeClassifier', data_preprocessor={})
+    cfg.default_hooks.checkpoint = dict(type='SafeCheckpointHook', interval=1)
+    runners = [build_runner(cfg)]
+    runners[0].train()
+    cfg.merge_from_dict(dict(work_dir=str(tmp_path / 'resumed'), load_from=str(tmp_path / 'epoch_1.pth'), resume=True))
+    runners.append(build_runner(cfg))
+    runners[1].train()
+    whole, resumed = (runner.model.state_dict() for runner in runners)
+    assert whole['offset'].any() and set(whole) == set(resumed)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    free_classifier().load_state_dict(whole, strict=True)
+
+
 def test_mistakes_of_free_training_are_named():
     with pytest.raises(ValueError, match='replays=0'):
         free_classifier(replays=0)
@@ -110,6 +128,9 @@ def test_mistakes_of_free_training_are_named():
     with pytest.raises(TypeError, match='without an attack'):
         make_classifier('FreeClassifier', attack=dict(type='FGSM'))
     model = free_classifier()
+    accumulating = OptimWrapper(torch.optim.SGD(model.parameters(), 0.05), accumulative_counts=2)
+    with pytest.raises(ValueError, match='accumulative_counts=2 must be 1'):
+        model.train_step(make_data(), accumulating)
     data = model.data_preprocessor(make_data(), True)
     with pytest.raises(RuntimeError, match='trains in one process'):
         model(**data, mode='loss')
