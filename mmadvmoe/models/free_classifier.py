@@ -76,7 +76,8 @@ class FreeClassifier(ImageClassifier):
         if optim_wrapper._accumulative_counts != 1:
             raise ValueError(
                 f'optim_wrapper.accumulative_counts={optim_wrapper._accumulative_counts} must be 1 for a '
-                'FreeClassifier, whose replays each update the weights: for larger batches raise train_dataloader.batch_size'
+                'FreeClassifier, whose replays each update the weights: for more images in a step raise '
+                'train_dataloader.batch_size'
             )
         with optim_wrapper.optim_context(self):
             batch = self.data_preprocessor(data, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Optional
 
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
@@ -32,11 +32,14 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         active_name (str): The group whose turn it is, ``'experts'`` or ``'router'``.
         count_before (Callable, optional): Gives the backward passes of a group (str) before an iteration (int). Set
             by ``AlternatingOptimHook`` before training.
+        fixing (Callable): Gives the context in which the other group than the one named is fixed, entered around the
+            forward pass and around the update. Does nothing until ``AlternatingOptimHook`` sets it before training.
     """
 
     def __init__(self, *, experts: OptimWrapper, router: OptimWrapper) -> None:
         super().__init__(experts=experts, router=router)
         self.count_before: Optional[Callable[[str, int], int]] = None
+        self.fixing: Callable[[str], AbstractContextManager] = nullcontext
         self.active_name = 'experts'
         for name, optim_wrapper in self.items():
             if optim_wrapper.clip_grad_kwargs:
@@ -71,7 +74,8 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         self, loss: Tensor, step_kwargs: Optional[dict] = None, zero_kwargs: Optional[dict] = None
     ) -> None:
         """Update the active group, see :meth:`mmengine.optim.OptimWrapper.update_params`."""
-        self.active.update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
+        with self.fixing(self.active_name):  # as backward passes may run parts of the model again
+            self.active.update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
 
     def backward(self, loss: Tensor, **kwargs) -> None:
         """Back-propagate with the loss scaling of the active group."""
@@ -85,9 +89,11 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         """Drop the gradients of the active group."""
         self.active.zero_grad(**kwargs)
 
-    def optim_context(self, model: nn.Module) -> AbstractContextManager:
-        """The context of the active group: mixed precision, and no synchronisation while it accumulates."""
-        return self.active.optim_context(model)
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The other group fixed, and the context of the active one: mixed precision, no synchronisation."""
+        with self.fixing(self.active_name), self.active.optim_context(model):
+            yield
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Divide the loss by what the active group accumulates over."""
