@@ -1,4 +1,4 @@
-"""Two optimizers that take turns, one for the experts and one for the router."""
+"""Two optimizers that take turns, one for the experts and one for the router; and mixed precision on CPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Optional
 
+import torch
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
-from mmpretrain.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmpretrain.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from mmadvmoe.moe import GROUPS, split_parameters
@@ -237,3 +238,31 @@ def _check_cover(model: nn.Module, wrappers: dict[str, OptimWrapper]) -> None:
                 f'{len(names)} parameters are {problem} (first: {", ".join(names[:3])}); check '
                 'optim_wrapper.experts.constructor and optim_wrapper.router.constructor'
             )
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Run forward passes in bfloat16 on CPU, which MMEngine's ``AmpOptimWrapper`` refuses; weights stay float32.
+
+    bfloat16 has the exponent range of float32, so no loss scaling is needed.
+
+    Args:
+        dtype (str): ``'bfloat16'``, the only type on offer. Defaults to that.
+        **kwargs: As for :class:`mmengine.optim.OptimWrapper`.
+
+    Raises:
+        ValueError: Another ``dtype``.
+    """
+
+    def __init__(self, dtype: str = 'bfloat16', **kwargs) -> None:
+        if dtype != 'bfloat16':
+            raise ValueError(
+                f"CPUAmpOptimWrapper: dtype={dtype!r}; allowed: 'bfloat16' (float16 would need loss scaling)"
+            )
+        super().__init__(**kwargs)
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast on CPU, inside MMEngine's context for gradient accumulation."""
+        with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
+            yield
