@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.optim import OptimWrapper, OptimWrapperDict
@@ -18,7 +18,8 @@ from .losses import check_finite
 class FreeClassifier(ImageClassifier):
     """Step on each batch several times, and perturb the images by the gradient that each step has computed anyhow.
 
-    The loss is the head's, on the perturbed images alone. The perturbation lasts from batch to batch. An epoch costs
+    The loss is the head's, on the perturbed images alone. The perturbation lasts from batch to batch, in checkpoints,
+    too: as ``offset`` in the state dict, once there has been a step. An epoch costs
     ``replays`` epochs of ordinary training; papers divide the number of epochs by it. Shafahi et al., "Adversarial
     Training for Free!", arXiv:1904.12843, algorithm 1.
 
@@ -55,6 +56,9 @@ class FreeClassifier(ImageClassifier):
         self.eps = eps
         self.replays = replays
         self._offset: Optional[Tensor] = None
+        # No buffer: its shape, that of the batches, is not known before, and weight averages pair buffers by order.
+        self.register_state_dict_post_hook(_save_offset)
+        self.register_load_state_dict_pre_hook(_load_offset)
         self._in_step = False
 
     def train_step(self, data: dict, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
@@ -62,17 +66,18 @@ class FreeClassifier(ImageClassifier):
 
         Raises:
             TypeError: The optimizers take turns.
-        ValueError: Gradients are accumulated.
+            ValueError: Gradients are to be accumulated.
             NonFiniteError: A loss is not finite.
         """
         if isinstance(optim_wrapper, OptimWrapperDict):
             raise TypeError(
                 'FreeClassifier trains all parameters together: leave out AlternatingOptimHook and its groups'
             )
-        if optim_wrapper._accumulative_counts > 1:
+        if optim_wrapper._accumulative_counts != 1:
             raise ValueError(
-                f'optim_wrapper.accumulative_counts={optim_wrapper._accumulative_counts}: FreeClassifier updates the '
-                'weights each time it goes over a batch; leave it at 1'
+                f'optim_wrapper.accumulative_counts={optim_wrapper._accumulative_counts} must be 1 for a '
+                'FreeClassifier, whose replays each update the weights: for more images in a step raise '
+                'train_dataloader.batch_size'
             )
         with optim_wrapper.optim_context(self):
             batch = self.data_preprocessor(data, True)
@@ -80,7 +85,6 @@ class FreeClassifier(ImageClassifier):
         offset = self._offset
         if offset is None or offset.shape != images.shape:
             offset = torch.zeros_like(images)
-        offset = offset.to(images.device)
         self._in_step = True
         try:
             for _ in range(self.replays):
@@ -96,14 +100,6 @@ class FreeClassifier(ImageClassifier):
         self._offset = offset.detach()
         return log_vars
 
-    def training_state(self) -> dict[str, Tensor]:
-        """The perturbation that the next batch begins with, for an exact resume."""
-        return {} if self._offset is None else dict(offset=self._offset.cpu())
-
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`training_state` gave."""
-        self._offset = state.get('offset')
-
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """The head's loss.
 
@@ -113,3 +109,12 @@ class FreeClassifier(ImageClassifier):
         if not self._in_step:
             raise RuntimeError('FreeClassifier trains in one process, by its own train_step: use --launcher none')
         return super().loss(inputs, data_samples)
+
+
+def _save_offset(model: FreeClassifier, state_dict: dict, prefix: str, metadata: dict) -> None:
+    if model._offset is not None:
+        state_dict[f'{prefix}offset'] = model._offset
+
+
+def _load_offset(model: FreeClassifier, state_dict: dict, prefix: str, *args: Any) -> None:
+    model._offset = state_dict.pop(f'{prefix}offset', None)

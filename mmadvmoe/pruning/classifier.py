@@ -92,6 +92,9 @@ class SparseClassifier(RobustClassifier):
     def __init__(self, *, stage: str, target: Mapping[str, Any], input_size: int, **kwargs: Any) -> None:
         self._plain_cfg = _plain(kwargs)
         super().__init__(**kwargs)
+        scale = {key: getattr(self.data_preprocessor, key, None) for key in ('mean', 'std')}
+        scale = {key: value.flatten().tolist() for key, value in scale.items() if value is not None}
+        self._plain_cfg['data_preprocessor'] = dict(type='AdvDataPreprocessor', **scale)
         self.stage = choose(stage, STAGES, 'model.stage')
         shape = (_IMAGE_CHANNELS, input_size, input_size)
         target_cfg = Config(dict(model=copy.deepcopy(self._plain_cfg)))
@@ -141,10 +144,9 @@ class SparseClassifier(RobustClassifier):
 
 
 def _plain(kwargs: Mapping[str, Any]) -> dict:
-    """The config of the dense network alone: no attack, no objective, no training."""
+    """The config of the dense network alone: no preprocessing, no objective, no training."""
     cfg = {key: copy.deepcopy(kwargs[key]) for key in ('backbone', 'neck', 'head') if kwargs.get(key) is not None}
-    scale = {key: (kwargs.get('data_preprocessor') or {}).get(key) for key in ('mean', 'std')}
-    return dict(cfg, type='RobustClassifier', data_preprocessor=dict(type='AdvDataPreprocessor', **scale))
+    return dict(cfg, type='RobustClassifier')
 
 
 def _sizes(group: ChannelGroup, state_dict: Mapping[str, Tensor], prefix: str) -> Tensor:

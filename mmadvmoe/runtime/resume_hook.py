@@ -24,10 +24,9 @@ class ExactResumeHook(Hook):
     """Save and restore all that an exact resume needs and MMEngine's checkpoints do not hold.
 
     MMEngine keeps weights, optimisers, schedulers and the log. This hook adds, for every process, the random states of
-    Python, NumPy and PyTorch, gradients that are still being accumulated, buffers such as norm statistics, what modules
-    keep from step to step (their ``training_state()``, a dict of tensors, put back by ``load_training_state``), and the
-    seed of the sampler. On CPU the weights of a resumed run are then equal, bit for bit, to those of an uninterrupted
-    one. The number of processes must stay the same.
+    Python, NumPy and PyTorch, gradients that are still being accumulated, buffers such as norm statistics, and the seed
+    of the sampler. On CPU the weights of a resumed run are then equal, bit for bit, to those of an uninterrupted one.
+    The number of processes must stay the same.
 
     A validation that was due at the checkpoint, and that the kill did not let finish, is made up for first. Otherwise
     that epoch could never become the best.
@@ -128,8 +127,6 @@ class ExactResumeHook(Hook):
             parameter.grad = gradient.to(parameter.device)
         for name, buffer in own['buffers'].items():
             model.get_buffer(name).copy_(buffer)
-        for name, module_state in own.get('modules', {}).items():
-            model.get_submodule(name).load_training_state(module_state)
         set_rng_state(own['rng'])
 
     @staticmethod
@@ -181,9 +178,6 @@ def _own_state(runner: Runner) -> dict:
         },
         # The checkpoint has those of the first process. Norm statistics differ between processes.
         buffers={name: buffer.cpu() for name, buffer in buffers},
-        modules={
-            name: module.training_state() for name, module in model.named_modules() if hasattr(module, 'training_state')
-        },
     )
 
 

@@ -5,17 +5,18 @@ arXiv:2308.10110, algorithm 1, as the parts of this package run it::
     for each iteration:
         turn = schedule.turn_at(iteration)                      # TurnSchedule: 'experts' or 'router'
         batch = next batch; batch['turn'] = turn                # AlternatingOptimHook.before_train_iter
-        with train_only(model, turn):                           # the other group is fixed
+        with train_only(model, turn):                           # AlternatingOptimHook: the other group is fixed
             attack the batch                                    # AdvDataPreprocessor: the attack of this turn
             loss of the turn on clean and adversarial images    # RobustClassifier.loss
-            step the optimizer of the turn                      # AlternatingOptimWrapper
+            step the optimizer of the turn                      # AlternatingOptimWrapper.update_params
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -159,7 +160,8 @@ class AlternatingOptimHook(Hook):
 
     The turn is part of the batch: ``data_batch['turn']`` is ``'experts'`` or ``'router'``, and what depends on it reads
     it there. It follows from the iteration number alone, so resuming needs no state. The group whose turn it is not is
-    fixed for the length of the step (see :func:`train_only`); between steps, other hooks find the model as it is.
+    fixed inside the step alone, by the contexts of the optimizer wrapper (see :func:`train_only`): hooks find the model
+    as it is, and so does whoever catches an error.
 
     Values in the log get the name of their turn: ``experts/loss``, ``router/loss``.
 
@@ -218,7 +220,6 @@ class AlternatingOptimHook(Hook):
         self.schedule = TurnSchedule(
             k_experts, k_router, warmup_iters, reuse_batch, reuse_attack, router_first_iters=router_first_iters
         )
-        self._step = ExitStack()
         self._batch: Optional[dict] = None
 
     def before_run(self, runner: Runner) -> None:
@@ -257,24 +258,29 @@ class AlternatingOptimHook(Hook):
                 'iterations of the training'
             )
         optim_wrapper.count_before = self.schedule.count_before
+        optim_wrapper.fixing = partial(self._fixing, bare_model(model))
 
-    def before_train(self, runner: Runner) -> None:
-        """Release what a step of an earlier training left fixed when it failed."""
-        self._step.close()
+    @contextmanager
+    def _fixing(self, model: nn.Module, turn: str) -> Iterator[None]:
+        """Around forward pass and update of a turn."""
+        with train_only(model, turn, self.fixed_in_eval):
+            if not self.schedule.reuse_attack or turn == 'router':
+                yield
+                return
+            handle = model.data_preprocessor.register_forward_hook(self._keep_attacked)
+            try:
+                yield
+            finally:
+                handle.remove()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
-        """Begin the step of the group that this iteration belongs to."""
-        if self.schedule.repeats_batch(runner.iter):
-            if self.schedule.reuse_attack:
-                handle = bare_model(runner.model).data_preprocessor.register_forward_hook(self._keep_attacked)
-                self._step.callback(handle.remove)
-            else:
-                # Batch augmentations write mixed labels into the samples: the router gets them as they came.
-                self._batch = _copy_batch(data_batch)
+        """Give the step to the group that this iteration belongs to."""
+        if self.schedule.repeats_batch(runner.iter) and not self.schedule.reuse_attack:
+            # Batch augmentations write mixed labels into the samples: the router gets them as they came.
+            self._batch = _copy_batch(data_batch)
         turn = self.schedule.turn_at(runner.iter)
         data_batch['turn'] = turn
         runner.optim_wrapper.activate(turn)
-        self._step.enter_context(train_only(bare_model(runner.model), turn, self.fixed_in_eval))
 
     def _keep_attacked(self, preprocessor: nn.Module, args: tuple, batch: dict) -> None:
         if 'adv_inputs' not in batch:
@@ -287,14 +293,12 @@ class AlternatingOptimHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
     ) -> None:
-        """End the step, name its outputs by turn, and let the router step too if it shares the batch."""
-        self._step.close()
+        """Name the outputs by turn, and let the router step too if it shares the batch."""
         log_vars = _named_by_turn(outputs, data_batch['turn'])
+        batch, self._batch = self._batch, None
         if self.schedule.repeats_batch(runner.iter):
-            batch, self._batch = dict(self._batch, turn='router'), None
             runner.optim_wrapper.activate('router')
-            with train_only(bare_model(runner.model), 'router', self.fixed_in_eval):
-                router_outputs = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
+            router_outputs = runner.model.train_step(dict(batch, turn='router'), optim_wrapper=runner.optim_wrapper)
             log_vars.update(_named_by_turn(router_outputs, 'router'))
         # In place, as the hooks that follow share this dict.
         outputs.clear()

@@ -26,9 +26,9 @@ class AWPOptimWrapper(OptimWrapper):
     al., "Adversarial Weight Perturbation Helps Robust Generalization", arXiv:2004.05884, equations 7 to 11, with one
     step of ascent.
 
-    An iteration costs one more forward and backward pass, on the adversarial images that were crafted at w. Losses in
-    the log are those at w, and so are the statistics that norm layers keep. Works alone or as either group of an
-    ``AlternatingOptimWrapper``, then perturbing the weights of that group.
+    An iteration costs one more forward and backward pass, on the adversarial images that were crafted at w. Losses and
+    routes in the log are those at w, and so are the statistics that norm layers keep. Works alone or as either group of
+    an ``AlternatingOptimWrapper``, then perturbing the weights of that group.
 
     Args:
         gamma (float): Size of the perturbation relative to that of the weights, above 0. Defaults to 5e-3.
@@ -94,9 +94,9 @@ class AWPOptimWrapper(OptimWrapper):
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group['params'])
         weights = [parameter for parameter in parameters if parameter.requires_grad and parameter.dim() > 1]
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-        # Routes that are watched are those of the weights that are kept.
+        # At w, where a RobustClassifier has noted them.
         records = getattr(bare_model(model), 'routing_records', {})
-        own_records = dict(records)
+        records_at_w = dict(records)
         with _kept(weights + list(model.buffers())):
             with torch.no_grad():
                 for weight, gradient in zip(weights, gradients):
@@ -105,7 +105,7 @@ class AWPOptimWrapper(OptimWrapper):
                 losses = model(*args, **kept)
             parse_losses = bare_model(model).parse_losses
             super().backward(self.scale_loss(parse_losses(losses)[0]), **kwargs)
-        records.update(own_records)
+        records.update(records_at_w)
 
     def _perturbation(self, weight: Tensor, gradient: Optional[Tensor]) -> Tensor:
         gradient = torch.zeros_like(weight) if gradient is None else gradient

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,7 +41,8 @@ class DryRun:
         iterations (dict[str, int]): How many of them the whole training has.
         val_seconds (float): Of one validation; 0 without one.
         validations (int): How many of them the whole training has.
-        memory (int): Bytes at the peak, of the GPU or, without one, of the process; 0 where the system does not tell.
+        memory (int, optional): Bytes at the peak, of the GPU or, without one, of the process; None where the system
+            does not tell, as Windows.
         checkpoint (int): Bytes of a checkpoint.
         device (str): Where it ran.
     """
@@ -49,7 +51,7 @@ class DryRun:
     iterations: dict[str, int] = field(default_factory=dict)
     val_seconds: float = 0.0
     validations: int = 0
-    memory: int = 0
+    memory: Optional[int] = None
     checkpoint: int = 0
     device: str = 'cpu'
 
@@ -64,13 +66,14 @@ class DryRun:
             f'{count:8,d} iterations ({turn}) of {self.seconds[turn]:.3f} s' for turn, count in self.iterations.items()
         ]
         rows.append(f'{self.validations:8,d} validations of {self.val_seconds:.1f} s')
+        memory = 'unknown' if self.memory is None else f'{self.memory / 2**20:,.0f} MiB'
         total = timedelta(seconds=round(self.total_seconds))
         return '\n'.join(
             [
                 f'dry run on {self.device}: each turn, an attacked validation batch, a save and a load went well',
                 *(f'  {row}' for row in rows),
                 f'  about {total} in all, without the final test',
-                f'  peak memory {self.memory / 2**20:,.0f} MiB, a checkpoint {self.checkpoint / 2**20:,.1f} MiB',
+                f'  peak memory {memory}, a checkpoint {self.checkpoint / 2**20:,.1f} MiB',
             ]
         )
 
@@ -88,11 +91,11 @@ def dry_run(cfg: Config) -> DryRun:
     """
     cfg = Config(deepcopy(cfg.to_dict()))
     found = DryRun(device='cuda' if torch.cuda.is_available() else 'cpu')
-    schedule = _shorten(cfg)
+    _shorten(cfg)
     with TemporaryDirectory() as folder:
         cfg.work_dir, cfg.experiment_name = folder, f'dry_run_{uuid4().hex}'
         runner = build_runner(cfg)
-        watch = _Watch(found, _CYCLES[found.device] * (1 if schedule is None or schedule.reuse_batch else 2))
+        watch = _Watch(found, _CYCLES[found.device])
         runner.register_hook(watch, priority='LOWEST')
         _until_enough(runner.train)
         if runner.val_loop is not None:
@@ -105,7 +108,8 @@ def dry_run(cfg: Config) -> DryRun:
         path = Path(folder, _NAME)
         check_state_dict(bare_model(runner.model), load_from_local(str(path)), str(path))
         found.checkpoint = path.stat().st_size
-        found.iterations = _count_iterations(runner, schedule, found)
+        turns = (watch.schedule.turn_at(i) if watch.schedule else 'joint' for i in range(runner.max_iters))
+        found.iterations = {turn: count for turn, count in Counter(turns).items() if turn in found.seconds}
     found.memory = _peak_memory()
     return found
 
@@ -122,11 +126,30 @@ def _until_enough(run) -> None:
 
 
 class _Watch(Hook):
-    """Times iterations, and leaves after some of them and after one batch of validation."""
+    """Times some iterations of each kind, and leaves after them and after one batch of validation.
 
-    def __init__(self, found: DryRun, iterations: int) -> None:
-        self.found, self.iterations = found, iterations
+    Attributes:
+        schedule (TurnSchedule, optional): That of the training, if it takes turns.
+        val_images (int): Images in the batch of validation.
+    """
+
+    def __init__(self, found: DryRun, cycles: int) -> None:
+        self.found, self.cycles, self.iterations = found, cycles, cycles
+        self.schedule: Optional[TurnSchedule] = None
         self.val_images = 1
+
+    def before_train(self, runner: Runner) -> None:
+        """Shorten the schedule, which the hook has checked, and let each iteration end in an update."""
+        for hook in runner.hooks:
+            if isinstance(hook, AlternatingOptimHook):
+                self.schedule, cycles = hook.schedule, self.cycles
+                shared = dict(reuse_batch=self.schedule.reuse_batch, reuse_attack=self.schedule.reuse_attack)
+                # Where batches are shared, an iteration of the router by itself is one of a third kind.
+                first = cycles if self.schedule.router_first_iters and self.schedule.reuse_batch else 0
+                hook.schedule = TurnSchedule(cycles, cycles, router_first_iters=first, **shared)
+                self.iterations = cycles + first if self.schedule.reuse_batch else 2 * cycles
+                for member in runner.optim_wrapper.values():
+                    member._accumulative_counts = 1
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         self._start = _now()
@@ -146,28 +169,12 @@ class _Watch(Hook):
         raise _Enough
 
 
-def _shorten(cfg: Config) -> Optional[TurnSchedule]:
-    """Make a turn last one iteration and a validation batch small; give the schedule as it was, if there is one."""
+def _shorten(cfg: Config) -> None:
+    """Draw nothing, and make a validation batch small."""
     if cfg.get('visualizer') is not None:
         cfg.visualizer.vis_backends = []
     if cfg.get('val_cfg') and 'attacks' in cfg.val_cfg:
         cfg.val_cfg.chunk_size = VAL_IMAGES
-    for hook in cfg.get('custom_hooks') or []:
-        if hook['type'] in (AlternatingOptimHook, AlternatingOptimHook.__name__):
-            whole = {key: value for key, value in hook.items() if key in {each.name for each in fields(TurnSchedule)}}
-            for key in ('k_experts', 'k_router', 'warmup_iters', 'router_first_iters'):
-                hook.pop(key, None)
-            groups = {name: cfg.optim_wrapper[name] for name in ('experts', 'router')}
-            counts = {name: group.pop('accumulative_counts', 1) for name, group in groups.items()}
-            return TurnSchedule(**whole, accumulative_counts=counts)
-    return None
-
-
-def _count_iterations(runner: Runner, schedule: Optional[TurnSchedule], found: DryRun) -> dict[str, int]:
-    if schedule is None or schedule.reuse_batch:
-        (turn,) = found.seconds
-        return {turn: runner.max_iters}
-    return {turn: schedule.count_before(turn, runner.max_iters) for turn in found.seconds}
 
 
 def _count_validations(runner: Runner) -> int:
@@ -185,12 +192,12 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _peak_memory() -> int:
+def _peak_memory() -> Optional[int]:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
         import resource
     except ImportError:  # on Windows
-        return 0
+        return None
     # In KiB but on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

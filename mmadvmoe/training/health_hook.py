@@ -72,8 +72,8 @@ class RouterHealthHook(Hook):
         Raises:
             TypeError: The model has routers but does not tell what they decide.
         """
-        # Of a training that failed.
-        self.after_train(runner)
+        self.after_train(runner)  # of a training that failed
+        self._tally = None
         model = bare_model(runner.model)
         self._watches = bool(router_modules(model))
         if self._watches and not hasattr(model, 'routing_records'):

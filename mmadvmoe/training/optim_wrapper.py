@@ -1,14 +1,15 @@
-"""Two optimizers that take turns, one for the experts and one for the router."""
+"""Two optimizers that take turns, one for the experts and one for the router; and mixed precision on CPU."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Optional
 
+import torch
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
-from mmpretrain.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmpretrain.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from mmadvmoe.moe import GROUPS, split_parameters
@@ -32,11 +33,14 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         active_name (str): The group whose turn it is, ``'experts'`` or ``'router'``.
         count_before (Callable, optional): Gives the backward passes of a group (str) before an iteration (int). Set
             by ``AlternatingOptimHook`` before training.
+        fixing (Callable): Gives the context in which the other group than the one named is fixed, entered around the
+            forward pass and around the update. Does nothing until ``AlternatingOptimHook`` sets it before training.
     """
 
     def __init__(self, *, experts: OptimWrapper, router: OptimWrapper) -> None:
         super().__init__(experts=experts, router=router)
         self.count_before: Optional[Callable[[str, int], int]] = None
+        self.fixing: Callable[[str], AbstractContextManager] = nullcontext
         self.active_name = 'experts'
         for name, optim_wrapper in self.items():
             if optim_wrapper.clip_grad_kwargs:
@@ -71,7 +75,8 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         self, loss: Tensor, step_kwargs: Optional[dict] = None, zero_kwargs: Optional[dict] = None
     ) -> None:
         """Update the active group, see :meth:`mmengine.optim.OptimWrapper.update_params`."""
-        self.active.update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
+        with self.fixing(self.active_name):  # as backward passes may run parts of the model again
+            self.active.update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
 
     def backward(self, loss: Tensor, **kwargs) -> None:
         """Back-propagate with the loss scaling of the active group."""
@@ -85,9 +90,11 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         """Drop the gradients of the active group."""
         self.active.zero_grad(**kwargs)
 
-    def optim_context(self, model: nn.Module) -> AbstractContextManager:
-        """The context of the active group: mixed precision, and no synchronisation while it accumulates."""
-        return self.active.optim_context(model)
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The other group fixed, and the context of the active one: mixed precision, no synchronisation."""
+        with self.fixing(self.active_name), self.active.optim_context(model):
+            yield
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Divide the loss by what the active group accumulates over."""
@@ -231,3 +238,31 @@ def _check_cover(model: nn.Module, wrappers: dict[str, OptimWrapper]) -> None:
                 f'{len(names)} parameters are {problem} (first: {", ".join(names[:3])}); check '
                 'optim_wrapper.experts.constructor and optim_wrapper.router.constructor'
             )
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Run forward passes in bfloat16 on CPU, which MMEngine's ``AmpOptimWrapper`` refuses; weights stay float32.
+
+    bfloat16 has the exponent range of float32, so no loss scaling is needed.
+
+    Args:
+        dtype (str): ``'bfloat16'``, the only type on offer. Defaults to that.
+        **kwargs: As for :class:`mmengine.optim.OptimWrapper`.
+
+    Raises:
+        ValueError: Another ``dtype``.
+    """
+
+    def __init__(self, dtype: str = 'bfloat16', **kwargs) -> None:
+        if dtype != 'bfloat16':
+            raise ValueError(
+                f"CPUAmpOptimWrapper: dtype={dtype!r}; allowed: 'bfloat16' (float16 would need loss scaling)"
+            )
+        super().__init__(**kwargs)
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast on CPU, inside MMEngine's context for gradient accumulation."""
+        with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
+            yield

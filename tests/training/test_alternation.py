@@ -104,15 +104,18 @@ class StepRecorder(RobustClassifier):
 
     def train_step(self, data, optim_wrapper):
         before = snapshot(self)
-        flags = {name: p.requires_grad for name, p in self.named_parameters()}
         batch = data['inputs'], [sample.clone() for sample in data['data_samples']]
         log_vars = super().train_step(data, optim_wrapper)
         moved = {
             group: {name for name, tensor in now.items() if not tensor.equal(before[group][name])}
             for group, now in snapshot(self).items()
         }
-        self.steps = [*getattr(self, 'steps', []), (data['turn'], moved, flags, batch)]
+        self.steps = [*getattr(self, 'steps', []), (data['turn'], moved, self.flags, batch)]
         return log_vars
+
+    def loss(self, *args, **kwargs):
+        self.flags = {name: p.requires_grad for name, p in self.named_parameters()}
+        return super().loss(*args, **kwargs)
 
 
 def train(tmp_path, **kwargs):
@@ -176,6 +179,9 @@ class FlagRecorder(Hook):
     def __init__(self):
         self.wrong = []
 
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.after_train_iter(runner, batch_idx)
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.wrong += [name for name, p in runner.model.named_parameters() if not p.requires_grad]
         self.wrong += [name for name, module in runner.model.named_modules() if not module.training]
@@ -223,17 +229,18 @@ def test_an_error_inside_a_step_leaves_no_group_fixed():
 
 @MODELS.register_module()
 class FailsInsideAStep(RobustClassifier):
-    def train_step(self, data, optim_wrapper):
-        raise FloatingPointError('inside a step')
+    def loss(self, *args, **kwargs):
+        assert not self.backbone.router.fc.weight.requires_grad
+        raise KeyboardInterrupt
 
 
-def test_a_training_after_one_that_failed_starts_from_a_whole_model(tmp_path):
-    runner = build_runner(run_cfg(tmp_path, model=model_cfg(type='FailsInsideAStep')))
-    with pytest.raises(FloatingPointError):
+@pytest.mark.parametrize('schedule', [dict(), dict(reuse_batch=True, reuse_attack=True)])
+def test_a_training_that_fails_leaves_a_whole_model(tmp_path, schedule):
+    runner = build_runner(run_cfg(tmp_path, schedule, model=model_cfg(type='FailsInsideAStep')))
+    with pytest.raises(KeyboardInterrupt):
         runner.train()
-    (hook,) = (hook for hook in runner.hooks if isinstance(hook, AlternatingOptimHook))
-    hook.before_train(runner)
     assert all(p.requires_grad for p in runner.model.parameters()) and all(m.training for m in runner.model.modules())
+    assert not runner.model.data_preprocessor._forward_hooks
 
 
 def test_what_was_frozen_before_stays_frozen(tmp_path):

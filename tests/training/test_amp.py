@@ -4,7 +4,7 @@ from mmengine.optim import build_optim_wrapper
 from tiny_runs import TurnRecorder, build_runner, run_cfg, turns_cfg
 from torch import nn
 
-from mmadvmoe.training.amp import CPUAmpOptimWrapper
+from mmadvmoe.training import CPUAmpOptimWrapper
 
 
 def test_computes_in_bfloat16_and_updates_float32_weights():

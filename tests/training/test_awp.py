@@ -80,13 +80,16 @@ def test_weights_are_restored_bit_for_bit():
     assert not model._forward_pre_hooks
 
 
-def test_routes_that_are_watched_are_those_of_the_weights_that_are_kept():
+def test_routes_in_the_log_are_those_at_the_weights_as_they_are():
     model, batch = model_and_batch()
-    plain, copied = copy.deepcopy(model), copy.deepcopy(batch)
-    plain.train_step(copied, sgd(plain))
+    for parameter in model.parameters():  # some start at 0, where nothing can be perturbed
+        torch.nn.init.normal_(parameter)
+    plain = copy.deepcopy(model)
+    plain.train_step(copy.deepcopy(batch), sgd(plain))
     model.train_step(batch, sgd(model, AWPOptimWrapper, gamma=1.0))
-    ours, wanted = (each.routing_records[None].clean[0].logits for each in (model, plain))
-    assert torch.equal(ours, wanted)
+    ours, wanted = model.routing_records[None], plain.routing_records[None]
+    for side in ('clean', 'adversarial'):
+        assert torch.equal(getattr(ours, side)[0].logits, getattr(wanted, side)[0].logits)
 
 
 def test_weights_are_restored_when_the_second_loss_is_not_finite():

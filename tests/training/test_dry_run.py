@@ -1,6 +1,7 @@
 """A training tried out: every part of it runs, nothing is kept, and the estimate is of the whole."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,28 @@ def test_an_alternating_training(tmp_path):
     assert min(*found.seconds.values(), found.val_seconds, found.memory, found.checkpoint) > 0
 
 
-def test_a_router_that_learns_first_and_is_frozen(tmp_path):
-    found = dry_run(run_cfg(tmp_path, dict(router_first_iters=4, k_router=0), epochs=3))
-    assert found.iterations == dict(router=4, experts=8)
-
-
 def test_both_turns_on_one_batch(tmp_path):
     found = dry_run(run_cfg(tmp_path, dict(reuse_batch=True)))
     assert found.iterations == dict(experts=8) and found.validations == 0
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_a_router_that_goes_first_and_is_frozen_then(tmp_path, shared):
+    schedule = dict(reuse_batch=True) if shared else dict(k_router=0)
+    found = dry_run(run_cfg(tmp_path, dict(router_first_iters=3, **schedule)))
+    assert found.iterations == dict(router=3, experts=5) and set(found.seconds) == {'experts', 'router'}
+
+
+def test_the_whole_schedule_is_checked(tmp_path):
+    with pytest.raises(ValueError, match='warmup_iters=8 .* in the 8 iterations'):
+        dry_run(run_cfg(tmp_path, dict(warmup_iters=8)))
+
+
+def test_a_system_that_does_not_tell_its_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setitem(sys.modules, 'resource', None)
+    module = runpy.run_path(str(ROOT / 'mmadvmoe/training/dry_run.py'), run_name='mmadvmoe.training.dry_run_on_windows')
+    assert 'peak memory unknown' in str(module['DryRun'](memory=module['_peak_memory']()))
 
 
 def test_joint_training(tmp_path):
