@@ -85,6 +85,7 @@ class FreeClassifier(ImageClassifier):
         offset = self._offset
         if offset is None or offset.shape != images.shape:
             offset = torch.zeros_like(images)
+        offset = offset.to(images.device)
         self._in_step = True
         try:
             for _ in range(self.replays):

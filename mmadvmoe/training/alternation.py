@@ -14,7 +14,7 @@ arXiv:2308.10110, algorithm 1, as the parts of this package run it::
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Optional
@@ -263,15 +263,10 @@ class AlternatingOptimHook(Hook):
     @contextmanager
     def _fixing(self, model: nn.Module, turn: str) -> Iterator[None]:
         """Around forward pass and update of a turn."""
-        with train_only(model, turn, self.fixed_in_eval):
-            if not self.schedule.reuse_attack or turn == 'router':
-                yield
-                return
-            handle = model.data_preprocessor.register_forward_hook(self._keep_attacked)
-            try:
-                yield
-            finally:
-                handle.remove()
+        keeps = self.schedule.reuse_attack and turn == 'experts'
+        keeping = model.data_preprocessor.register_forward_hook(self._keep_attacked) if keeps else nullcontext()
+        with keeping, train_only(model, turn, self.fixed_in_eval):
+            yield
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         """Give the step to the group that this iteration belongs to."""

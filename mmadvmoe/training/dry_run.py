@@ -126,12 +126,7 @@ def _until_enough(run) -> None:
 
 
 class _Watch(Hook):
-    """Times some iterations of each kind, and leaves after them and after one batch of validation.
-
-    Attributes:
-        schedule (TurnSchedule, optional): That of the training, if it takes turns.
-        val_images (int): Images in the batch of validation.
-    """
+    """Times some iterations of each kind, and leaves after them and after one batch of validation."""
 
     def __init__(self, found: DryRun, cycles: int) -> None:
         self.found, self.cycles, self.iterations = found, cycles, cycles

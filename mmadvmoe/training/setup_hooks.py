@@ -40,7 +40,7 @@ class BindVictimHook(Hook):
                 'custom_hooks: BindVictimHook needs data_preprocessor.type=AdvDataPreprocessor, got '
                 f'{type(model.data_preprocessor).__name__}'
             )
-        model.data_preprocessor.bind_victim(Victim.from_classifier(model))
+        model.data_preprocessor.bind_victim(Victim(model))
 
 
 @HOOKS.register_module()

@@ -108,6 +108,17 @@ def test_free_training_is_resumed_exactly(tmp_path):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
+def test_the_perturbation_of_free_training_is_saved_and_bothers_no_weight_average(tmp_path):
+    cfg = run_cfg(tmp_path, epochs=1, model=classifier_cfg('FreeClassifier', data_preprocessor={}))
+    cfg.custom_hooks = [dict(type='EMAHook')]  # copies the model before there is one
+    cfg.optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.05))
+    runner = build_runner(cfg)
+    runner.train()
+    state = runner.model.state_dict()
+    assert state['offset'].any()
+    free_classifier().load_state_dict(state, strict=True)
+
+
 def test_free_training_of_a_mixture_and_of_batches_of_two_sizes():
     model = free_classifier(backbone=classifier_cfg(moe=True)['backbone'], replays=2).train()
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), 0.05))
