@@ -52,6 +52,6 @@ class MultiAttack(torchattacks.MultiAttack):
 
 def parts_of(cfg: Mapping) -> list[Mapping]:
     """The configs of the attacks that an attack is made of; itself, if it is a single one."""
-    if not issubclass(attack_class(cfg['type']), MultiAttack):
+    if 'attacks' not in cfg or not issubclass(attack_class(cfg['type']), MultiAttack):
         return [cfg]
     return [part for each in cfg['attacks'] for part in parts_of(each)]

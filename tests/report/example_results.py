@@ -82,7 +82,8 @@ def _evaluation(folder, kind, ra):
     if kind['routing']:
         metrics |= {f'clean/expert_share/{n}': 1 / kind['num_experts'] for n in range(kind['num_experts'])}
         metrics |= {'pgd50/route_changed': 0.25, 'routepgd50/route_changed': 0.5}
-    attacks = {name: dict(type=name, eps=0.2) for name in ('pgd50', 'routepgd50', 'autoattack')}
+    kinds = dict(pgd50='PGD', routepgd50='RoutePGD', autoattack='AutoAttack')
+    attacks = {name: dict(type=kind, eps=0.2) for name, kind in kinds.items()}
     run = dict(
         format=2,
         settings=dict(

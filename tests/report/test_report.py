@@ -63,7 +63,7 @@ def test_the_summary_has_a_column_for_each_model(tmp_path):
     assert ['routes changed, at most', '50.0% (routepgd50)', '50.0% (routepgd50)'] in rows
     assert ['experts alone, route held', '20.0%', '25.0%', '96', '170', '16', '60'] in rows
     assert ['best expert of each image', '96.0%', '35.0%'] in rows
-    assert ['evaluation: attacks.pgd50', "type='pgd50', eps=0.2"] in rows
+    assert ['evaluation: attacks.pgd50', "type='PGD', eps=0.2"] in rows
     assert ['evaluation: versions.torch', '2.14.1'] in rows
     assert ['torch', importlib.metadata.version('torch')] in rows
 
