@@ -53,6 +53,11 @@ def did_you_mean(name: Any, allowed: Collection[str]) -> str:
     return f' (did you mean {near[0]!r}?)' if near else ''
 
 
+def type_name(kind: Union[str, type]) -> str:
+    """A type as configs give it, by name or as a class, as its name."""
+    return kind if isinstance(kind, str) else kind.__name__
+
+
 def as_plain(value: Any) -> Any:
     """Rewrite a value as JSON and YAML can hold it; what they cannot (an object of a config, say) by its name.
 

@@ -11,7 +11,7 @@ model = dict(
             in_channels=1,
             hidden=14,
             pool=2,
-            backbone=dict(type='PlainConvNet', in_channels=1, pool=2, widths=(2, 4, 4, 8, 8), strides=(1, 2, 1, 2, 1)),
+            backbone=_base_.model.backbone.backbone,
         ),
     ),
     head=dict(in_channels=142),

@@ -12,7 +12,7 @@ model = dict(
         include=[r'convs\.\d\.conv'],
         share_stem=False,
         router=dict(type='MLPRouter', image_size=28, in_channels=1, hidden=16, pool=2),
-        backbone=dict(type='PlainConvNet', in_channels=1, pool=2, widths=(2, 4, 4, 8, 8), strides=(1, 2, 1, 2, 1)),
+        backbone=_base_.model.backbone,
     ),
 )
 _group = dict(

@@ -18,9 +18,9 @@ from torchattacks.attack import Attack
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose
 
+from . import settings
 from .images import check_range
 from .library import NOT_FROM_CONFIGS, SOFT_LABEL_ATTACKS
-from .settings import RADII, check_enough_classes, check_values, checked_norm, fill_in_class_count
 from .targets import take_targets
 from .views import ROUTES, HeldVictim, Victim, clean_route
 
@@ -72,21 +72,21 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in arguments:
             choose(key, parameters, f'attack type={name!r}: argument')
-    fill_in_class_count(name, arguments, parameters, victim)
+    settings.fill_in_class_count(name, arguments, parameters, victim)
     missing = [key for key, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     for key in missing:
         if key not in arguments:
             raise ValueError(f'attack type={name!r} needs {key}')
     # Defaults are checked too: a default that does not suit this victim is as wrong.
-    values = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | arguments
-    norm = checked_norm(name, values)
-    check_values(name, values, norm)
-    check_enough_classes(name, cls, values, victim)
+    values = settings.with_defaults(parameters, arguments)
+    norm = settings.checked_norm(name, values)
+    settings.check_values(name, values, norm)
+    settings.check_enough_classes(name, cls, values, victim)
     return BoundAttack(
         name,
         partial(_build, cls, arguments, aim),
         victim,
-        eps=next((values[key] for key in RADII if key in values), None),
+        eps=values.get(settings.radius_key(values)),
         norm=norm,
         soft_labels=aim is None and getattr(cls, 'soft_labels', name in SOFT_LABEL_ATTACKS),
         own_seed='seed' in arguments,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 from mmadvmoe.utils import choose
 
@@ -12,13 +13,23 @@ from .library import L2_ATTACKS, NO_L1
 from .steps import NORMS
 from .views import Victim
 
-#: Names that torchattacks' and our classes use for the radius.
-RADII = ('eps', 'max_epsilon')
+# Names that torchattacks' and our classes use for the radius.
+_RADII = ('eps', 'max_epsilon')
 _COUNTS = (
     'steps n_restarts restarts eot_iter n_queries num_iter_set nb_iter nb_sample max_iterations binary_search_steps '
     'noise_batch_size'
 ).split()
 _CLASS_COUNTS = ('n_classes', 'num_classes')
+
+
+def with_defaults(parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an attack: those that are given, else their defaults."""
+    return {key: each.default for key, each in parameters.items() if each.default is not each.empty} | dict(arguments)
+
+
+def radius_key(values: Mapping[str, Any]) -> Optional[str]:
+    """The name under which an attack takes its radius; None if it has no radius."""
+    return next((key for key in _RADII if key in values), None)
 
 
 def fill_in_class_count(name: str, arguments: dict, parameters: Mapping, victim: Victim) -> None:
@@ -59,7 +70,7 @@ def checked_norm(name: str, values: Mapping) -> str:
 def check_values(name: str, values: Mapping, norm: str) -> None:
     """Check radius, step size and counts."""
     where = f'attack type={name!r}'
-    for key in (*RADII, 'alpha'):
+    for key in (*_RADII, 'alpha'):
         if key not in values:
             continue
         value = values[key]

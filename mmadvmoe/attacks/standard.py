@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from mmadvmoe.utils import type_name
+
 from .autoattack import PARTS
 from .library import L2_ATTACKS
 from .multi_attack import parts_of
@@ -60,5 +62,4 @@ def standard_attack(name: str, eps: float, norm: str = 'Linf') -> dict:
 def attack_norm(cfg: Mapping) -> str:
     """The norm of the ball that the config of an attack speaks of."""
     cfg = parts_of(cfg)[0]
-    kind = cfg['type'] if isinstance(cfg['type'], str) else cfg['type'].__name__
-    return cfg.get('norm') or ('L2' if kind in L2_ATTACKS else 'Linf')
+    return cfg.get('norm') or ('L2' if type_name(cfg['type']) in L2_ATTACKS else 'Linf')

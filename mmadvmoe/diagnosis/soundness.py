@@ -19,6 +19,7 @@ from torch import Tensor
 from mmadvmoe.attacks import ForcedRoutePGD, Rescaled, Victim, build_attack
 from mmadvmoe.attacks import steps as ball
 from mmadvmoe.runtime.seeding import preserve_rng_state
+from mmadvmoe.utils import type_name
 
 from .subject import Images, ThreatModel, percent
 from .substitute import predict, train_substitute
@@ -119,7 +120,7 @@ class _Bench:
     def adversarial(self, name: str, threat: ThreatModel, kind: Any, model: Optional[Victim], **others: Any) -> Tensor:
         """The images that an attack makes; see :meth:`attack`."""
         attack = build_attack(threat.attack(kind, **others), model or self.victim)
-        return self.data.attacked(name, attack, kind if isinstance(kind, str) else kind.__name__)
+        return self.data.attacked(name, attack, type_name(kind))
 
     def robust(self, adversarial: Tensor, threat: ThreatModel, frozen: bool = False) -> Tensor:
         """Find the images that are right without an attack and right in ``adversarial``, (B,) bool.

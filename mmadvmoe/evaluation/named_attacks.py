@@ -21,7 +21,7 @@ from mmadvmoe.attacks import (
     parts_of,
     standard_attack,
 )
-from mmadvmoe.attacks.settings import RADII
+from mmadvmoe.attacks.settings import radius_key, with_defaults
 from mmadvmoe.moe import placement_of
 from mmadvmoe.utils import did_you_mean
 
@@ -205,7 +205,7 @@ def _with_radius(cfg: dict, eps: float) -> dict:
     if parts_of(cfg) != [cfg]:
         return cfg | {'attacks': [_with_radius(dict(each), eps) for each in cfg['attacks']]}
     values = _values(cfg)
-    key = next((key for key in RADII if key in values), None)
+    key = radius_key(values)
     if key is None:
         return cfg
     scaled = {'alpha': values['alpha'] * eps / values[key]} if 'alpha' in values and values[key] else {}
@@ -213,9 +213,7 @@ def _with_radius(cfg: dict, eps: float) -> dict:
 
 
 def _values(cfg: Mapping) -> dict:
-    """The arguments of an attack: those of its config, else their defaults."""
-    parameters = inspect.signature(attack_class(cfg['type'])).parameters
-    return {name: each.default for name, each in parameters.items() if each.default is not each.empty} | dict(cfg)
+    return with_defaults(inspect.signature(attack_class(cfg['type'])).parameters, cfg)
 
 
 def _common_ball(name: str, known: Mapping[str, dict], eps: Optional[float], norm: Optional[str]) -> tuple[float, str]:
@@ -223,7 +221,9 @@ def _common_ball(name: str, known: Mapping[str, dict], eps: Optional[float], nor
     balls = set()
     for cfg in known.values():
         values = _values(cfg)
-        balls.update((values[key], attack_norm(cfg)) for key in RADII if values.get(key) is not None)
+        radius = values.get(radius_key(values))
+        if radius is not None:
+            balls.add((radius, attack_norm(cfg)))
     norms = {each for _, each in balls}
     if norm is None:
         norm = norms.pop() if len(norms) == 1 else 'Linf'

@@ -14,9 +14,9 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from mmadvmoe.attacks import ClassGroupAttack, Victim, attack_class
+from mmadvmoe.attacks import ClassGroupAttack, Victim
 from mmadvmoe.attacks.views import ROUTES
-from mmadvmoe.moe import ClassGroups, NonFiniteRouterError, Routing, forward_routed
+from mmadvmoe.moe import NonFiniteRouterError, Routing, forward_routed
 from mmadvmoe.moe.class_groups import MODULO
 from mmadvmoe.utils import choose
 
@@ -106,12 +106,12 @@ class RobustClassifier(ImageClassifier):
                 "would learn from images that were made against another; set data_preprocessor.attack.route='held', or "
                 f'model.route={FREE!r}'
             )
-        key, cfg = ('attack', attack) if of_router is None else ('router_attack', of_router)
-        if not cfg or not issubclass(attack_class(cfg['type']), ClassGroupAttack):
+        built = preprocessor.attack_of('router')
+        if built is None or not isinstance(built.attack, ClassGroupAttack):
             return
-        groups = ClassGroups(**{name: cfg[name] for name in ('groups', 'classes') if name in cfg})
+        key, cfg = ('attack', attack) if of_router is None else ('router_attack', of_router)
         labels, num_experts = torch.arange(preprocessor.num_classes or 0), self.backbone.num_experts
-        expected = groups.experts_of(labels, num_experts)
+        expected = built.attack.groups.experts_of(labels, num_experts)
         name = 'robust_loss' if self.router_loss is None else 'router_loss'
         for part in getattr(self, name).modules():
             if isinstance(part, ClassGroupLoss) and not part.groups.experts_of(labels, num_experts).equal(expected):

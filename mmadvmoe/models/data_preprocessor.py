@@ -88,6 +88,10 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         """Whether there is a model to attack."""
         return bool(self._attacks)
 
+    def attack_of(self, turn: Optional[str]) -> Optional[BoundAttack]:
+        """The attack of a turn (None: of joint training), if there is one."""
+        return self._attacks.get(turn)
+
     def normalize(self, images: Tensor) -> Tensor:
         """Bring images in [0, 1], (B, C, H, W), to what the network expects."""
         return (images * _MAX_PIXEL - self.mean) / self.std

@@ -12,7 +12,7 @@ from mmadvmoe.attacks import attack_norm
 from mmadvmoe.evaluation import CLEAN, RobustOutcomes
 from mmadvmoe.visualization import draw_loads
 
-from .page import Picture, Section, Table, share, slug
+from .page import ABSENT, Picture, Section, Table, as_count, share, slug
 from .results import ModelResults
 
 # A table of more classes than these tells less than its ends: the least robust ones are shown.
@@ -33,19 +33,19 @@ def facts(models: Sequence[ModelResults]) -> Section:
         settings = model.run['settings'] if model.run else {}
         data = settings.get('data', {})
         rows[model.name] = {
-            'threat model': '; '.join(_balls(settings.get('attacks', {}))) or '–',
-            'attacks': ', '.join(_with_steps(settings.get('attacks', {}))) or '–',
-            'data': str(data.get('type', '–')),
-            'images of the evaluation': f'{data["num_images"]:,}' if 'num_images' in data else '–',
-            'images of the dissection': _count(model.dissection),
-            'images of the checks of attacks': _count(model.soundness),
-            'images of the curve': _count(model.curve),
+            'threat model': '; '.join(_balls(settings.get('attacks', {}))) or ABSENT,
+            'attacks': ', '.join(_with_steps(settings.get('attacks', {}))) or ABSENT,
+            'data': str(data.get('type', ABSENT)),
+            'images of the evaluation': as_count(data.get('num_images')),
+            'images of the dissection': as_count(model.dissection and model.dissection['num_images']),
+            'images of the checks of attacks': as_count(model.soundness and model.soundness['num_images']),
+            'images of the curve': as_count(model.curve and model.curve['num_images']),
             'checkpoint': model.model['checkpoint'],
-            'selected at iteration': _number(model.model.get('iteration')),
+            'selected at iteration': as_count(model.model.get('iteration')),
         }
     labels = next(iter(rows.values()))
     shown = [(label, *(of_model[label] for of_model in rows.values())) for label in labels]
-    shown = [row for row in shown if set(row[1:]) != {'–'}]
+    shown = [row for row in shown if set(row[1:]) != {ABSENT}]
     section.items.append(Table('What was measured', ('', *rows), shown, wide=True))
     return section
 
@@ -133,14 +133,8 @@ def _confusion(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[st
     size = (len(names), len(names))
     counts = {view: _counts(outcomes.label, prediction, size) for view, prediction in views.items()}
     title = f'{model.name}: true class and what is seen'
-    figure = draw_loads(
-        {view: _shares(each) for view, each in counts.items()},
-        names,
-        title,
-        'true class',
-        columns='seen',
-        column_names=names,
-    )
+    shares = {view: _shares(each) for view, each in counts.items()}
+    figure = draw_loads(shares, names, title, 'true class', columns='seen', column_names=names)
     wrong = counts['worst case'] * (1 - np.eye(len(names)))
     most = np.dstack(np.unravel_index(np.argsort(-wrong, axis=None), wrong.shape))[0][:3]
     said = '; '.join(f'{names[a]} seen as {names[b]} {int(wrong[a, b])} times' for a, b in most if wrong[a, b])
@@ -166,11 +160,3 @@ def _balls(attacks: Mapping[str, Mapping]) -> list[str]:
 
 def _with_steps(attacks: Mapping[str, Mapping]) -> list[str]:
     return [f'{name} ({cfg["steps"]} steps)' if 'steps' in cfg else name for name, cfg in attacks.items()]
-
-
-def _count(result: Mapping | None) -> str:
-    return '–' if result is None else f'{result["num_images"]:,}'
-
-
-def _number(value: int | None) -> str:
-    return '–' if value is None else f'{value:,}'

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -18,6 +18,8 @@ from mmadvmoe.visualization import png_bytes
 
 #: Pixels of a figure for each pixel of the page: figures are sharp on fine screens and on paper.
 _FINENESS = 1.6
+#: In place of a number that is not known.
+ABSENT = '–'
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Section:
         """Add what there is of a model, under its name."""
         if items:
             self.items += [Heading(name), *items]
+
+
+def as_count(value: Optional[int]) -> str:
+    """A whole number as text, or that it is not known."""
+    return ABSENT if value is None else f'{value:,}'
 
 
 def percent(value: float, digits: int = 1) -> str:

@@ -11,12 +11,11 @@ from typing import Any, Optional
 from mmadvmoe.visualization import Line, draw_lines, draw_training
 
 from .outcome_sections import classes, facts, flow
-from .page import Listing, Picture, Section, Table, percent, share, slug, write_page
+from .page import ABSENT, Listing, Picture, Section, Table, as_count, percent, share, slug, write_page
 from .results import ModelResults
 from .route_sections import dissection, images, loads, patches
 
 _PACKAGES = ('mmadvmoe', 'torch', 'mmengine', 'mmpretrain', 'torchattacks', 'numpy', 'matplotlib')
-_ABSENT = '–'
 _TOP1 = '/accuracy/top1'
 #: How the file of an analysis tool was made; the checkpoint too, for files can be put in place by hand.
 _OF_A_TOOL = ('config', 'checkpoint', 'num_images', 'seed', 'seconds', 'threat_model', 'routing', 'num_experts')
@@ -24,7 +23,7 @@ _COSTS = {
     'parameters': lambda cost: f'{cost["params_total"]:,}',
     'active parameters': lambda cost: f'{cost["params_active"]:,}',
     'pathway GFLOPs': lambda cost: f'{cost["pathway_gflops"]:.3g}',
-    'router GFLOPs': lambda cost: f'{cost["router_gflops"]:.3g}' if cost['router_gflops'] else _ABSENT,
+    'router GFLOPs': lambda cost: f'{cost["router_gflops"]:.3g}' if cost['router_gflops'] else ABSENT,
 }
 _CHARTS = dict(
     losses='the losses',
@@ -94,8 +93,8 @@ def summary(models: Sequence[ModelResults]) -> Section:
     rows.append(('routes changed, at most', [_routes_changed(model) for model in models]))
     rows.append(('busiest expert, clean', [_busiest(model) for model in models]))
     rows += [(label, [show(model.model['cost']) for model in models]) for label, show in _COSTS.items()]
-    rows.append(('test images', [_ABSENT if count is None else f'{count:,}' for count in images_of]))
-    shown = [(label, *cells) for label, cells in rows if set(cells) != {_ABSENT}]
+    rows.append(('test images', [as_count(count) for count in images_of]))
+    shown = [(label, *cells) for label, cells in rows if set(cells) != {ABSENT}]
     caption = 'Accuracy (%), routes and cost of each model. GFLOPs are 10⁹ multiply-adds per image.'
     section.items.append(Table(caption, ('', *(model.name for model in models)), shown, wide=True))
     return section
@@ -154,7 +153,7 @@ def soundness(models: Sequence[ModelResults]) -> Section:
 def _accuracies(models: Sequence[ModelResults], name: str, of: Optional[Sequence[str]]) -> list[str]:
     """An accuracy of each model, and of how many images where these differ."""
     values = [(model.metrics or {}).get(name + _TOP1) for model in models]
-    return [_ABSENT if v is None else f'{v:.1f}{count}' for v, count in zip(values, of or [''] * len(values))]
+    return [ABSENT if v is None else f'{v:.1f}{count}' for v, count in zip(values, of or [''] * len(values))]
 
 
 def _differ(counts: Iterable[Optional[int]]) -> bool:
@@ -169,12 +168,12 @@ def _routes_changed(model: ModelResults) -> str:
         if name.endswith('/route_changed') and not name.startswith('worst/')
     }
     most = max(changed, key=changed.get, default=None)
-    return _ABSENT if most is None else f'{share(changed[most])} ({most})'
+    return ABSENT if most is None else f'{share(changed[most])} ({most})'
 
 
 def _busiest(model: ModelResults) -> str:
     loads = [value for name, value in (model.metrics or {}).items() if name.startswith('clean/expert_share/')]
-    return share(max(loads)) if loads else _ABSENT
+    return share(max(loads)) if loads else ABSENT
 
 
 def _curves(model: ModelResults) -> Mapping:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.runner import Runner
 
-from mmadvmoe.utils import did_you_mean
+from mmadvmoe.utils import did_you_mean, type_name
 
 # What MMEngine and the tools read of a config beside the arguments of a Runner.
 _FURTHER_KEYS = (
@@ -123,4 +123,4 @@ def warn_of_ended_schedules(runner: Runner) -> None:
 
 
 def _name(scheduler: Mapping[str, Any]) -> str:
-    return getattr(scheduler['type'], '__name__', scheduler['type'])
+    return type_name(scheduler['type'])

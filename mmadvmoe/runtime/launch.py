@@ -22,7 +22,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed as torch_dist
 
-from mmadvmoe.utils import choose, did_you_mean
+from mmadvmoe.utils import choose, did_you_mean, type_name
 
 from .config_checks import check_options, keywords_named
 from .console import ConsoleRunner
@@ -140,8 +140,7 @@ def enable_amp(cfg: Config) -> None:
         raise ValueError('--amp needs a config with an optimizer: optim_wrapper has none')
     on_cpu = get_device() == 'cpu'
     for key, wrapper in wrappers.items():
-        kind = wrapper.get('type', 'OptimWrapper')
-        kind = getattr(kind, '__name__', kind)
+        kind = type_name(wrapper.get('type', 'OptimWrapper'))
         if kind not in _REPLACEABLE_WRAPPERS:
             raise ValueError(
                 f'--amp cannot replace {key}.type={kind!r}; it replaces {", ".join(_REPLACEABLE_WRAPPERS)}. Leave '
@@ -219,7 +218,7 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
     on_cpu = get_device() == 'cpu'
     _set_wrapper(cfg, on_cpu)
     hooks = list(cfg.get('custom_hooks') or [])
-    if not any(getattr(hook['type'], '__name__', hook['type']) == 'SyncBuffersHook' for hook in hooks):
+    if not any(type_name(hook['type']) == 'SyncBuffersHook' for hook in hooks):
         cfg.custom_hooks = [*hooks, dict(type='SyncBuffersHook')]
     if on_cpu:
         timeout = dist_cfg.get('timeout')
