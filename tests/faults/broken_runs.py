@@ -76,6 +76,9 @@ def _resume(folder):
 def _train(folder, hook, step):
     if step:
         kill_at_file_step(step)
+    # A suite in the background, or under nohup, has its children ignore these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     train_here(small_cfg(custom_hooks=[dict(type='ExactResumeHook'), *hook]), str(folder), None, {})
 
 
@@ -109,7 +112,9 @@ def killed_at_a_random_moment(folder, number):
 def signalled(folder, number):
     name = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[number % 3]
     count = number % (EPOCHS * BATCHES)
-    return _interrupted(folder, [dict(type='KillHook', place='iter', count=count, number=int(name))])
+    became = _interrupted(folder, [dict(type='KillHook', place='iter', count=count, number=int(name))])
+    assert became == 'resumed', f'{name.name} did not end the training'
+    return became
 
 
 def killed_in_test(folder, number):
