@@ -162,7 +162,7 @@ def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of the square images that a config's training pipeline gives.
 
     The size is that of the last transform that sets one, or else the ``image_shape`` of the data set's class, which
-    also tells the channels; 3 where it does not.
+    also tells the channels; 3 where it does not, 1 behind a ``RandomGrayscale`` that always leaves one.
 
     Raises:
         ValueError: Neither tells the size, or images are not square.
@@ -173,7 +173,14 @@ def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
     kind = dataset.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
     shape = getattr(kind, 'image_shape', None)
-    for transform in reversed(dataset.get('pipeline') or []):
+    pipeline = dataset.get('pipeline') or []
+    channels = shape[0] if shape else 3
+    if any(
+        step.get('type') == 'RandomGrayscale' and step.get('prob') == 1 and not step.get('keep_channels')
+        for step in pipeline
+    ):
+        channels = 1
+    for transform in reversed(pipeline):
         size = transform.get('crop_size', transform.get('scale'))
         if size is None:
             continue
@@ -182,9 +189,9 @@ def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
             # Transforms disagree about whether the height or the width comes first.
             raise ValueError(f'the input shape is not clear from {transform["type"]} with size {size!r}; give it')
         side = sides.pop()
-        return (shape[0] if shape else 3, side, side)
+        return (channels, side, side)
     if shape:
-        return shape
+        return (channels, *shape[1:])
     raise ValueError(
         'the input shape is unknown: no transform of train_dataloader.dataset.pipeline has a crop_size or a scale; '
         'give it'

@@ -33,6 +33,7 @@ class Digits(BaseDataset):
     """
 
     METAINFO = {'classes': tuple('0123456789')}
+    image_shape = (3, 8, 8)
 
     def __init__(self, split: str = 'train', **kwargs) -> None:
         self.split = choose(split, SPLITS, 'dataset.split')

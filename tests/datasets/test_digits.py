@@ -7,6 +7,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS
 from sklearn.datasets import load_digits
 
+from mmadvmoe.cost import input_shape_of
 from mmadvmoe.datasets import Digits, stratified_split
 
 
@@ -81,3 +82,11 @@ def test_held_out_counts_follow_the_largest_remainder() -> None:
     assert np.bincount(np.array(labels)[held_out]).tolist() == [2, 1, 1]
     assert sorted([*rest, *held_out]) == list(range(10))
     assert not np.array_equal(held_out, stratified_split(labels, 4, seed=1)[1])
+
+
+@pytest.mark.parametrize('pipeline, channels', [([], 3), ([dict(type='RandomGrayscale', prob=1.0)], 1)])
+def test_the_shape_of_its_images_is_known_without_a_crop(pipeline: list, channels: int) -> None:
+    dataset = dict(type='Digits', split='test', pipeline=[*pipeline, dict(type='PackInputs')])
+    assert input_shape_of(dict(test_dataloader=dict(dataset=dataset))) == (channels, 8, 8)
+    init_default_scope('mmpretrain')
+    assert DATASETS.build(dataset)[0]['inputs'].shape == (channels, 8, 8)
