@@ -36,6 +36,8 @@ class OddImages(RandomImages):
             sample['inputs'] = torch.zeros(3, 9, 8, dtype=torch.uint8)
         if index == len(self) - 1 and self.odd == 'label':
             sample['data_samples'].set_gt_label(CLASSES)
+        if self.odd == 'grey':
+            sample['inputs'] = sample['inputs'][:1]
         if self.odd == 'scale':
             sample['inputs'] = sample['inputs'] / 255
         return sample
@@ -227,6 +229,18 @@ def test_images_smaller_than_the_strides_are_named(tmp_path):
     assert re.search(
         r'\(3, 8, 8\) are too small for the strides.*Resize in train_dataloader\.dataset\.pipeline', message
     )
+
+
+def test_images_of_other_channels_are_named(tmp_path):
+    grey = joint_cfg(tmp_path, train_dataloader=loader(dict(type='OddImages', odd='grey')))
+    message = stopped(grey)
+    assert 'backbone.router.in_channels=3, but images have 1 channels; set backbone.router.in_channels=1' in message
+    grey.model.backbone.router.in_channels = 1
+    message = stopped(grey)
+    assert re.search(r'\(1, 8, 8\) have 1 channel\(s\) and the network reads 3: set in_channels=1 in the back', message)
+    grey.model.backbone.backbone.in_channels = 1
+    grey.train_cfg.max_epochs = 1
+    build_runner(grey).train()
 
 
 def test_iterations_are_checked_like_epochs(tmp_path):
