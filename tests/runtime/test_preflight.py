@@ -243,6 +243,25 @@ def test_images_of_other_channels_are_named(tmp_path):
     build_runner(grey).train()
 
 
+def test_layers_that_are_given_windows_are_named_before_training(tmp_path):
+    """Whether windows are whole images depends on the size of the images, which a backbone is not told."""
+    swin = dict(
+        type='SwinTransformer',
+        arch=dict(embed_dims=8, depths=[1] * 2, num_heads=[1] * 2),
+        patch_size=1,
+        window_size=4,
+        out_indices=(1,),
+    )
+    model = model_cfg(head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=16))
+    model['backbone'].update(include=['attn.*proj'], exclude=['nowhere'], backbone=swin)
+    message = stopped(joint_cfg(tmp_path, model))
+    assert "the expert layer 'stages.0.blocks.0.attn.w_msa.proj' is given 4 rows for 1 images" in message
+    assert 'backbone.exclude' in message
+    # In the second stage a window is an image.
+    model['backbone']['exclude'] = [r'stages\.0']
+    build_runner(joint_cfg(tmp_path, model, epochs=1)).train()
+
+
 def test_iterations_are_checked_like_epochs(tmp_path):
     cfg = joint_cfg(
         tmp_path,
