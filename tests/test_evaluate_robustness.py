@@ -346,6 +346,24 @@ BAD = {
 }
 
 
+class _Foreign(nn.Module):
+    """Someone else's, in which ``backbone`` and ``num_classes`` mean something else."""
+
+    num_classes = 1000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.fc = nn.Flatten(), nn.Linear(192, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.backbone(x))
+
+
+def test_a_module_of_someone_else_tells_its_classes_by_its_logits() -> None:
+    cfg = dict(type='AutoAttack', eps=0.1, attacks_to_run=['apgd-ce'], steps=2)
+    assert evaluate(_Foreign(), DIGITS, dict(aa=cfg)).outcomes.by_name['aa'].logits.shape == (20, 10)
+
+
 def test_a_subset_of_some_classes_is_evaluated() -> None:
     digits = as_dataset(DIGITS)
     few = [index for index in range(len(digits)) if digits.get_cat_ids(index)[0] < 4]
