@@ -175,7 +175,10 @@ def _as_batch(images: Union[Tensor, np.ndarray]) -> Tensor:
         if images.dim() in (3, 4) and images.shape[-1] in (1, 3) and images.shape[-3] not in (1, 3):
             images = images.movedim(-1, -3)
     if not isinstance(images, Tensor):
-        raise TypeError(f'images must be a tensor or an array, got a {type(images).__name__}')
+        raise TypeError(
+            f'images must be a tensor or an array, got a {type(images).__name__}; of a PIL image numpy.asarray makes '
+            'one, and numpy.stack of several'
+        )
     if images.dim() == 3:
         images = images[None]
     if images.dim() != 4:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from mmadvmoe.moe import ExpertLayer, forward_routed, router_modules
 
 #: What torch says of a convolution or a pooling that would give an image of no size.
 _NOTHING_LEFT = ("can't be greater than actual input size", 'Output size is too small')
+_CHANNELS = re.compile(r'to have (\d+) channels, but got (\d+) channels')
 _GIGA = 1e9
 
 
@@ -139,23 +141,29 @@ def flop_analyzer(classifier: nn.Module, input_shape: Sequence[int]) -> FlopAnal
 
 @contextmanager
 def size_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
-    """Run a network on an image inside of this, to hear that the image is too small for it.
+    """Run a network on an image inside of this, to hear that it does not fit the network.
 
     Args:
         shape (Sequence[int]): (C, H, W), for the message.
         advice (str): What to do about it, for the message.
 
     Raises:
-        ValueError: A convolution or pooling found nothing left to work on.
+        ValueError: A convolution or pooling found nothing left to work on, or another number of channels.
     """
     try:
         yield
     except RuntimeError as error:
-        if not any(words in str(error) for words in _NOTHING_LEFT):
-            raise
-        raise ValueError(
-            f'images of shape {tuple(shape)} are too small for the strides of the network: {advice}'
-        ) from error
+        if any(words in str(error) for words in _NOTHING_LEFT):
+            raise ValueError(
+                f'images of shape {tuple(shape)} are too small for the strides of the network: {advice}'
+            ) from error
+        channels = _CHANNELS.search(str(error))
+        if channels and int(channels[2]) == shape[0]:
+            raise ValueError(
+                f'images of shape {tuple(shape)} have {shape[0]} channel(s) and the network reads {channels[1]}: set '
+                f'in_channels={shape[0]} in the backbone that it is built from, or load images with {channels[1]}'
+            ) from error
+        raise
 
 
 def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:

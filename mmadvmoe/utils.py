@@ -54,8 +54,8 @@ def did_you_mean(name: Any, allowed: Collection[str]) -> str:
 
 
 def type_name(kind: Union[str, type]) -> str:
-    """A type as configs give it, by name or as a class, as its name."""
-    return kind if isinstance(kind, str) else kind.__name__
+    """A type as configs give it, a name with or without a scope or a class, as its name without a scope."""
+    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
 def as_plain(value: Any) -> Any:

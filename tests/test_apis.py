@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 from torch import Tensor, nn
 
 from mmadvmoe.apis import inference, load_robust_model
@@ -128,6 +129,8 @@ def test_inference_takes_arrays_and_single_images(trained: tuple, images: Tensor
         torch.testing.assert_close(probabilities, expected[3:4])
     with pytest.raises(ValueError, match=r'\(B, C, H, W\) or one \(C, H, W\), got \(8, 8\)'):
         inference(model, images[0, 0])
+    with pytest.raises(TypeError, match=r'got a Image; of a PIL image numpy\.asarray makes one'):
+        inference(model, Image.new('RGB', (8, 8)))
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained: tuple, tmp_path: Path) -> None:

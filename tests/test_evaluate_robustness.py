@@ -16,12 +16,13 @@ import torchattacks
 from mmpretrain.registry import MODELS
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from mmadvmoe.apis import evaluate_robustness
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.datasets import Digits
 from mmadvmoe.evaluation import read_evaluation
+from mmadvmoe.evaluation.data import as_dataset
 from mmadvmoe.registry import ATTACKS
 
 WEAK = dict(
@@ -319,6 +320,21 @@ BAD = {
         TypeError,
         r'Tensor of shape \(10,\).* class index; of one-hot labels that is label\.argmax\(\)',
     ),
+    'one-hot labels of tensors': (
+        dict(data=(torch.rand(4, 3, 8, 8), torch.eye(10)[:4])),
+        ValueError,
+        r'of one-hot labels that is labels\.argmax\(1\)\), got \(4, 3, 8, 8\) and torch\.float32 \(4, 10\)',
+    ),
+    'arrays of images and labels': (
+        dict(data=(np.zeros((4, 3, 8, 8), np.float32), np.zeros(4, np.int64))),
+        TypeError,
+        r'the tensors \(images, labels\), got a tuple; torch\.stack and torch\.from_numpy make tensors of',
+    ),
+    'a list of samples': (
+        dict(data=[(torch.rand(3, 8, 8), 0)] * 4),
+        TypeError,
+        r'got a list; torch\.stack and torch\.from_numpy make tensors of samples and arrays',
+    ),
     'labels of others': (
         dict(data=(torch.rand(4, 3, 8, 8), torch.zeros(3, dtype=torch.int64))),
         ValueError,
@@ -328,6 +344,32 @@ BAD = {
     'no radius': (dict(attacks=['pgd50']), ValueError, r"attack 'pgd50' needs a radius in norm Linf \(eps"),
     'unknown name': (dict(attacks=['pdg'], eps=0.1), ValueError, "there is no attack 'pdg'; allowed: fgsm, pgd<steps>"),
 }
+
+
+class _Foreign(nn.Module):
+    """Someone else's, in which ``backbone`` and ``num_classes`` mean something else."""
+
+    num_classes = 1000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.fc = nn.Flatten(), nn.Linear(192, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.backbone(x))
+
+
+def test_a_module_of_someone_else_tells_its_classes_by_its_logits() -> None:
+    cfg = dict(type='AutoAttack', eps=0.1, attacks_to_run=['apgd-ce'], steps=2)
+    assert evaluate(_Foreign(), DIGITS, dict(aa=cfg)).outcomes.by_name['aa'].logits.shape == (20, 10)
+
+
+def test_a_subset_of_some_classes_is_evaluated() -> None:
+    digits = as_dataset(DIGITS)
+    few = [index for index in range(len(digits)) if digits.get_cat_ids(index)[0] < 4]
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    result = evaluate(linear, Subset(digits, few), WEAK)
+    assert result.outcomes.label.tolist() == [digits.get_cat_ids(index)[0] for index in few]
 
 
 @pytest.mark.parametrize('case', BAD)

@@ -15,7 +15,7 @@ from mmadvmoe.runtime.launch import (
     merge_common_arguments,
     prepare_distributed,
 )
-from mmadvmoe.runtime.preflight import check_config
+from mmadvmoe.runtime.preflight import check_batches, check_config
 from mmadvmoe.training.dry_run import dry_run
 
 
@@ -90,6 +90,7 @@ def main() -> None:
     runner = build_runner(cfg, args.verbose)
     # Data sets, loops and optimizers are built by the first lines of this.
     with keywords_named(cfg):
+        check_batches(runner)
         runner.train()
     finish_distributed()
 

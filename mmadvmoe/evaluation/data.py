@@ -78,14 +78,14 @@ def as_dataset(data: Data) -> Dataset:
         images, labels = data
         if images.dim() != 4 or labels.shape != images.shape[:1] or labels.is_floating_point():
             raise ValueError(
-                f'data must be images (B, C, H, W) and labels (B,) of class indices, got {tuple(images.shape)} and '
-                f'{labels.dtype} {tuple(labels.shape)}'
+                f'data must be images (B, C, H, W) and labels (B,) of class indices (of one-hot labels that is '
+                f'labels.argmax(1)), got {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}'
             )
         return TensorDataset(images, labels.long())
     if not hasattr(data, '__getitem__') or not hasattr(data, '__len__') or isinstance(data, (str, tuple, list)):
         raise TypeError(
-            'data must be the config of a data set, a data set, or the tensors (images, labels), got a '
-            f'{type(data).__name__}'
+            'data must be the config of a data set, a data set (with __getitem__ and __len__), or the tensors (images, '
+            f'labels), got a {type(data).__name__}; torch.stack and torch.from_numpy make tensors of samples and arrays'
         )
     return data
 

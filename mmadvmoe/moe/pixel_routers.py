@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from .routers import BaseRouter
+from .routers import BaseRouter, check_channels
 
 
 class _Pixels(nn.Module):
-    """Average pooling of images (B, C, H, W) whose size is known."""
+    """Average pooling of images (B, C, H, W) whose channels and size are known."""
 
-    def __init__(self, image_size: Union[int, Sequence[int]], pool: int) -> None:
+    def __init__(self, in_channels: int, image_size: Union[int, Sequence[int]], pool: int) -> None:
         super().__init__()
+        self.in_channels = in_channels
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if pool < 1 or any(side % pool for side in self.image_size):
             raise ValueError(f'router.pool={pool} must divide router.image_size={self.image_size}')
@@ -28,6 +29,7 @@ class _Pixels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != self.image_size:
             raise ValueError(f'router.image_size={self.image_size} does not fit images of {tuple(x.shape[-2:])}')
+        check_channels(x, self.in_channels)
         return F.avg_pool2d(x, self.pool) if self.pool > 1 else x
 
 
@@ -74,7 +76,7 @@ class MLPRouter(_ReLURouter):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(num_experts, init_cfg)
-        self.pixels = _Pixels(image_size, pool)
+        self.pixels = _Pixels(in_channels, image_size, pool)
         if hidden < 0:
             raise ValueError(f'router.hidden={hidden} must be at least 0')
         numbers = in_channels * math.prod(self.pixels.size)
@@ -113,7 +115,7 @@ class ConvRouter(_ReLURouter):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(num_experts, init_cfg)
-        self.pixels = _Pixels(image_size, pool)
+        self.pixels = _Pixels(in_channels, image_size, pool)
         if not channels:
             raise ValueError(f'router.channels={channels} must hold at least one width; MLPRouter does without')
         widths = [in_channels, *channels]

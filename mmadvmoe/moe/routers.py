@@ -51,6 +51,15 @@ class BaseRouter(BaseModule):
         return None
 
 
+def check_channels(images: Tensor, in_channels: int) -> None:
+    """Raise ValueError, naming the key, unless images (B, C, H, W) have the channels that a router reads."""
+    if images.shape[1] != in_channels:
+        raise ValueError(
+            f'backbone.router.in_channels={in_channels}, but images have {images.shape[1]} channels; set '
+            f'backbone.router.in_channels={images.shape[1]}'
+        )
+
+
 class _RouterBlock(nn.Module):
     """Basic residual block whose shortcut has no parameters: strided and padded with zero channels.
 
@@ -128,11 +137,7 @@ class ResNetRouter(BaseRouter):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> logits (B, N)."""
-        if x.shape[1] != self.conv1.in_channels:
-            raise ValueError(
-                f'backbone.router.in_channels={self.conv1.in_channels}, but images have {x.shape[1]} channels; set '
-                f'backbone.router.in_channels={x.shape[1]}'
-            )
+        check_channels(x, self.conv1.in_channels)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.blocks(x)
         return self.fc(x.mean(dim=(2, 3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,10 +79,10 @@ def schedules(param_scheduler: Any) -> dict[str, Sequence[Any]]:
 
 
 def check_schedules(cfg: Mapping[str, Any]) -> None:
-    """Check that every schedule begins before training ends.
+    """Check that every schedule begins before training ends, and that no hook begins after it.
 
     Raises:
-        ValueError: One does not, as one that follows a warm-up which is longer than the training.
+        ValueError: One does, as a schedule that follows a warm-up which is longer than the training.
     """
     train_cfg = cfg.get('train_cfg') or {}
     lengths = {True: train_cfg.get('max_epochs'), False: train_cfg.get('max_iters')}
@@ -100,6 +101,13 @@ def check_schedules(cfg: Mapping[str, Any]) -> None:
                 f'long (train_cfg.{setting}); before it {_name(before)} takes {before.get("end", begin)} {unit} (end). '
                 f'Shorten end and begin, or set train_cfg.{setting} to more than {begin}'
             )
+    for hook in cfg.get('custom_hooks') or ():
+        for key, setting in (('begin_epoch', 'max_epochs'), ('begin_iter', 'max_iters')):
+            if isinstance(hook, Mapping) and (hook.get(key) or 0) > (train_cfg.get(setting) or math.inf):
+                raise ValueError(
+                    f'custom_hooks: {_name(hook)} begins after training, with {key}={hook[key]} and '
+                    f'train_cfg.{setting}={train_cfg[setting]}; set {key} to at most {train_cfg[setting]}'
+                )
 
 
 def warn_of_ended_schedules(runner: Runner) -> None:
@@ -122,5 +130,5 @@ def warn_of_ended_schedules(runner: Runner) -> None:
             )
 
 
-def _name(scheduler: Mapping[str, Any]) -> str:
-    return type_name(scheduler['type'])
+def _name(part: Mapping[str, Any]) -> str:
+    return type_name(part['type'])

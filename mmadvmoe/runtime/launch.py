@@ -300,7 +300,7 @@ def _set_wrapper(cfg: Config, on_cpu: bool) -> None:
         cfg.setdefault('find_unused_parameters', True)
         return
     wrapper = given if given is not None else {}
-    if wrapper.setdefault('type', 'MMDistributedDataParallel') != 'MMDistributedDataParallel':
+    if type_name(wrapper.setdefault('type', 'MMDistributedDataParallel')) != 'MMDistributedDataParallel':
         return
     wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', True))
     # As in the Runner's own wrapper; SyncBuffersHook does it once per epoch.

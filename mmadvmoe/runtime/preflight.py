@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS, MODELS
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmadvmoe.attacks import Victim
@@ -25,7 +25,7 @@ from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
 from mmadvmoe.moe import GROUPS, placement_of, router_modules
 from mmadvmoe.moe.upcycling import check_has_experts
-from mmadvmoe.utils import bare_model, did_you_mean
+from mmadvmoe.utils import bare_model, did_you_mean, type_name
 
 from .config_checks import check_schedules, warn_of_ended_schedules
 from .seeding import preserve_rng_state
@@ -48,7 +48,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     scheduler = cfg.get('param_scheduler')
     # One per group, which MMEngine's Runner looks up before any hook runs, to stop with a bare KeyError. A list or a
     # single scheduler applies to both groups.
-    if _names(constructor, _TURNS_CONSTRUCTOR) and isinstance(scheduler, dict) and 'type' not in scheduler:
+    if type_name(constructor or '') == _TURNS_CONSTRUCTOR and isinstance(scheduler, dict) and 'type' not in scheduler:
         check_groups('param_scheduler', scheduler)
     check_schedules(cfg)
     model = cfg.get('model') or {}
@@ -57,8 +57,8 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     kind = model.get('type')
     if isinstance(kind, str):
         kind = MODELS.get(kind)
-    default = 'AdvDataPreprocessor' if kind is RobustClassifier else None
-    if kind is not None and _names(preprocessor.get('type', default), 'AdvDataPreprocessor'):
+    default = 'AdvDataPreprocessor' if kind is RobustClassifier else ''
+    if kind is not None and type_name(preprocessor.get('type', default)) == 'AdvDataPreprocessor':
         _check_mode(kind, preprocessor.get('mode', 'pair'))
 
 
@@ -105,7 +105,7 @@ class PreflightHook(Hook):
         model = bare_model(runner.model)
         preprocessor = model.data_preprocessor
         _check_attack(model, preprocessor)
-        _check_batches(runner.train_dataloader)
+        check_batches(runner)
         if runner.iter:
             warn_of_ended_schedules(runner)
         shapes, classes = {}, {}
@@ -146,11 +146,6 @@ class PreflightHook(Hook):
         )
 
 
-def _names(given: Any, wanted: str) -> bool:
-    """Whether the ``type`` of a config, a class or a name with or without a scope, is the class of that name."""
-    return (given.split('.')[-1] if isinstance(given, str) else getattr(given, '__name__', None)) == wanted
-
-
 def _check_mode(classifier: type, mode: str) -> None:
     takes_pairs = 'adv_inputs' in inspect.signature(classifier.forward).parameters
     if mode == 'pair' and not takes_pairs:
@@ -180,7 +175,15 @@ def _check_attack(model: Any, preprocessor: Any) -> None:
         )
 
 
-def _check_batches(dataloader: DataLoader) -> None:
+def check_batches(runner: Runner) -> None:
+    """Check that training has batches; to be called before it as well, as MMEngine counts them before any hook runs.
+
+    Raises:
+        ValueError: There is none, or one would hold a single image.
+    """
+    if runner.train_loop is None:
+        return
+    dataloader = runner.train_loop.dataloader
     batch_size = dataloader.batch_size or getattr(dataloader.batch_sampler, 'batch_size', None)
     if batch_size == 1:
         raise ValueError(

@@ -65,7 +65,7 @@ class ExactResumeHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keep the states until training is about to go on."""
-        self._loaded = checkpoint.get(_KEY)
+        self._loaded = checkpoint.get(_KEY, {})
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Note which validation the next checkpoint includes.
@@ -99,7 +99,9 @@ class ExactResumeHook(Hook):
 
     def _restore(self, runner: Runner, by_iter: bool) -> None:
         state, self._loaded = self._loaded, None
-        if state is None:
+        if state is None:  # a second training by the same Runner
+            return
+        if not state:
             runner.logger.warning(
                 'The checkpoint was saved without ExactResumeHook and holds no random state: training goes on, but not '
                 'as it would have without the interruption.'

@@ -19,6 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmadvmoe.runtime.launch import build_runner
+from mmadvmoe.runtime.preflight import check_batches
 from mmadvmoe.runtime.safe_load import check_state_dict, load_from_local
 from mmadvmoe.utils import bare_model
 
@@ -97,6 +98,7 @@ def dry_run(cfg: Config) -> DryRun:
         runner = build_runner(cfg)
         watch = _Watch(found, _CYCLES[found.device])
         runner.register_hook(watch, priority='LOWEST')
+        check_batches(runner)
         _until_enough(runner.train)
         if runner.val_loop is not None:
             start = time.perf_counter()

@@ -162,6 +162,24 @@ def test_config_trains_validates_saves_and_loads(path: str, small_data: Path, tm
     _trained.append(path)
 
 
+def test_a_runner_validates_tests_and_trains_in_any_order(
+    small_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Hooks of MMPretrain build the training loop in a validation; what was called decides nevertheless."""
+    cfg = _reduced('advmoe_resnet18_digits.py', small_data, tmp_path)
+    cfg.log_level, cfg.experiment_name = 'WARNING', f'any_order_{tmp_path.name}'
+    cfg.test_cfg = dict(cfg.val_cfg, type='RobustTestLoop')
+    runner = Runner.from_cfg(cfg)
+    first, tested = runner.val(), runner.test()
+    assert (runner.iter, runner.val()) == (0, first)
+    runner.train()
+    trained = runner.val()
+    assert runner.iter == 4 and not {'last_checkpoint', 'epoch_1.pth'} - {file.name for file in tmp_path.iterdir()}
+    runner.train()  # is complete
+    assert runner.iter == 4 and runner.val() == trained and runner.test().keys() == tested.keys()
+    assert 'without ExactResumeHook' not in ''.join(capfd.readouterr())
+
+
 def test_heads_fit_the_networks_at_full_size() -> None:
     channels = {}
     for path in FILES:

@@ -317,3 +317,26 @@ def test_layers_that_are_computed_anew_are_refused_by_the_key():
     cfg = dict(type='RevVisionTransformer', **vit()[0])
     with pytest.raises(ValueError, match=r'set backbone\.backbone\.no_custom_backward=True'):
         MODELS.build(dict(type='MoEBackbone', num_experts=2, include=['ffn'], backbone=cfg))
+
+
+def test_a_network_whose_blocks_load_by_themselves_is_upcycled_and_loaded(tmp_path):
+    """The blocks of RepVGG get the ``init_cfg`` of the network, and nothing comes back from ``eval()``."""
+    kwargs, size = SMALL['RepVGG']
+    dense = MODELS.build(dict(type='RepVGG', **kwargs))
+    torch.save(dict(state_dict=dense.state_dict()), tmp_path / 'dense.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'dense.pth'))
+    cfg = dict(
+        type='MoEBackbone',
+        num_experts=2,
+        include=[r'stage_\d.*conv$'],
+        router=dict(type='ResNetRouter', num_blocks=1, base_channels=2),
+        backbone=dict(type='RepVGG', init_cfg=init_cfg, **kwargs),
+    )
+    mixture, loaded = MODELS.build(copy.deepcopy(cfg)), MODELS.build(copy.deepcopy(cfg))
+    mixture.init_weights()
+    loaded.load_state_dict(mixture.state_dict())
+    dense.eval(), mixture.eval(), loaded.eval()
+    images = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(mixture(images), dense(images))
+        torch.testing.assert_close(loaded(images), mixture(images))

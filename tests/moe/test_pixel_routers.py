@@ -32,3 +32,5 @@ def test_sizes_that_do_not_fit_are_named(kind):
     router = MODELS.build(dict(cfg, pool=2))
     with pytest.raises(ValueError, match=r'router.image_size=\(8, 8\) does not fit images of \(9, 8\)'):
         router(torch.rand(2, 3, 9, 8))
+    with pytest.raises(ValueError, match=r'backbone\.router\.in_channels=3, but images have 1 channels; set .*=1$'):
+        router(torch.rand(2, 1, 8, 8))

@@ -59,6 +59,14 @@ def test_a_schedule_that_begins_after_the_training_is_named():
     check_config(dict(param_scheduler=by_iter, train_cfg=dict(max_epochs=1)))
 
 
+def test_a_hook_that_begins_after_the_training_is_named():
+    cfg = Config.fromfile(CONFIGS / 'advmoe_resnet18_digits_ema.py')
+    check_config(cfg)
+    cfg.train_cfg.max_epochs = 2
+    with pytest.raises(ValueError, match=r'custom_hooks: EMAHook begins .* begin_epoch=\d+ and .*\.max_epochs=2; set'):
+        check_config(cfg)
+
+
 @pytest.mark.parametrize('joint', [True, False])
 def test_a_run_that_is_made_longer_is_warned_of_its_old_schedule(tmp_path, joint):
     cosine = dict(type='CosineAnnealingLR', eta_min=1e-3, by_epoch=True, convert_to_iter_based=True)

@@ -73,9 +73,10 @@ def test_amp_with_one_optimizer(monkeypatch, device):
     assert cfg.optim_wrapper == expected[device]
 
 
-def test_amp_knows_wrappers_that_are_given_as_classes(monkeypatch):
+@pytest.mark.parametrize('kind', [OptimWrapper, 'mmengine.OptimWrapper'])
+def test_amp_knows_wrappers_that_are_given_as_classes(monkeypatch, kind):
     monkeypatch.setattr('mmadvmoe.runtime.launch.get_device', lambda: 'cpu')
-    cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper, optimizer=SGD)))
+    cfg = Config(dict(optim_wrapper=dict(type=kind, optimizer=SGD)))
     enable_amp(cfg)
     assert cfg.optim_wrapper.type == 'CPUAmpOptimWrapper'
 

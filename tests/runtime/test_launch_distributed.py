@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel
+from mmengine.hooks import Hook, SyncBuffersHook
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
 from processes import finish, start
 from torch import distributed as torch_dist
@@ -145,6 +145,16 @@ def test_settings_of_the_config_are_kept(second_of_two):
     wrapper = dict(given['model_wrapper_cfg'], type='MMDistributedDataParallel')
     assert cfg.model_wrapper_cfg == wrapper
     assert cfg.custom_hooks == given['custom_hooks']
+
+
+def test_classes_are_known_as_well_as_names(second_of_two):
+    for hook in (SyncBuffersHook, 'mmengine.SyncBuffersHook'):
+        given = [dict(type=hook)]
+        wrapper = dict(type=MMDistributedDataParallel)
+        cfg = Config(dict(custom_hooks=given, model_wrapper_cfg=wrapper))
+        prepare_distributed(cfg, 'pytorch')
+        assert cfg.custom_hooks == given
+        assert cfg.model_wrapper_cfg == dict(wrapper, find_unused_parameters=True, broadcast_buffers=False)
 
 
 def test_more_processes_than_gpus_are_refused(second_of_two, monkeypatch):

@@ -36,6 +36,8 @@ class OddImages(RandomImages):
             sample['inputs'] = torch.zeros(3, 9, 8, dtype=torch.uint8)
         if index == len(self) - 1 and self.odd == 'label':
             sample['data_samples'].set_gt_label(CLASSES)
+        if self.odd == 'grey':
+            sample['inputs'] = sample['inputs'][:1]
         if self.odd == 'scale':
             sample['inputs'] = sample['inputs'] / 255
         return sample
@@ -227,6 +229,37 @@ def test_images_smaller_than_the_strides_are_named(tmp_path):
     assert re.search(
         r'\(3, 8, 8\) are too small for the strides.*Resize in train_dataloader\.dataset\.pipeline', message
     )
+
+
+def test_images_of_other_channels_are_named(tmp_path):
+    grey = joint_cfg(tmp_path, train_dataloader=loader(dict(type='OddImages', odd='grey')))
+    message = stopped(grey)
+    assert 'backbone.router.in_channels=3, but images have 1 channels; set backbone.router.in_channels=1' in message
+    grey.model.backbone.router.in_channels = 1
+    message = stopped(grey)
+    assert re.search(r'\(1, 8, 8\) have 1 channel\(s\) and the network reads 3: set in_channels=1 in the back', message)
+    grey.model.backbone.backbone.in_channels = 1
+    grey.train_cfg.max_epochs = 1
+    build_runner(grey).train()
+
+
+def test_layers_that_are_given_windows_are_named_before_training(tmp_path):
+    """Whether windows are whole images depends on the size of the images, which a backbone is not told."""
+    swin = dict(
+        type='SwinTransformer',
+        arch=dict(embed_dims=8, depths=[1] * 2, num_heads=[1] * 2),
+        patch_size=1,
+        window_size=4,
+        out_indices=(1,),
+    )
+    model = model_cfg(head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=16))
+    model['backbone'].update(include=['attn.*proj'], exclude=['nowhere'], backbone=swin)
+    message = stopped(joint_cfg(tmp_path, model))
+    assert "the expert layer 'stages.0.blocks.0.attn.w_msa.proj' is given 4 rows for 1 images" in message
+    assert 'backbone.exclude' in message
+    # In the second stage a window is an image.
+    model['backbone']['exclude'] = [r'stages\.0']
+    build_runner(joint_cfg(tmp_path, model, epochs=1)).train()
 
 
 def test_iterations_are_checked_like_epochs(tmp_path):
