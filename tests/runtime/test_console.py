@@ -61,6 +61,15 @@ def test_the_first_training_line_comes_within_twenty(
         assert handler.level == logging.INFO
 
 
+def test_further_runners_are_as_quiet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, name in enumerate(('further', 'further', 'other')):
+        build_runner(run_cfg(tmp_path / str(number), experiment_name=name, log_level='INFO'))
+        log = next((tmp_path / str(number)).rglob('*.log')).read_text()
+        assert 'System environment:' in log and 'Config:\n' in log
+    shown = capsys.readouterr().out
+    assert 'System environment:' not in shown and 'Config:' not in shown
+
+
 def test_a_named_runner_stays(tmp_path: Path) -> None:
     cfg = run_cfg(tmp_path, experiment_name='console_named', runner_type='Runner')
     assert type(build_runner(cfg)) is Runner
