@@ -34,6 +34,8 @@ docs: $(STAMP)
 	@echo "==> documentation: tutorials are executed, warnings are errors"
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[docs]'
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+	@! grep -rl --include='*.html' -e '&lt;Figure size' -e '<p>| ' docs/_build/html || \
+		{ echo "these pages show figures or tables as text" >&2; exit 1; }
 	@echo "==> docs/_build/html/index.html"
 
 lint: $(STAMP)

@@ -3,6 +3,7 @@
 from mmadvmoe import __version__
 
 project = 'mmadvmoe'
+copyright = 'the authors of mmadvmoe'
 release = version = __version__
 html_theme = 'furo'
 html_title = f'mmadvmoe {version}'
@@ -16,6 +17,8 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_merge_streams = True
+# As pages are, so that tables are tables.
+nb_render_markdown_format = 'myst'
 autodoc_typehints = 'none'
 autodoc_member_order = 'bysource'
 autodoc_default_options = dict(members=True)

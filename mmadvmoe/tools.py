@@ -1,6 +1,7 @@
 """The command line tools of an installation: ``python -m mmadvmoe.tools train advmoe_resnet18_digits.py``.
 
-A config can be named as in the model index, with or without ``.py``; paths are taken as they are.
+A config can be named as in the model index, with or without ``.py``, and weights that come along by their file name;
+paths are taken as they are.
 """
 
 from __future__ import annotations
@@ -28,18 +29,21 @@ def main() -> None:
         path = tools[choose(sys.argv[1], sorted(tools), 'TOOL')]
     except ValueError as error:
         sys.exit(str(error))
-    models = read_zoo()
-    named = [
-        str(models[word.removesuffix('.py')].config) if _names_model(word, models) else word for word in sys.argv[2:]
-    ]
-    sys.argv = [str(path), *named]
+    files = _files_by_name()
+    sys.argv = [str(path), *(word if Path(word).exists() else files.get(word, word) for word in sys.argv[2:])]
     # As Python does for a script: its neighbours can be imported.
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name='__main__')
 
 
-def _names_model(word: str, models: dict) -> bool:
-    return word.removesuffix('.py') in models and not Path(word).exists()
+def _files_by_name() -> dict[str, str]:
+    """Configs by the names of their models, with and without ``.py``, and weights by the names of their files."""
+    files = {}
+    for name, model in read_zoo().items():
+        files[name] = files[f'{name}.py'] = str(model.config)
+        if model.weights is not None:
+            files[Path(model.weights).name] = model.weights
+    return files
 
 
 if __name__ == '__main__':

@@ -29,6 +29,8 @@ OF_MMENGINE = ('"FileClient" will be deprecated', '"HardDiskBackend" is the alia
 #: In training by turns the schedule of the group that waits goes on before its optimizer has stepped.
 _SCHEDULE_FIRST = r'Detected call of `scheduler.step\(\)` before'
 _RESULT = re.compile(r'^(Epoch\((?:val|test)\) ?)(?:(\[\d+\])\[\d+/\d+\]|\[\d+/\d+\])? +(?=\S+: )')
+#: The end of a robust evaluation, whose results come next.
+_EVALUATED = re.compile(r'Robust evaluation: (\d+) of \1 images')
 _ITEM = re.compile(r'(\S+): (-?[\d.]+|nan)')
 _ACCURACY, _LOAD = '/accuracy/top1', 'clean/expert_share/'
 
@@ -51,7 +53,9 @@ class ConsoleFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is shown."""
         message = record.getMessage()
-        return not message.startswith(OF_MMENGINE if record.levelno > logging.INFO else FILE_ONLY)
+        if record.levelno > logging.INFO:
+            return not message.startswith(OF_MMENGINE)
+        return not (message.startswith(FILE_ONLY) or _EVALUATED.match(message))
 
 
 class ConsoleFormatter(logging.Formatter):

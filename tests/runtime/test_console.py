@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from tiny_runs import run_cfg
 
 from mmadvmoe.attacks.progress import PassProgress
-from mmadvmoe.runtime.console import shorten
+from mmadvmoe.runtime.console import ConsoleFilter, shorten
 from mmadvmoe.runtime.launch import build_runner
 
 
@@ -33,6 +33,19 @@ from mmadvmoe.runtime.launch import build_runner
 )
 def test_a_robust_evaluation_is_one_short_line(message: str, expected: str | None) -> None:
     assert shorten(message) == expected
+
+
+@pytest.mark.parametrize(
+    ('message', 'shown'),
+    [
+        ('Robust evaluation: 180 of 360 images, robust accuracy so far 40.00, 0:01:00 left', True),
+        ('Robust evaluation: 360 of 360 images, robust accuracy so far 45.00', False),
+    ],
+    ids=['under_way', 'results_follow'],
+)
+def test_an_evaluation_ends_in_its_results(message: str, shown: bool) -> None:
+    record = logging.LogRecord('mmengine', logging.INFO, '', 0, message, (), None)
+    assert ConsoleFilter().filter(record) == shown
 
 
 @pytest.mark.parametrize('verbose', [False, True])
@@ -59,6 +72,15 @@ def test_the_first_training_line_comes_within_twenty(
         assert text in log
     for handler in runner.logger.handlers:
         assert handler.level == logging.INFO
+
+
+def test_further_runners_are_as_quiet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, name in enumerate(('further', 'further', 'other')):
+        build_runner(run_cfg(tmp_path / str(number), experiment_name=name, log_level='INFO'))
+        log = next((tmp_path / str(number)).rglob('*.log')).read_text()
+        assert 'System environment:' in log and 'Config:\n' in log
+    shown = capsys.readouterr().out
+    assert 'System environment:' not in shown and 'Config:' not in shown
 
 
 def test_a_named_runner_stays(tmp_path: Path) -> None:

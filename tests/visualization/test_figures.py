@@ -172,6 +172,9 @@ def test_training_in_turns_has_a_chart_for_each_turn():
     }
     (changed, _) = charts['route_changes'].axes[0].get_lines()
     assert list(changed.get_ydata()) == [100, 50]
+    for chart in draw_training({name: points for name in names}, selected=2).values():
+        mark = chart.axes[0].get_lines()[-1]
+        assert (mark.get_label(), list(mark.get_xdata())) == ('the checkpoint', [2, 2])
 
 
 def test_joint_training_of_a_dense_model_has_losses_and_rates():
