@@ -75,7 +75,7 @@ def test_the_first_training_line_comes_within_twenty(
 
 
 def test_further_runners_are_as_quiet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for number, name in enumerate(('further', 'further', 'other')):
+    for number, name in enumerate(('further', 'furthest')):
         build_runner(run_cfg(tmp_path / str(number), experiment_name=name, log_level='INFO'))
         log = next((tmp_path / str(number)).rglob('*.log')).read_text()
         assert 'System environment:' in log and 'Config:\n' in log
