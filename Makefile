@@ -27,7 +27,7 @@ $(STAMP): setup.py mmadvmoe/_requirements.py
 	@touch $@
 
 demo: $(STAMP)
-	@echo "==> demo: training a small AdvMoE ResNet-18 on handwritten digits, then attacking it"
+	@echo "==> demo: training a small AdvMoE on handwritten digits, then attacking it"
 	$(PY) tools/demo.py
 
 docs: $(STAMP)

@@ -40,7 +40,7 @@ def threat_text(report: Mapping, images: str = 'test images') -> str:
     threat = report['threat_model']
     return (
         f'{threat["norm"]} ball of eps {threat["eps"]:.4g}, {threat["steps"]} steps of {threat["alpha"]:.4g}, '
-        f'{report["num_images"]} {images}'
+        f'{report["num_images"]:,} {images}'
     )
 
 

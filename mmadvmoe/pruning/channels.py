@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
 
 from mmadvmoe.cost import flop_analyzer
@@ -58,21 +59,6 @@ class _Call:
     made: object  # the node that made the output
 
 
-class _Sets:
-    """Disjoint sets of autograd nodes: those in one set have the same channels."""
-
-    def __init__(self) -> None:
-        self._parent: dict[object, object] = {}
-
-    def find(self, node: object) -> object:
-        while (parent := self._parent.get(node, node)) is not node:
-            node = parent
-        return node
-
-    def join(self, one: object, other: object) -> None:
-        self._parent[self.find(one)] = self.find(other)
-
-
 def find_channel_groups(model: nn.Module, input_shape: Sequence[int]) -> list[ChannelGroup]:
     """Find the channels that can be removed from a network without any other change to it.
 
@@ -89,34 +75,36 @@ def find_channel_groups(model: nn.Module, input_shape: Sequence[int]) -> list[Ch
     """
     calls, output = _trace(copy.deepcopy(model), input_shape)
     made_by = {call.made: call for call in calls}
-    sets, fixed = _Sets(), {output}
+    # Nodes in one set have the same channels.
+    sets, fixed = DisjointSet([output]), {output}
     seen, stack = {output}, [output]
     while stack:
         node = stack.pop()
         call = made_by.get(node)
         if call is not None:
             read = [call.read] if call.read is not None else []
-            if isinstance(call.module, _BatchNorm) and read:
-                sets.join(node, call.read)
+            same = isinstance(call.module, _BatchNorm)
         else:
             read = [each for each, _ in node.next_functions if each is not None]
-            if _keeps_channels(node) and not any(map(_is_parameter, read)):
-                for each in read:
-                    sets.join(node, each)
-            else:
+            same = _keeps_channels(node) and not any(map(_is_parameter, read))
+            if not same:
                 fixed.update((node, *read))
+        for each in read:
+            sets.add(each)
+            if same:
+                sets.merge(node, each)
         stack.extend(each for each in read if each not in seen)
         seen.update(read)
-    return _groups(calls, sets, {sets.find(node) for node in fixed})
+    return _groups(calls, sets, {sets[node] for node in fixed})
 
 
-def _groups(calls: Sequence[_Call], sets: _Sets, fixed: set[object]) -> list[ChannelGroup]:
+def _groups(calls: Sequence[_Call], sets: DisjointSet, fixed: set[object]) -> list[ChannelGroup]:
     members: dict[object, tuple[list, list, list]] = {}
     for call in calls:
         is_norm = isinstance(call.module, _BatchNorm)
-        members.setdefault(sets.find(call.made), ([], [], []))[1 if is_norm else 0].append(call)
+        members.setdefault(sets[call.made], ([], [], []))[1 if is_norm else 0].append(call)
         if not is_norm and call.read is not None:
-            members.setdefault(sets.find(call.read), ([], [], []))[2].append(call)
+            members.setdefault(sets[call.read], ([], [], []))[2].append(call)
     groups = []
     for root, (producers, norms, consumers) in members.items():
         if root in fixed or not producers or not consumers:

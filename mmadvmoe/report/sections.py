@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from mmadvmoe.diagnosis.dissection_tables import threat_text
 from mmadvmoe.visualization import Line, draw_lines, draw_training
 
 from .outcome_sections import classes, facts, flow
@@ -125,7 +126,7 @@ def curves(models: Sequence[ModelResults]) -> Section:
             f'{line.label}: ' + ', '.join(f'{y:.0f} at {x:g}' for x, y in zip(line.x, line.y)) for line in lines
         )
         figure = draw_lines(lines, title, label, 'robust accuracy (%)', (0, 103), log_x=log_x)
-        threats = dict.fromkeys(f'{_threat(each)}, {each["num_images"]:,} images' for each in found.values())
+        threats = dict.fromkeys(threat_text(each, 'images') for each in found.values())
         caption = f'{title}; the other settings are {"; ".join(threats)}.'
         section.items.append(Picture(f'accuracy_against_{key}', figure, caption, f'{title}, in percent. {said}.'))
     return section
@@ -144,7 +145,7 @@ def soundness(models: Sequence[ModelResults]) -> Section:
         if found:
             rows = [(check['title'], check['status'], check['message']) for check in found['checks']]
             said = f'{found["num_warnings"] or "no"} warning{"" if found["num_warnings"] == 1 else "s"}'
-            scope = f'{found["num_images"]:,} images, SA {percent(found["sa"])}, {_threat(found)}'
+            scope = f'SA {percent(found["sa"])}, {threat_text(found, "images")}'
             caption = f'{model.name}: {said}; {scope}'
             section.items.append(Table(caption, ('check', 'result', 'numbers'), rows, wide=True))
     return section
@@ -192,11 +193,6 @@ def _curve_lines(name: str, result: Mapping, key: str, color: int, several: bool
             Line(f'{label}, gate alone', x, [point.get('gate', point['ra']) for point in points], color, stroke=1)
         )
     return lines
-
-
-def _threat(result: Mapping) -> str:
-    threat = result['threat_model']
-    return f'{threat["norm"]}, eps {threat["eps"]:.4g}, step size {threat["alpha"]:.4g}, {threat["steps"]} steps'
 
 
 def training(models: Sequence[ModelResults]) -> Section:

@@ -125,8 +125,7 @@ def enable_amp(cfg: Config) -> None:
     """Train in automatic mixed precision: every optimizer of the config gets a wrapper for it.
 
     On a GPU that is MMEngine's ``AmpOptimWrapper``, in bfloat16 where the GPU has it and the config names no ``dtype``,
-    with dynamic loss scaling, one scale for each optimizer; on a CPU
-    ``CPUAmpOptimWrapper`` (bfloat16, which needs no loss scaling).
+    with dynamic loss scaling, one scale for each optimizer; on a CPU ``CPUAmpOptimWrapper`` (bfloat16, no scaling).
 
     Args:
         cfg (Config): With one optimizer (``optim_wrapper.optimizer``) or several groups

@@ -25,7 +25,7 @@ def test_only_results_of_another_training_are_set_aside(demo, setting: dict, kep
     saved = Config.fromfile(demo.CONFIG)
     # As a run writes down its config: with the defaults of data loaders, and where it is.
     complete_loaders(saved, ['train_dataloader'])
-    assert saved.train_dataloader.collate_fn == dict(type='default_collate')
+    assert 'pin_memory' in saved.train_dataloader
     saved.work_dir, saved.resume = str(demo.WORK_DIR), True
     saved.merge_from_dict(setting)
     saved.dump(demo.WORK_DIR / demo.CONFIG.name)
