@@ -35,6 +35,8 @@ METRICS = REPORT / slug(NAME) / PARTS['evaluation']
 PICTURE = WORK_DIR / 'adversarial_examples.png'
 #: What a trained model depends on.
 TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks', 'randomness')
+#: Of those that the config names; the others tell more, and take longer.
+ATTACKS = ('pgd50', 'routepgd50', 'autoattack')
 #: Images in the picture, and how many are attacked to choose them from.
 SHOWN, TRIED = 8, 90
 
@@ -142,7 +144,8 @@ def main() -> None:
         'forward passes, a minute'
     )
     model = ['--model', NAME, WORK_DIR / CONFIG.name, best]
-    finish(start('analysis_tools/robustness_report.py', REPORT, *model, '--measure', 'evaluation', 'examples'))
+    choice = ['--measure', 'evaluation', 'examples', '--attacks', *ATTACKS]
+    finish(start('analysis_tools/robustness_report.py', REPORT, *model, *choice))
     say('drawing adversarial examples')
     draw(cfg, Victim(load_robust_model(cfg, best)))
     say(f'done in {(time.monotonic() - started) / 60:.1f} minutes')
