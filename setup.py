@@ -74,7 +74,7 @@ setup(
         # The first version with numpy.dtypes, whose classes are such globals.
         'numpy>=1.25.0',
         'scikit-learn>=1.2.0',
-        'scipy>=1.6.0',
+        'scipy>=1.13.0',
         'matplotlib>=3.6.0',
         'pillow>=9.0.0',
         'jinja2>=3.0.0',

@@ -16,6 +16,7 @@ from mmpretrain.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
 from mmadvmoe.moe import ExpertLayer, forward_routed, router_modules
+from mmadvmoe.utils import type_name
 
 #: What torch says of a convolution or a pooling that would give an image of no size.
 _NOTHING_LEFT = ("can't be greater than actual input size", 'Output size is too small')
@@ -71,7 +72,7 @@ def count_cost(model: Union[Mapping, nn.Module], input_shape: Optional[Sequence[
             :func:`input_shape_of`; a classifier needs it.
 
     Raises:
-        ValueError: There is no input shape, or the image is too small for the network.
+        ValueError: There is no input shape, or the image does not fit the network.
     """
     if isinstance(model, nn.Module):
         if input_shape is None:
@@ -127,20 +128,20 @@ def flop_analyzer(classifier: nn.Module, input_shape: Sequence[int]) -> FlopAnal
         input_shape (Sequence[int]): (C, H, W).
 
     Raises:
-        ValueError: The image is too small for the network.
+        ValueError: The image does not fit the network.
     """
     parameter = next(classifier.parameters())
     image = torch.zeros((1, *input_shape), device=parameter.device, dtype=parameter.dtype)
     traced = _Traced(classifier).eval()
     analyzer = FlopAnalyzer(traced, (image,)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analyzer.tracer_warnings('none')
-    with torch.no_grad(), size_must_fit(input_shape, 'give another input_shape'):
+    with torch.no_grad(), image_must_fit(input_shape, 'give another input_shape'):
         analyzer.total()
     return analyzer
 
 
 @contextmanager
-def size_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
+def image_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
     """Run a network on an image inside of this, to hear that it does not fit the network.
 
     Args:
@@ -184,7 +185,7 @@ def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
     pipeline = dataset.get('pipeline') or []
     channels = shape[0] if shape else 3
     if any(
-        step.get('type') == 'RandomGrayscale' and step.get('prob') == 1 and not step.get('keep_channels')
+        type_name(step.get('type', '')) == 'RandomGrayscale' and step.get('prob') == 1 and not step.get('keep_channels')
         for step in pipeline
     ):
         channels = 1
@@ -195,7 +196,9 @@ def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
             # Transforms disagree about whether the height or the width comes first.
-            raise ValueError(f'the input shape is not clear from {transform["type"]} with size {size!r}; give it')
+            raise ValueError(
+                f'the input shape is not clear from {type_name(transform["type"])} with size {size!r}; give it'
+            )
         side = sides.pop()
         return (channels, side, side)
     if shape:

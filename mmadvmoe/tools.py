@@ -30,7 +30,12 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     files = _files_by_name()
-    sys.argv = [str(path), *(word if Path(word).exists() else files.get(word, word) for word in sys.argv[2:])]
+    # A bare name behind an option is a label or a folder.
+    words = [
+        word if Path(word).exists() or (before.startswith('-') and not Path(word).suffix) else files.get(word, word)
+        for before, word in zip(sys.argv[1:], sys.argv[2:])
+    ]
+    sys.argv = [str(path), *words]
     # As Python does for a script: its neighbours can be imported.
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name='__main__')

@@ -31,7 +31,7 @@ def test_configs_and_weights_go_by_name_and_files_as_they_are(
     monkeypatch.setattr(tools, 'tool_files', lambda: {'show': tool})
     monkeypatch.setattr(sys, 'path', [*sys.path])
     monkeypatch.chdir(tmp_path)
-    words = [model.name, f'{model.name}.py', weights, '--out', 'other.pth']
+    words = [model.name, f'{model.name}.py', weights, '--model', model.name, '--out', 'other.pth']
     for expected in ([str(model.config), str(model.config), model.weights], [str(model.config), *words[1:3]]):
         monkeypatch.setattr(sys, 'argv', ['tools', 'show', *words])
         tools.main()

@@ -33,7 +33,9 @@ _NEEDED_CLASSES = {'apgd-dlr': 3, 'apgd-t': 4}
 _TARGETS, _TARGETS_L1 = 9, 5
 
 
-def authors_part(model: Any, name: str, num_classes: int, version: str, **settings: Any) -> Any:
+def build_part(
+    model: Any, name: str, num_classes: int, version: str, *, steps: int, n_queries: int = 5000, **settings: Any
+) -> Any:
     """Build one attack of the ensemble, with the published settings of a version.
 
     Args:
@@ -41,17 +43,17 @@ def authors_part(model: Any, name: str, num_classes: int, version: str, **settin
         name (str): One of :data:`PARTS`.
         num_classes (int): K.
         version (str): One of :data:`VERSIONS`.
-        **settings: ``norm``, ``eps``, ``seed``, ``device``, ``steps`` and ``n_queries``; for APGD also some that take
-            the place of the published ones.
+        steps (int): Of all but Square, which takes ``n_queries`` instead.
+        **settings: ``norm``, ``eps``, ``seed`` and ``device``; for APGD also some that take the place of the published
+            ones.
 
     Returns:
         Has ``perturb(images, labels)``, which gives the images back where the model is not fooled.
     """
-    steps, queries = settings.pop('steps'), settings.pop('n_queries')
     # The authors give L1 settings of its own in this version only.
     in_l1 = settings['norm'] == 'L1' and version == 'standard'
     if name == 'square':
-        return SquareAttack(model, p_init=0.8, n_queries=queries, resc_schedule=False, **settings)
+        return SquareAttack(model, p_init=0.8, n_queries=n_queries, resc_schedule=False, **settings)
     settings['n_iter'] = steps
     if name.startswith('fab'):
         restarts = 5 if version == 'plus' and name == 'fab' else 1
@@ -192,7 +194,7 @@ class AutoAttack(Attack):
         """One attack of the ensemble, with the settings of this one, on ``model`` in place of its own."""
         settings = dict(norm=self.norm, eps=self.eps, seed=self.seed, device=self.device)
         settings |= dict(steps=self.steps, n_queries=self.n_queries)
-        return authors_part(model or self.get_logits, name, self.n_classes, self._settings_of, **settings)
+        return build_part(model or self.get_logits, name, self.n_classes, self._settings_of, **settings)
 
     def _correct(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.get_logits(images).argmax(1) == labels
@@ -212,14 +214,14 @@ class _SparseInL1(Attack):
         """Give an adversarial image for each image that is fooled, the others as they are; as :class:`AutoAttack`."""
         if self.norm != 'L1':
             return super().forward(images, labels)
-        settings = dict(norm='L1', eps=self.eps, seed=self.seed, device=self.device, steps=self.steps, n_queries=1)
+        settings = dict(norm='L1', eps=self.eps, seed=self.seed, device=self.device, steps=self.steps)
         settings |= dict(n_restarts=self.n_restarts, eot_iter=self.eot_iter)
         if isinstance(self, torchattacks.APGDT):
             name, count = 'apgd-t', self.n_target_classes + 1
             settings |= dict(n_target_classes=self.n_target_classes)
         else:
             name, count = f'apgd-{self.loss}', 2
-        part = authors_part(self.get_logits, name, count, 'standard', **settings)
+        part = build_part(self.get_logits, name, count, 'standard', **settings)
         with torch.no_grad():
             return part.perturb(images.detach().to(self.device), labels.to(self.device))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from mmadvmoe.registry import ATTACKS
-from mmadvmoe.utils import choose
+from mmadvmoe.utils import choose, type_name
 
 from . import settings
 from .images import check_range
@@ -64,7 +64,7 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
     victim = model if isinstance(model, Victim) else Victim(model)
     kind = arguments.pop('type')
     cls = attack_class(kind)
-    name = kind.split('.')[-1] if isinstance(kind, str) else cls.__name__
+    name = type_name(kind)
     parameters = dict(inspect.signature(cls).parameters)
     parameters.pop('model', None)
     hold_routes = _takes_held_routes(name, arguments, parameters, cls) and victim.num_routers > 0

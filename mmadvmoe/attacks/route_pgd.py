@@ -148,7 +148,7 @@ def _followed(routings: tuple, route: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def _margins(routings: tuple, route: Tensor) -> Tensor:
-    """Sum of the margins by which routers that do not follow prefer another expert, negated.
+    """Sum, over the routers that do not follow, of the wanted logit minus its best rival's.
 
     Each is in units of the spread of its logits. Of a router for tokens it is the mean over the tokens.
     """

@@ -10,7 +10,7 @@ from torchattacks.attack import Attack
 
 from mmadvmoe.utils import choose
 
-#: The target of an image is its label; the class that the model holds for the least likely; any other at random.
+#: What an attack aims at: the given label, the least likely class of the model, or a random other class.
 TARGETS = {
     'label': Attack.set_mode_targeted_by_label,
     'least-likely': Attack.set_mode_targeted_least_likely,

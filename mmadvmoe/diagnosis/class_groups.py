@@ -12,6 +12,7 @@ from typing import Optional
 
 import numpy as np
 import torch
+from scipy.special import stirling2
 
 from mmadvmoe.attacks import Victim, build_attack
 
@@ -94,7 +95,7 @@ def find_class_groups(
     if not 1 / num_groups <= max_load <= 1:
         raise ValueError(f'max_load={max_load} must lie between 1 / num_groups = {1 / num_groups:.3g} and 1')
     share = confusion.sum(1) / confusion.sum()
-    if _num_partitions(classes, num_groups) <= _MOST_PARTITIONS:
+    if stirling2(classes, num_groups, exact=True) <= _MOST_PARTITIONS:
         candidates = _all_partitions(classes, num_groups)
     else:
         candidates = (
@@ -122,14 +123,6 @@ def find_class_groups(
 def modulo_partition(confusion: np.ndarray, num_groups: int) -> Partition:
     """Class y in group y mod N, as in the AdvMoE reference code, to compare with."""
     return Partition.of(np.arange(len(confusion)) % num_groups, confusion)
-
-
-def _num_partitions(classes: int, groups: int) -> int:
-    """Partitions of a set into so many parts (Stirling numbers of the second kind)."""
-    row = [1] + [0] * groups
-    for _ in range(classes):
-        row = [0] + [k * row[k] + row[k - 1] for k in range(1, groups + 1)]
-    return row[groups]
 
 
 def _all_partitions(classes: int, groups: int) -> Iterator[np.ndarray]:

@@ -32,7 +32,7 @@ from mmadvmoe.runtime.atomic import check_writable
 from mmadvmoe.runtime.config_checks import check_options
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.seeding import preserve_rng_state
-from mmadvmoe.utils import did_you_mean, write_atomically
+from mmadvmoe.utils import choose, write_atomically
 
 #: Version of the files of results; to be raised when a number in them changes its meaning.
 FORMAT = 1
@@ -69,9 +69,8 @@ class ThreatModel:
         Raises:
             ValueError: There is no such attack, or none that tells eps, alpha and steps above 0.
         """
-        if name is not None and name not in attacks:
-            hint = did_you_mean(name, attacks)
-            raise ValueError(f'test_cfg.attacks has no attack {name!r}{hint}; allowed: {", ".join(attacks)}')
+        if name is not None:
+            choose(name, attacks, 'test_cfg.attacks: attack')
         for cfg in attacks.values() if name is None else [attacks[name]]:
             if all(cfg.get(key) for key in _NEEDED):
                 return cls(attack_norm(cfg), *(cfg[key] for key in _NEEDED))

@@ -131,13 +131,16 @@ def spread_images(
     return torch.cat(images), torch.cat(labels)
 
 
-def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+def unit_batch(
+    data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: Sequence[int], loader: str = 'data'
+) -> tuple[Tensor, Tensor]:
     """Turn a batch of a data loader into images in [0, 1] and labels, on the model's device.
 
     Args:
         data_preprocessor: The preprocessor of the classifier.
         batch: ``inputs`` and ``data_samples``.
         indices: Index of each image in the data set, for errors.
+        loader: Which loader the batch is of, for errors.
 
     Returns:
         Images (B, 3, H, W) in [0, 1], exactly on the grid of 1/255 where they came as uint8, and labels (B,) int64.
@@ -145,13 +148,7 @@ def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: 
     Raises:
         ValueError: The images have several sizes or are not in 0..255, or an image has not exactly one label.
     """
-    sizes = {tuple(image.shape) for image in batch['inputs']}
-    if len(sizes) > 1:
-        raise ValueError(
-            f'images {span(indices)} of the data set have several sizes {sorted(sizes)}; add a Resize or a CenterCrop '
-            'to the pipeline.'
-        )
-    check_images(batch['inputs'], 'test_dataloader')
+    check_images(batch['inputs'], loader)
     for index, sample in zip(indices, batch['data_samples']):
         if 'gt_label' not in sample or sample.gt_label.numel() != 1:
             found = sample.gt_label.tolist() if 'gt_label' in sample else 'none'
@@ -169,7 +166,7 @@ def unit_batch(data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: 
             images * data_preprocessor.std + data_preprocessor.mean if data_preprocessor._enable_normalize else images
         )
         images = pixels / 255
-    if exact and images.shape[1:] in sizes:
+    if exact and images.shape[1:] == batch['inputs'][0].shape:
         # Undo the rounding of the way through normalisation and back.
         images = (images * 255).round() / 255
     labels = torch.cat([sample.gt_label for sample in data['data_samples']])

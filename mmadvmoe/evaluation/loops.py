@@ -106,7 +106,9 @@ class _RobustLoop:
         for idx, (number, batch) in enumerate(zip(sampler.chunks(), self.dataloader)):
             self.runner.call_hook(f'before_{self.mode}_iter', batch_idx=idx, data_batch=batch)
             indices = sampler.chunk(number)
-            chunk = Chunk(number, indices, *unit_batch(self.data_preprocessor, batch, indices))
+            chunk = Chunk(
+                number, indices, *unit_batch(self.data_preprocessor, batch, indices, f'{self.mode}_dataloader')
+            )
             part = self.evaluation.evaluate(chunk)
             samples = as_data_samples(part.by_name[CLEAN], part.index, part.label)
             self.runner.call_hook(f'after_{self.mode}_iter', batch_idx=idx, data_batch=batch, outputs=samples)

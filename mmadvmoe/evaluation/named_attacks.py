@@ -23,7 +23,7 @@ from mmadvmoe.attacks import (
 )
 from mmadvmoe.attacks.settings import radius_key, with_defaults
 from mmadvmoe.moe import placement_of
-from mmadvmoe.utils import did_you_mean
+from mmadvmoe.utils import choose
 
 from .outcomes import CLEAN, WORST
 
@@ -108,9 +108,7 @@ def check_groups(
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f'{key} must be a list of names of attacks, but got {names!r}.')
         for name in names:
-            if name not in attacks:
-                hint = did_you_mean(name, attacks)
-                raise ValueError(f'{key}: there is no attack {name!r}{hint}; allowed: {", ".join(attacks)}.')
+            choose(name, attacks, f'{key}: attack')
 
 
 def moves_routes(cfg: Mapping) -> bool:

@@ -18,10 +18,9 @@ from .losses import check_finite
 class FreeClassifier(ImageClassifier):
     """Step on each batch several times, and perturb the images by the gradient that each step has computed anyhow.
 
-    The loss is the head's, on the perturbed images alone. The perturbation lasts from batch to batch, in checkpoints,
-    too: as ``offset`` in the state dict, once there has been a step. An epoch costs
-    ``replays`` epochs of ordinary training; papers divide the number of epochs by it. Shafahi et al., "Adversarial
-    Training for Free!", arXiv:1904.12843, algorithm 1.
+    The loss is the head's, on the perturbed images alone. The perturbation goes on from batch to batch; checkpoints
+    hold it as ``offset``, after the first step. An epoch costs ``replays`` epochs of ordinary training; papers divide
+    the number of epochs by it. Shafahi et al., "Adversarial Training for Free!", arXiv:1904.12843, algorithm 1.
 
     Mixtures of experts are trained jointly. It works in one process: in distributed training MMEngine's wrapper would
     step by itself.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmadvmoe.cost import count_cost
 from mmadvmoe.models import RobustClassifier
-from mmadvmoe.utils import choose
+from mmadvmoe.utils import choose, type_name
 
 from .channels import ChannelGroup, find_channel_groups, fit_channels, remove_channels
 
@@ -116,7 +116,8 @@ class SparseClassifier(RobustClassifier):
     def init_weights(self) -> None:
         """Initialise the network, and the scores by the weights."""
         super().init_weights()
-        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
+        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]
+        if any(type_name(cfg.get('type', '')) in ('Pretrained', 'PretrainedInit') for cfg in cfgs):
             return  # which has set the scores, too
         state = self.state_dict()
         with torch.no_grad():

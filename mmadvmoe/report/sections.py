@@ -26,17 +26,6 @@ _COSTS = {
     'pathway GFLOPs': lambda cost: f'{cost["pathway_gflops"]:.3g}',
     'router GFLOPs': lambda cost: f'{cost["router_gflops"]:.3g}' if cost['router_gflops'] else ABSENT,
 }
-_CHARTS = dict(
-    losses='the losses',
-    losses_experts="the losses in the experts' turn",
-    losses_router="the losses in the router's turn",
-    validation='accuracy on the validation images, clean and under attack',
-    route_changes='the share of the routes that the attack changed',
-    load='the share of the images that each expert got',
-    entropy='the entropy of the router, of single decisions and of the load',
-    logits='the largest absolute logit of the router',
-    learning_rates='the learning rate of each group',
-)
 
 
 def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
@@ -213,7 +202,7 @@ def training(models: Sequence[ModelResults]) -> Section:
             )
             # Labels in figures have their $ escaped.
             ends = ends.replace(r'\$', '$')
-            caption = f'{model.name}, training: {_CHARTS[name]}.'
+            caption = f'{model.name}, training: {figure.axes[0].get_title()}.'
             pictures.append(Picture(f'{slug(model.name)}_{name}', figure, caption, f'{caption} {ends}.'))
         section.add_model(model.name, pictures)
     return section

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmadvmoe.attacks import Victim
-from mmadvmoe.cost import size_must_fit
+from mmadvmoe.cost import image_must_fit
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import check_images
@@ -248,7 +248,7 @@ def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
     advice = f'enlarge them, with a Resize in {key}.dataset.pipeline'
     device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
-    with Victim(model).frozen() as victim, torch.no_grad(), size_must_fit(image.shape, advice), counter:
+    with Victim(model).frozen() as victim, torch.no_grad(), image_must_fit(image.shape, advice), counter:
         victim(image[None].to(device) / 255)
     if victim.num_routers and key == 'train_dataloader':
         names = {id(module): f'.{name}' for name, module in victim.named_modules()}

@@ -13,6 +13,7 @@ import os
 import os.path as osp
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, Union
@@ -20,7 +21,6 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as model_zoos
@@ -28,6 +28,7 @@ from torch import nn
 
 from mmadvmoe.utils import bare_model
 
+from .lock import in_first_process
 from .seal import damage_of
 
 try:
@@ -102,14 +103,19 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
 def load_from_http(url: str, map_location: MapLocation = None) -> dict:
     """Download a checkpoint into PyTorch's cache, unless it is there, and load it as :func:`load_from_local` does."""
     filename = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(url).path))
-    # The first process downloads while the others wait. On another machine it is still not there after that.
-    if not is_main_process():
-        barrier()
-    if not osp.exists(filename):
+
+    def fetch() -> None:
+        if osp.exists(filename):
+            return
         os.makedirs(osp.dirname(filename), exist_ok=True)
-        torch.hub.download_url_to_file(url, filename, progress=os.isatty(0))
-    if is_main_process():
-        barrier()
+        try:
+            torch.hub.download_url_to_file(url, filename, progress=sys.stderr.isatty())
+        except OSError as error:  # an HTTPError cannot be sent to the other processes
+            raise OSError(f'{url} could not be downloaded: {error}') from error
+
+    in_first_process(fetch)
+    # On another machine it is still not there after that.
+    fetch()
     return load_from_local(filename, map_location)
 
 

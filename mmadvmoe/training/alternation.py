@@ -13,6 +13,7 @@ arXiv:2308.10110, algorithm 1, as the parts of this package run it::
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,6 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from mmengine.structures import BaseDataElement
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -272,7 +272,7 @@ class AlternatingOptimHook(Hook):
         """Give the step to the group that this iteration belongs to."""
         if self.schedule.repeats_batch(runner.iter) and not self.schedule.reuse_attack:
             # Batch augmentations write mixed labels into the samples: the router gets them as they came.
-            self._batch = _copy_batch(data_batch)
+            self._batch = copy.deepcopy(data_batch)
         turn = self.schedule.turn_at(runner.iter)
         data_batch['turn'] = turn
         runner.optim_wrapper.activate(turn)
@@ -308,12 +308,3 @@ def _named_by_turn(outputs: Mapping[str, Any], turn: str) -> dict[str, Any]:
         values = torch.stack([value.detach().double().view(()) for value in tensors.values()])
         named.update(zip(tensors, values.tolist()))
     return named
-
-
-def _copy_batch(batch: Any) -> Any:
-    """Copy a batch, deep enough that no change of the original reaches the copy."""
-    if isinstance(batch, Mapping):
-        return {key: _copy_batch(value) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [_copy_batch(value) for value in batch]
-    return batch.clone() if isinstance(batch, (Tensor, BaseDataElement)) else batch

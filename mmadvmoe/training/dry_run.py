@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from mmadvmoe.runtime.launch import build_runner
 from mmadvmoe.runtime.preflight import check_batches
@@ -176,9 +176,7 @@ def _shorten(cfg: Config) -> None:
 
 def _count_validations(runner: Runner) -> int:
     loop = runner.train_loop
-    end = getattr(loop, 'max_epochs', None) or loop.max_iters
-    if runner.cfg.train_cfg.get('by_epoch') is False:
-        end = loop.max_iters
+    end = loop.max_iters if isinstance(loop, IterBasedTrainLoop) else loop.max_epochs
     due = range(loop.val_begin, end + 1)
     return sum(step % loop.val_interval == 0 or step == end for step in due)
 

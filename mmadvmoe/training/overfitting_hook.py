@@ -76,7 +76,8 @@ class CatastrophicOverfittingHook(Hook):
         """Keep the last batch of an epoch."""
         if self.is_last_train_iter(runner) or self.end_of_epoch(runner.train_dataloader, batch_idx):
             first = {key: data_batch[key][: self.num_images] for key in ('inputs', 'data_samples')}
-            self._batch = unit_batch(bare_model(runner.model).data_preprocessor, first, range(len(first['inputs'])))
+            indices = range(len(first['inputs']))
+            self._batch = unit_batch(bare_model(runner.model).data_preprocessor, first, indices, 'train_dataloader')
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Attack the batch, and compare with the best so far."""

@@ -3,6 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import RandomGrayscale
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS
 from sklearn.datasets import load_digits
@@ -84,7 +85,15 @@ def test_held_out_counts_follow_the_largest_remainder() -> None:
     assert not np.array_equal(held_out, stratified_split(labels, 4, seed=1)[1])
 
 
-@pytest.mark.parametrize('pipeline, channels', [([], 3), ([dict(type='RandomGrayscale', prob=1.0)], 1)])
+@pytest.mark.parametrize(
+    'pipeline, channels',
+    [
+        ([], 3),
+        ([dict(type='RandomGrayscale', prob=1.0)], 1),
+        ([dict(type='mmpretrain.RandomGrayscale', prob=1.0)], 1),
+        ([dict(type=RandomGrayscale, prob=1.0)], 1),
+    ],
+)
 def test_the_shape_of_its_images_is_known_without_a_crop(pipeline: list, channels: int) -> None:
     dataset = dict(type='Digits', split='test', pipeline=[*pipeline, dict(type='PackInputs')])
     assert input_shape_of(dict(test_dataloader=dict(dataset=dataset))) == (channels, 8, 8)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import MODELS
@@ -113,6 +114,18 @@ def test_scores_start_as_the_size_of_the_weights_of_the_dense_checkpoint(tmp_pat
     (gate,) = [gate for gate in model.gates if gate.group.producers == ('backbone.layer1.0.conv1',)]
     sizes = dense.backbone.layer1[0].conv1.weight.abs().sum((1, 2, 3))
     torch.testing.assert_close(gate.scores.detach(), (sizes / sizes.max()).detach())
+
+
+@pytest.mark.parametrize('several', [False, True])
+@pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit])
+def test_scores_of_a_checkpoint_to_start_from_are_kept(tmp_path, kind, several):
+    learned = build()
+    with torch.no_grad():
+        learned.gates[0].scores.copy_(torch.rand_like(learned.gates[0].scores))
+    torch.save(dict(state_dict=learned.state_dict()), tmp_path / 'scores.pth')
+    init_cfg = dict(type=kind, checkpoint=str(tmp_path / 'scores.pth'))
+    model = build(init_cfg=[init_cfg] if several else init_cfg)
+    assert torch.equal(model.gates[0].scores, learned.gates[0].scores)
 
 
 def test_unknown_stage_and_unreachable_cost_are_named():

@@ -204,6 +204,8 @@ def test_url_is_loaded_safely(checkpoint, tmp_path, monkeypatch):
         assert torch.equal(loaded['state_dict']['bias'], torch.ones(2))
         with pytest.raises(CheckpointError, match='refused'):
             CheckpointLoader.load_checkpoint(f'{url}/evil.pth')
+        with pytest.raises(OSError, match=r'/gone\.pth could not be downloaded: .*404'):
+            CheckpointLoader.load_checkpoint(f'{url}/gone.pth')
         zoo = {'good': f'{url}/good.pth', 'evil': f'{url}/evil.pth', 'file': str(served / 'good.pth')}
         for lookup in ('get_torchvision_models', 'get_external_models', 'get_mmcls_models'):
             monkeypatch.setattr(mmengine_checkpoint, lookup, lambda: zoo)

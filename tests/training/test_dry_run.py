@@ -42,6 +42,12 @@ def test_an_alternating_training(tmp_path):
     assert min(*found.seconds.values(), found.val_seconds, found.memory, found.checkpoint) > 0
 
 
+def test_validations_of_a_loop_by_iterations(tmp_path):
+    cfg = run_cfg(tmp_path, **VALIDATION)
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=12, val_interval=5)
+    assert dry_run(cfg).validations == 3
+
+
 def test_both_turns_on_one_batch(tmp_path):
     found = dry_run(run_cfg(tmp_path, dict(reuse_batch=True)))
     assert found.iterations == dict(experts=8) and found.validations == 0
