@@ -67,6 +67,10 @@ def test_published_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monke
     checkpoint, metrics = tmp_path / 'epoch_1.pth', tmp_path / 'metrics.json'
     torch.save(dict(meta=dict(epoch=1), state_dict=model.classifier.state_dict(), optimizer=dict(state={})), checkpoint)
     metrics.write_text(json.dumps({'clean/accuracy/top1': 12.345, 'clean/expert_share/0': 1.0}))
+    for wrong in ({}, {'clean/accuracy/top1': float('nan')}, {'val': 99.9}):
+        (tmp_path / 'wrong.json').write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match='wrong.json holds no accuracies in percent'):
+            publish(entry.config, checkpoint, tmp_path / 'wrong.json', 'abc', tmp_path / 'zoo')
     for _ in range(2):
         path = publish(entry.config, checkpoint, metrics, 'abc', tmp_path / 'zoo')
     assert [each.suffix for each in sorted((tmp_path / 'zoo').iterdir())] == ['.pth', '.json']

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Optional
@@ -44,20 +45,36 @@ def rows_of(records: Sequence[Mapping], wanted: Optional[Sequence[str]] = None) 
     """The runs of each row, by its label, in the order wanted or else that of the runs.
 
     Raises:
-        ValueError: A label names no run.
+        ValueError: A label names no run, or runs of several configs or options, or one seed has two results.
     """
     rows: dict[str, list[Mapping]] = {}
     for record in records:
-        rows.setdefault(record['method'], []).append(record)
+        runs = rows.setdefault(record['method'], [])
+        for other in runs[:1]:
+            if what(other) != what(record):
+                raise ValueError(
+                    f'{record["method"]!r} names runs of {what(other)} and of {what(record)}: compare them apart'
+                )
+        same = [other for other in runs if other['seed'] == record['seed']]
+        if not same:
+            runs.append(record)
+        elif record not in same:
+            raise ValueError(f'{record["method"]!r} has two runs with seed {record["seed"]} that differ')
     return {choose(label, rows, '--rows'): rows[label] for label in (rows if wanted is None else wanted)}
+
+
+def what(record: Mapping) -> tuple:
+    """What runs of one row have in common."""
+    return record['config'], record.get('settings', []), record['cfg_options']
 
 
 def columns_of(rows: Mapping[str, Sequence[Mapping]], wanted: Optional[Sequence[str]] = None) -> dict[str, str]:
     """Title of each accuracy by its name: those wanted (``NAME[=TITLE]``), or else all, the worst case last."""
-    if wanted is not None:
-        return {name: title or name for name, _, title in (column.partition('=') for column in wanted)}
     metrics = [metric for runs in rows.values() for record in done(runs) for metric in record['metrics']]
     names = dict.fromkeys(metric.removesuffix(SUFFIX) for metric in metrics if metric.endswith(SUFFIX))
+    if wanted is not None:
+        titles = {name: title or name for name, _, title in (column.partition('=') for column in wanted)}
+        return {choose(name, names, '--columns'): title for name, title in titles.items()}
     return {name: 'SA' if name == 'clean' else name for name in sorted(names, key=lambda name: name == 'worst')}
 
 
@@ -79,7 +96,7 @@ def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str]) -> 
     for label, runs in rows.items():
         good = done(runs)
         metrics = [[r['metrics'][name + SUFFIX] for r in good if name + SUFFIX in r['metrics']] for name in columns]
-        cells = [spread(values) for values in metrics]
+        cells = [spread(values, len(good)) for values in metrics]
         cells.append(spread([share for record in good if (share := busiest_share(record['metrics'])) is not None]))
         cells += costs(good[0]['cost']) if good else [''] * 4
         cells.append(f'{len(good)}' if len(good) == len(runs) else f'{len(good)} of {len(runs)}')
@@ -92,14 +109,15 @@ def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str]) -> 
     return text
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean, sample standard deviation and range."""
+def spread(values: Sequence[float], runs: int = 0) -> str:
+    """Mean, sample standard deviation and range, with their number where it is less than that of the runs."""
     if not values:
         return ''
+    of = f', {len(values)} of {runs} runs' if len(values) < runs else ''
     if len(values) == 1:
-        return f'{values[0]:.1f}'
+        return f'{values[0]:.1f}{of}'
     mean, deviation = statistics.mean(values), statistics.stdev(values)
-    return f'{mean:.1f} ± {deviation:.1f} ({min(values):.1f} to {max(values):.1f})'
+    return f'{mean:.1f} ± {deviation:.1f} ({min(values):.1f} to {max(values):.1f}){of}'
 
 
 def busiest_share(metrics: Mapping[str, float]) -> float | None:
@@ -171,9 +189,12 @@ def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path) -> None
 def main() -> None:
     args = parse_args()
     files = [path / 'results.jsonl' if path.is_dir() else path for path in args.results]
+    for file in files:
+        if not file.is_file():
+            sys.exit(f'{file} is not there')
     records = [record for file in files for record in read(file)]
     rows = rows_of(records, args.rows)
-    metric = args.metric + SUFFIX
+    metric = choose(args.metric, columns_of(rows), '--metric') + SUFFIX
     print(table(rows, columns_of(rows, args.columns)))
     if args.baseline is not None:
         print('\n' + differences(rows, args.baseline, metric))

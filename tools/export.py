@@ -20,6 +20,7 @@ from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import NormalizedClassifier
 from mmadvmoe.cost import input_shape_of
 from mmadvmoe.moe import deployable
+from mmadvmoe.runtime.atomic import check_writable
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 
 #: Endings of the files.
@@ -109,6 +110,9 @@ def main() -> None:
     cfg: Config = load_config(args.config)
     model = load_robust_model(cfg, args.checkpoint)
     path = args.out or Path(args.checkpoint).with_suffix(SUFFIXES[args.format])
+    if path.exists() and path.samefile(args.checkpoint):
+        sys.exit(f'{path} is the checkpoint itself: give another file with --out')
+    check_writable(path, '--out')
     images = comparison_images(cfg)
     exported = export(model, images[:2], args.format, path)
     difference = compare(model, exported, images)

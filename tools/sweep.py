@@ -8,10 +8,10 @@ run that was interrupted goes on from its last checkpoint. Arguments can be in a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -84,17 +84,36 @@ def identity(record: Mapping) -> tuple:
 def read(path: Path) -> list[dict]:
     """The runs so far; of a run that was repeated, the last line counts."""
     lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
-    return list({identity(record): record for record in map(json.loads, lines)}.values())
+    records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise ValueError(f'{path}, line {number} is damaged: remove it, and its run is done again') from None
+        records[identity(record)] = record
+    return list(records.values())
+
+
+def folder_of(config: str, settings: Sequence[str]) -> str:
+    """Where the runs of a config with some settings are, one folder a seed."""
+    return '_'.join([Path(config).stem, *settings]).replace('/', '-').replace(' ', '')
+
+
+def set_aside(directory: Path) -> None:
+    """Move a folder out of the way, and say so."""
+    aside = directory.with_name(f'{directory.name}_until_{time.strftime("%Y%m%d_%H%M%S")}')
+    directory.rename(aside)
+    print(f'{directory} was begun with another revision, version, label or number of threads: it is {aside} now')
 
 
 def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace) -> dict:
     """Train and test one config with one seed; what happened, as a line of results.jsonl."""
     label, config = split(labelled)
-    name = '_'.join([Path(config).stem, *settings]).replace('/', '-').replace(' ', '')
-    directory = (args.work_dir / name / f'seed_{seed}').resolve()
+    directory = (args.work_dir / folder_of(config, settings) / f'seed_{seed}').resolve()
     record = dict(
         method=' '.join([label, *settings]),
         config=config,
+        config_sha256=digest_of(config),
         settings=settings,
         seed=seed,
         cfg_options=args.cfg_options,
@@ -104,23 +123,26 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
     )
     begun = directory / 'run.json'
     # What another run left must not pass for a result of this one.
-    if not begun.is_file() or json.loads(begun.read_text(encoding='utf-8')) != record:
-        shutil.rmtree(directory, ignore_errors=True)
+    if not begun.is_file() or begun.read_text(encoding='utf-8') != json.dumps(record):
+        if directory.exists():
+            set_aside(directory)
         directory.mkdir(parents=True)
         begun.write_text(json.dumps(record), encoding='utf-8')
     options = ['--cfg-options', f'randomness.seed={seed}', *args.cfg_options, *settings]
     try:
         started = time.monotonic()
-        train = ['tools/train.py', config, '--work-dir', directory]
+        train = ['tools/train.py', Path(config).resolve(), '--work-dir', directory]
         if (directory / 'last_checkpoint').is_file():
             train.append('--resume')
         call([*train, *options], directory / 'train.out', args.threads)
         record['train_seconds'] = round(time.monotonic() - started, 1)
-        checkpoint = max(directory.glob(BEST), key=os.path.getmtime)
+        checkpoint = max(directory.glob(BEST), key=os.path.getmtime, default=None)
+        if checkpoint is None:
+            raise RunError(f'training left no {BEST}: does the config select by save_best?')
         record['checkpoint'] = checkpoint.name
         started = time.monotonic()
         metrics = directory / 'metrics.json'
-        command = ['tools/test.py', config, checkpoint, '--work-dir', directory / 'test']
+        command = ['tools/test.py', Path(config).resolve(), checkpoint, '--work-dir', directory / 'test']
         command += ['--out', metrics, '--out-item', 'metrics', *options]
         call(command, directory / 'test.out', args.threads)
         record['test_seconds'] = round(time.monotonic() - started, 1)
@@ -128,6 +150,13 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
     except RunError as error:
         return dict(record, status='failed', error=str(error))
     return dict(record, status='done', cost=cost_of(directory / Path(config).name))
+
+
+def digest_of(config: str) -> str:
+    """What a config says, as a digest."""
+    from mmengine.config import Config
+
+    return hashlib.sha256(repr(Config.fromfile(config).to_dict()).encode()).hexdigest()
 
 
 def cost_of(config: Path) -> dict:
@@ -174,7 +203,23 @@ def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
     if any(record['cfg_options'] != args.cfg_options for record in records):
         raise ValueError(f'{results} holds runs with other --cfg-options: choose another --work-dir')
     kept = {identity(record) for record in records if record['status'] == 'done' or not args.retry_failed}
-    jobs = [(config, settings, seed) for seed in args.seeds for config in args.configs for settings in grid(args.set)]
+    jobs = [
+        (config, settings, seed)
+        for seed in dict.fromkeys(args.seeds)
+        for config in args.configs
+        for settings in grid(args.set)
+    ]
+    folders: dict[str, tuple] = {}
+    for config, settings, _ in jobs:
+        job = split(config)[1], tuple(settings)
+        if folders.setdefault(folder_of(*job), job) != job:
+            raise ValueError(
+                f'{job} and {folders[folder_of(*job)]} would write into one folder: rename one, or sweep apart'
+            )
+    digests = {path: digest_of(path) for path in {split(config)[1] for config in args.configs}}
+    for record in records:
+        if record.get('config_sha256', digests.get(record['config'])) != digests.get(record['config']):
+            raise ValueError(f'{results} holds runs of {record["config"]} as it was before: choose another --work-dir')
     missing = [job for job in jobs if (split(job[0])[1], tuple(job[1]), job[2]) not in kept]
     print(f'==> {len(missing)} runs to do, {len(kept)} are in {results}; what a run writes is beside it', flush=True)
 

@@ -29,7 +29,8 @@ class ImageFolders(BaseDataset):
     """Images in ``data_root/train/<class>/`` and ``data_root/test/<class>/``, read once and then kept in memory.
 
     Validation images are held out of the training ones, the same share of each class and always the same. Classes are
-    numbered in the order of their names. Images become RGB, grayscale ones with three equal channels.
+    numbered in the order of their names, or in that of ``metainfo=dict(classes=[...])``. Images become RGB of 8 bits,
+    grayscale ones with three equal channels.
 
     The decoded images of each folder are kept beside it, in ``data_root/train.<height>x<width>.npz``, so that a second
     start does not decode them again. That file is taken only while the names and sizes of the image files are those it
@@ -46,8 +47,8 @@ class ImageFolders(BaseDataset):
 
     Raises:
         FileNotFoundError: A folder is missing or has no images; the message says what is expected where.
-        ValueError: ``split`` or ``num_val`` is not allowed, images differ in size, or the classes of ``test/`` are not
-            those of ``train/``.
+        ValueError: ``split`` or ``num_val`` is not allowed, images differ in size or have numbers of no known range, or
+            the classes of ``test/``, or those given, are not those of ``train/``.
         OSError: A file is no image that can be read; the message names it.
     """
 
@@ -77,8 +78,10 @@ class ImageFolders(BaseDataset):
                 raise ValueError(
                     f'the classes of {osp.join(self.data_root, "test")} {classes} are not those of train/ {of_training}'
                 )
-        self._metainfo.setdefault('classes', classes)
-        numbers = {name: number for number, name in enumerate(classes)}
+        given = tuple(self._metainfo.setdefault('classes', classes))
+        if sorted(given) != sorted(classes):
+            raise ValueError(f'metainfo.classes={given} are not the folders of {self.data_root}: {classes}')
+        numbers = {name: number for number, name in enumerate(given)}
         images = self._read(folder, names)
         data_list = [dict(img=img, gt_label=numbers[name.split('/')[0]]) for img, name in zip(images, names)]
         return part_of(data_list, self.part, self.num_val)
@@ -126,7 +129,7 @@ class ImageFolders(BaseDataset):
             path = osp.join(root, name)
             try:
                 with Image.open(path) as file:
-                    image = file.convert('RGB')
+                    image = _as_rgb(file)
             except OSError as error:
                 raise OSError(f'{path} is no image that can be read: {error}') from error
             if self.size is not None and image.size != self.size[::-1]:
@@ -147,8 +150,21 @@ class ImageFolders(BaseDataset):
         return [f'Split: \t{self.part}']
 
 
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB; Pillow cuts what has more than 8 bits to white.
+
+    Raises:
+        OSError: Its numbers are of no known range.
+    """
+    if image.mode.startswith('I;16'):
+        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+    elif image.mode in ('I', 'F'):
+        raise OSError(f'its numbers (mode {image.mode!r}) have no known range; save it with 8 or 16 bits')
+    return image.convert('RGB')
+
+
 def _digest_of_files(root: str, names: list[str], size: Optional[tuple[int, int]]) -> str:
-    digest = hashlib.sha256(repr(size).encode())
+    digest = hashlib.sha256(f'RGB, {size}'.encode())
     for name in names:
         found = os.stat(osp.join(root, name))
         digest.update(f'{name}/{found.st_size}/{found.st_mtime_ns}\n'.encode())

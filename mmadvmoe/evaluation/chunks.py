@@ -85,7 +85,7 @@ def run_attack(name: str, attack: Attack, chunk: Chunk, seed: int) -> Tensor:
 
     Raises:
         RuntimeError: The attack fails.
-        ValueError: It gives images that are not in [0, 1].
+        ValueError: It gives images that are not in [0, 1], or farther away than its ``eps``.
     """
     try:
         adversarial = attack(chunk.images, chunk.labels, seed=seed)
@@ -105,6 +105,15 @@ def run_attack(name: str, attack: Attack, chunk: Chunk, seed: int) -> Tensor:
         raise ValueError(
             f'attack {name!r} left [0, 1] or made pixels that are not finite, in images {bad[:10]} of the data set.'
         )
+    # Functions have none.
+    if getattr(attack, 'eps', None) is not None:
+        order = dict(Linf=torch.inf, L2=2, L1=1)[attack.norm]
+        distance = torch.linalg.vector_norm((adversarial - chunk.images).flatten(1), order, dim=1).max().item()
+        # Rounding alone goes beyond it, by a little.
+        if distance > 1.001 * attack.eps + 1e-4:
+            raise ValueError(
+                f'attack {name!r} went {distance:.4g} away in {attack.norm}, beyond its eps={attack.eps:g}.'
+            )
     return adversarial
 
 

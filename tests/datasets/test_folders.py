@@ -108,6 +108,29 @@ def test_grayscale_and_other_sizes(root):
     assert first.shape == (4, 6, 3) and (first == 7).all()
 
 
+@pytest.mark.parametrize(('kind', 'dtype'), [('png', '<u2'), ('tiff', '<u2'), ('tiff', '>u2')])
+def test_images_of_16_bits_are_as_bright_as_those_of_8(root, kind, dtype):
+    gray = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
+    (root / 'train' / 'ant' / '00.png').unlink()
+    Image.fromarray((gray.astype(np.uint16) * 257).astype(dtype)).save(root / 'train' / 'ant' / f'00.{kind}')
+    first = build(root, 'trainval').get_data_info(0)['img']
+    assert np.array_equal(first, np.repeat(gray[..., None], 3, axis=2))
+
+
+def test_numbers_of_no_known_range_are_refused(root):
+    Image.fromarray(np.ones((5, 7), np.float32)).save(root / 'train' / 'ant' / '99.tiff')
+    with pytest.raises(OSError, match="99.tiff .*mode 'F'.* no known range; save it with 8 or 16 bits"):
+        build(root)
+
+
+def test_classes_are_numbered_as_they_are_given(root):
+    dataset = build(root, 'trainval', metainfo=dict(classes=['cow', 'ant', 'bee']))
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    assert [CLASSES[info['img'][0, 0, 0] % 3] for info in infos] == [dataset.CLASSES[i['gt_label']] for i in infos]
+    with pytest.raises(ValueError, match=r"metainfo.classes=\('ant', 'bee'\) are not the folders of .*'cow'"):
+        build(root, metainfo=dict(classes=['ant', 'bee']))
+
+
 def test_mistakes_are_named(root):
     with pytest.raises(FileNotFoundError, match='train/<class>/ .there is none.*data_root'):
         build(root / 'nowhere')

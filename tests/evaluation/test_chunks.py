@@ -116,7 +116,12 @@ def test_worst_cases_over_some_attacks_are_metrics_of_their_own(case: tuple) -> 
 @pytest.mark.parametrize(
     ('survivors', 'groups', 'error', 'message'),
     [
-        (['fgms'], {}, ValueError, r"test_cfg\.survivors_only: .*'fgms' \(did you mean 'fgsm'\?\); allowed: pgd, "),
+        (
+            ['fgms'],
+            {},
+            ValueError,
+            r"test_cfg\.survivors_only: .*'fgms' is unknown \(did you mean 'fgsm'\?\); allowed: pgd, ",
+        ),
         ('fgsm', {}, TypeError, r"test_cfg\.survivors_only must be a list of names of attacks, but got 'fgsm'"),
         ([], dict(ra=['pdg']), ValueError, r"test_cfg\.worst_of\.ra: .*did you mean 'pgd'"),
         ([], dict(worst=['pgd']), ValueError, r'test_cfg\.worst_of\.worst: .* taken are clean, worst, pgd'),
@@ -128,3 +133,16 @@ def test_names_that_refer_to_no_attack_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         check_groups(list(ATTACKS), survivors, groups, 'test')
+
+
+@pytest.mark.parametrize(('norm', 'factor'), [('Linf', 1), ('L2', 192**0.5), ('L1', 192)])
+def test_an_attack_that_leaves_its_ball_is_refused(case: tuple, norm: str, factor: float) -> None:
+    def away(images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        return images * 0.5 + 0.25 + 0.1 * (images < 0.5)  # up to 0.35 away
+
+    far = ((away(case[1], case[2], 0) - case[1]).abs()).max().item()
+    away.norm, away.eps = norm, factor * far
+    _evaluate(case, dict(away=away))
+    away.eps = 0.01
+    with pytest.raises(ValueError, match=f"attack 'away' went .* away in {norm}, beyond its eps=0.01"):
+        _evaluate(case, dict(away=away))

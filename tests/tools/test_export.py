@@ -11,6 +11,7 @@ import torch
 from small_mixtures import random_mixture
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = 'configs/advmoe_resnet18_digits.py'
 
 
 @pytest.fixture
@@ -56,3 +57,15 @@ def test_the_table_names_routes_and_differences(
     assert (model, routing) == (f'`{name}`', 'image')
     assert min(map(int, loads.split('/'))) > 0 and sum(map(int, loads.split('/'))) == 64
     assert float(difference) <= export.TOLERANCE
+
+
+def test_the_checkpoint_itself_is_not_overwritten(
+    export: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / 'best.pt'
+    checkpoint.write_bytes(b'weights')
+    monkeypatch.setattr('sys.argv', ['export.py', str(ROOT / CONFIG), str(checkpoint), '--format', 'torchscript'])
+    monkeypatch.setattr(export, 'load_robust_model', lambda *_: None)
+    with pytest.raises(SystemExit, match='best.pt is the checkpoint itself: give another file with --out'):
+        export.main()
+    assert checkpoint.read_bytes() == b'weights'

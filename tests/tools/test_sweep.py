@@ -155,3 +155,52 @@ def test_a_run_is_trained_tested_and_written_down(
     assert 'seed=3' in next(tmp_path.glob('*eps=0.2/seed_3/advmoe_resnet18_digits.py')).read_text()
     assert bad['status'] == 'failed'
     assert 'eps=20' in bad['error'] and bad['error'] in capsys.readouterr().out
+
+
+def test_a_run_that_was_begun_otherwise_is_set_aside(sweep: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sweep, 'call', lambda *_: None)
+    args = _args(tmp_path, MOE)
+    begun = tmp_path / sweep.folder_of(MOE, []) / 'seed_0'
+    for threads, folders in ((1, 1), (1, 1), (2, 2)):
+        args.threads = threads
+        record = sweep.run(MOE, [], 0, args)
+        assert record['status'] == 'failed' and 'training left no best_worst' in record['error']
+        (begun / 'epoch_7.pth').touch()
+        assert len(list(begun.parent.iterdir())) == folders
+    assert len(list(begun.parent.glob('seed_0_until_*/epoch_7.pth'))) == 1
+
+
+def test_what_would_mix_runs_is_refused(sweep: ModuleType, tmp_path: Path) -> None:
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'net.py').write_text(f'name = {name!r}')
+    configs = [f'{name}:{tmp_path}/{name}/net.py' for name in 'ab']
+    with pytest.raises(ValueError, match='would write into one folder: rename one'):
+        sweep.run_all(_args(tmp_path / 'out', *configs), None)
+
+    def work(labelled: str, settings: list, seed: int, args: argparse.Namespace) -> dict:
+        path = sweep.split(labelled)[1]
+        record = dict(_record('a', seed, (1,) * 4), config=path, settings=settings)
+        return dict(record, config_sha256=sweep.digest_of(path))
+
+    sweep.run_all(_args(tmp_path / 'out', configs[0]), work)
+    (tmp_path / 'a' / 'net.py').write_text('name = "changed"')
+    with pytest.raises(ValueError, match=r'net.py as it was before: choose another --work-dir'):
+        sweep.run_all(_args(tmp_path / 'out', configs[0]), work)
+    with (tmp_path / 'out' / 'results.jsonl').open('a') as file:
+        file.write('{"method": ')
+    with pytest.raises(ValueError, match='results.jsonl, line 3 is damaged: remove it'):
+        sweep.read(tmp_path / 'out' / 'results.jsonl')
+
+
+def test_runs_are_counted_once_and_rows_not_mixed(compare: ModuleType) -> None:
+    one, other = _record('A', 0, (90, 50, 45, 40)), _record('A', 1, (90, 50, 45, 50))
+    assert compare.rows_of([one, other, one]) == dict(A=[one, other])
+    with pytest.raises(ValueError, match="'A' has two runs with seed 0 that differ"):
+        compare.rows_of([one, dict(other, seed=0)])
+    with pytest.raises(ValueError, match=r"'A' names runs of .* and of .*eps=0.3.*: compare them apart"):
+        compare.rows_of([one, dict(other, cfg_options=['eps=0.3'])])
+    rows = dict(A=[one, dict(other, metrics={'clean/accuracy/top1': 90.0})])
+    assert '40.0, 1 of 2 runs' in compare.table(rows, compare.columns_of(rows))
+    with pytest.raises(ValueError, match="--columns='wrost' is unknown .did you mean 'worst'"):
+        compare.columns_of(rows, ['wrost'])

@@ -17,6 +17,7 @@ import torch
 from mmengine.config import Config
 
 from mmadvmoe.apis import load_robust_model
+from mmadvmoe.utils import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT / 'zoo'
@@ -38,9 +39,16 @@ def publish(config: Path, checkpoint: Path, metrics: Path, revision: str, zoo: P
     """Write the weights and their entry; the file of the weights.
 
     Raises:
-        ValueError: The weights are too large for an installation.
+        ValueError: The weights are too large for an installation, or the metrics are none.
         CheckpointError: They do not fit the config.
     """
+    accuracies = {
+        name.removesuffix('/accuracy/top1'): round(value, 2)
+        for name, value in json.loads(metrics.read_text(encoding='utf-8')).items()
+        if name.endswith('/accuracy/top1')
+    }
+    if not accuracies or not all(0 <= value <= 100 for value in accuracies.values()):
+        raise ValueError(f'{metrics} holds no accuracies in percent, as tools/test.py --out-item metrics writes them')
     weights = load_robust_model(config, checkpoint).classifier.state_dict()
     file = io.BytesIO()
     torch.save(dict(meta={}, state_dict=weights), file)
@@ -51,17 +59,13 @@ def publish(config: Path, checkpoint: Path, metrics: Path, revision: str, zoo: P
     zoo.mkdir(exist_ok=True)
     path, index = zoo / f'{config.stem}-{sha256[:8]}.pth', zoo / 'weights.json'
     entries = json.loads(index.read_text(encoding='utf-8')) if index.is_file() else {}
-    if (old := entries.get(config.stem)) is not None:
-        (zoo / old['file']).unlink(missing_ok=True)
-    path.write_bytes(content)
-    accuracies = {
-        name.removesuffix('/accuracy/top1'): round(value, 2)
-        for name, value in json.loads(metrics.read_text(encoding='utf-8')).items()
-        if name.endswith('/accuracy/top1')
-    }
+    old = entries.get(config.stem)
+    write_atomically(path, content)
     seed = Config.fromfile(config).randomness.seed
     entries[config.stem] = dict(file=path.name, sha256=sha256, revision=revision, seed=seed, metrics=accuracies)
-    index.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + '\n', encoding='utf-8')
+    write_atomically(index, (json.dumps(dict(sorted(entries.items())), indent=2) + '\n').encode())
+    if old is not None and old['file'] != path.name:
+        (zoo / old['file']).unlink(missing_ok=True)
     return path
 
 
