@@ -413,3 +413,18 @@ def test_a_folder_of_another_evaluation_is_refused_or_overwritten(tmp_path: Path
     evaluate(_dense(), DIGITS, dict(pgd=WEAK['pgd']), out_dir=tmp_path, overwrite=True)
     assert all(list(line['attacks']) == ['pgd'] for line in _lines(tmp_path))
     assert len(list((tmp_path / 'parts').iterdir())) == 3 * 2
+
+
+def test_a_module_that_holds_more_than_its_weights_is_not_taken_for_another(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.model, self.scale = _dense(), scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x * self.scale)
+
+    evaluate(Scaled(1.0), DIGITS, WEAK, num_classes=10, out_dir=tmp_path)
+    with pytest.raises(ValueError, match='holds outcomes of another model, whose weights are the same'):
+        evaluate(Scaled(0.3), DIGITS, WEAK, num_classes=10, out_dir=tmp_path)
+    evaluate(Scaled(1.0), DIGITS, WEAK, num_classes=10, out_dir=tmp_path)

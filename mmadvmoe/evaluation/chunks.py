@@ -22,6 +22,8 @@ from .outcomes import CLEAN, Outcome, RobustOutcomes
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
 Attack = Callable[..., Tensor]
+#: Images of a chunk whose clean logits are compared with what a folder holds.
+_COMPARED = 32
 
 
 def chunk_seed(seed: int, attack: str, chunk_number: int) -> int:
@@ -52,7 +54,8 @@ def evaluate_chunk(
             outcome was on disk).
 
     Raises:
-        ValueError: A label is not a class, or an attack gives images that are not in [0, 1].
+        ValueError: A label is not a class, an attack gives images that are not in [0, 1] or beyond its ``eps``, or
+            ``folder`` holds what another model gave.
         FloatingPointError: A logit is not finite.
         RuntimeError: An attack fails.
     """
@@ -61,6 +64,8 @@ def evaluate_chunk(
         start = time.perf_counter()
         saved = None if folder is None else folder.read(chunk, name)
         if saved is not None:
+            if name == CLEAN:
+                _check_same_model(victim, chunk, saved, folder)
             outcome = saved
         elif name == CLEAN:
             outcome = classify(victim, chunk.images, chunk.images, CLEAN, chunk.indices)
@@ -153,6 +158,18 @@ def classify(
     distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1)
     attacked = torch.full((len(images),), name != CLEAN)
     return Outcome(logits.float().cpu(), expert.cpu(), distance.cpu(), attacked)
+
+
+def _check_same_model(victim: Victim, chunk: Chunk, saved: Outcome, folder: OutcomeFolder) -> None:
+    """Compare some clean logits: a module of somebody else may hold more than its weights tell."""
+    rows = torch.arange(min(_COMPARED, len(chunk)))
+    logits, expected = classify(victim, chunk.images[rows], chunk.images[rows]).logits, saved.logits[rows]
+    # Batch, threads and device change some of the last digits.
+    if logits.shape != expected.shape or (logits - expected).abs().max() > 0.01 * expected.abs().max().clamp(min=1):
+        raise ValueError(
+            f'{folder.path} holds outcomes of another model, whose weights are the same: its clean logits differ. '
+            'Give another folder, or overwrite this one'
+        )
 
 
 def _check_labels(chunk: Chunk, num_classes: int) -> None:

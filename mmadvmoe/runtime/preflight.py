@@ -322,7 +322,9 @@ def _labels(dataset: Dataset, rows: Optional[Sequence[int]] = None) -> Optional[
         return None if None in parts else set().union(*parts)
     if isinstance(dataset, Subset):
         return _labels(dataset.dataset, [dataset.indices[row] for row in rows])
-    return _labels(dataset.dataset) if hasattr(dataset, 'dataset') else None
+    # A wrapper of somebody else may give labels of its own.
+    known = type(dataset).__module__.startswith(('mmengine.', 'mmpretrain.', 'mmadvmoe.'))
+    return _labels(dataset.dataset) if known and hasattr(dataset, 'dataset') else None
 
 
 def _check_classes(dataset: Dataset, key: str, num_classes: int, of_preprocessor: Optional[int]) -> None:

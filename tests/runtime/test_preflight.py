@@ -8,7 +8,7 @@ from mmpretrain.datasets import build_dataset
 from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import DATASETS, HOOKS, MODELS
 from tiny_runs import CLASSES, RandomImages, build_runner, group_cfg, model_cfg, run_cfg, turns_cfg
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import mmadvmoe  # noqa: F401
 from mmadvmoe.cost import count_cost
@@ -399,6 +399,24 @@ def test_a_subset_of_some_classes_has_their_labels_alone():
     assert 'no image of 6 of 10' in warnings_of(ConcatDataset([Subset(digits, few)] * 2), 10)[0]
     with pytest.raises(ValueError, match=r'labels \[4, 5'):
         check_data(Subset(digits, range(40)), 'data', 4)
+
+
+class Halved(Dataset):
+    """A wrapper of somebody else that gives labels of its own."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        sample = self.dataset[index]
+        return sample['inputs'] / 255, int(sample['data_samples'].gt_label) // 5
+
+
+def test_a_wrapper_of_somebody_else_may_give_other_labels():
+    assert warnings_of(Halved(build_dataset(TEN)), 2) == []
 
 
 def test_topk_beyond_the_classes_is_named(tmp_path):
