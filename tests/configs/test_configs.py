@@ -121,12 +121,6 @@ def test_every_network_meets_every_data_set_by_every_method() -> None:
     assert expected <= set(FILES)
 
 
-@pytest.fixture(autouse=True)
-def quick_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the pretty layout of dumped configs, on which a run of this size would spend half of its time."""
-    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
-
-
 @pytest.mark.parametrize('path', FILES)
 def test_config_trains_validates_saves_and_loads(path: str, small_data: Path, tmp_path: Path) -> None:
     cfg = _reduced(path, small_data, tmp_path)
@@ -180,6 +174,7 @@ def test_a_runner_validates_tests_and_trains_in_any_order(
     assert 'without ExactResumeHook' not in ''.join(capfd.readouterr())
 
 
+@pytest.mark.usefixtures('no_drawing_of_weights')
 def test_heads_fit_the_networks_at_full_size() -> None:
     channels = {}
     for path in FILES:
