@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import quick_runner  # noqa: F401  (for every Runner of the tests)
 import torch
 
 from mmadvmoe.datasets import CIFAR10Split, CIFAR100Split, TinyImageNet

@@ -49,34 +49,35 @@ def test_settings_are_those_of_the_authors(make_tiny, norm, eps, version):
 
 @pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.02), ('L2', 0.2), ('L1', 1.0)])
 def test_images_are_those_of_the_authors_bit_for_bit(make_tiny, norm, eps):
-    victim, images, labels = make_tiny(num_classes=10, batch=16)
-    short = dict(steps=30, n_queries=100)
+    victim, images, labels = make_tiny(num_classes=10, batch=8)
+    short = dict(steps=6, n_queries=20)
     with victim.frozen():
         expected = run_original(victim, images, labels, norm, eps, seed=3, **short)
     found = build_attack(dict(type='AutoAttack', norm=norm, eps=eps, **short), victim)(images, labels, seed=3)
     assert torch.equal(found, expected)
-    assert 0 < (victim(found).argmax(1) != labels).sum() < 16
+    # Some stand to the end: each part had images to attack.
+    assert 0 < (victim(found).argmax(1) != labels).sum() < 8
 
 
 @pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.015), ('L2', 0.15)])
 @pytest.mark.parametrize('part', ['apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square'])
 def test_parts_find_what_those_of_torchattacks_find(make_tiny, part, norm, eps):
-    victim, images, labels = make_tiny(batch=64)
+    victim, images, labels = make_tiny(batch=16)
     theirs = {
-        'apgd-ce': dict(type='APGD', steps=100),
-        'apgd-dlr': dict(type='APGD', steps=100, loss='dlr'),
-        'apgd-t': dict(type='APGDT', steps=100),
-        'fab': dict(type='FAB', steps=100),
-        'fab-t': dict(type='FAB', steps=100, multi_targeted=True),
-        'square': dict(type='Square', n_queries=500, resc_schedule=False),
+        'apgd-ce': dict(type='APGD', steps=20),
+        'apgd-dlr': dict(type='APGD', steps=20, loss='dlr'),
+        'apgd-t': dict(type='APGDT', steps=20),
+        'fab': dict(type='FAB', steps=20),
+        'fab-t': dict(type='FAB', steps=20, multi_targeted=True),
+        'square': dict(type='Square', n_queries=100, resc_schedule=False),
     }[part]
-    ours = dict(type='AutoAttack', attacks_to_run=[part], n_queries=500)
+    ours = dict(type='AutoAttack', attacks_to_run=[part], steps=20, n_queries=100)
     robust = []
     for cfg in (ours, theirs):
         adversarial = build_attack(dict(cfg, norm=norm, eps=eps), victim)(images, labels, seed=0)
         robust.append(int((victim(adversarial).argmax(1) == labels).sum()))
-    assert 0 < min(robust) and max(robust) < 64
-    assert abs(robust[0] - robust[1]) <= 3
+    assert 0 < min(robust) and max(robust) < 16
+    assert abs(robust[0] - robust[1]) <= 1
 
 
 @pytest.mark.parametrize('norm', ['L2', 'L1'])

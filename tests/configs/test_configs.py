@@ -51,12 +51,17 @@ def _dense_backbone(model: dict) -> dict:
     return model.backbone.backbone if model.backbone.type == 'MoEBackbone' else model.backbone
 
 
-def _feature_channels(model: dict) -> int:
+def _size(cfg: Config) -> int:
+    """Images of this size tell what the head gets: of those that are pooled anyhow, small ones."""
+    inner = _dense_backbone(cfg.model)
+    return inner.get('img_size', inner.get('image_size', min(32, input_shape_of(cfg)[-1])))
+
+
+def _feature_channels(model: dict, size: int) -> int:
     """What the head gets: the features of the dense network of a config."""
     inner = _dense_backbone(model)
     backbone = MODELS.build(copy.deepcopy(inner))
     backbone.eval()
-    size = inner.get('img_size', inner.get('image_size', 32))
     with torch.no_grad():
         features = backbone(torch.rand(1, inner.get('in_channels', 3), size, size))
         return (MODELS.build(model.neck)(features) if model.get('neck') else features)[-1].shape[1]
@@ -72,7 +77,7 @@ def _reduced(path: str, data: Path, work_dir: Path) -> Config:
     if cfg.model.backbone.get('router', {}).get('type') == 'ResNetRouter':
         cfg.model.backbone.router.update(base_channels=2, num_blocks=1)
     dense_source = inner.pop('init_cfg', None)
-    cfg.model.head.in_channels = _feature_channels(cfg.model)
+    cfg.model.head.in_channels = _feature_channels(cfg.model, _size(cfg))
     if 'target' in cfg.model:
         # Half as wide as this small network, as the pathway is half as wide as the dense one.
         _replace(
@@ -119,12 +124,6 @@ def test_every_network_meets_every_data_set_by_every_method() -> None:
     }
     assert len(expected) == 112
     assert expected <= set(FILES)
-
-
-@pytest.fixture(autouse=True)
-def quick_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the pretty layout of dumped configs, on which a run of this size would spend half of its time."""
-    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
 
 
 @pytest.mark.parametrize('path', FILES)
@@ -180,14 +179,16 @@ def test_a_runner_validates_tests_and_trains_in_any_order(
     assert 'without ExactResumeHook' not in ''.join(capfd.readouterr())
 
 
+@pytest.mark.usefixtures('no_drawing_of_weights')
 def test_heads_fit_the_networks_at_full_size() -> None:
     channels = {}
     for path in FILES:
-        model = Config.fromfile(ROOT / path).model
+        cfg = Config.fromfile(ROOT / path)
         init_default_scope('mmpretrain')
-        key = str((_dense_backbone(model), model.get('neck')))
+        model, size = cfg.model, _size(cfg)
+        key = str((_dense_backbone(model), model.get('neck'), size))
         if key not in channels:
-            channels[key] = _feature_channels(model)
+            channels[key] = _feature_channels(model, size)
         assert model.head.in_channels == channels[key], path
 
 

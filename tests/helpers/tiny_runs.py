@@ -1,5 +1,6 @@
 """The smallest real training runs in turns: a Runner, an attacked MoE, sixteen random images."""
 
+import quick_runner  # noqa: F401
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -294,6 +295,25 @@ def run_tool(monkeypatch, *arguments):
     runpy.run_path(str(tool), run_name='__main__')
 
 
+@pytest.fixture
+def parts_in_this_process(monkeypatch):
+    """The report runs its tools here, with short black-box attacks, where it would start a Python for each."""
+    start = subprocess.run
+
+    def run(command, **settings):
+        if command[0] != sys.executable:
+            return start(command, **settings)
+        arguments = command[1:] + (['--queries', '20'] if Path(command[1]).name == 'check_attacks.py' else [])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'argv', arguments)
+            runpy.run_path(arguments[0], run_name='__main__')
+        return subprocess.CompletedProcess(command, returncode=0)
+
+    monkeypatch.setattr(subprocess, 'run', run)
+    monkeypatch.setattr('mmadvmoe.diagnosis.substitute._STEPS', 10)
+
+
+@pytest.mark.usefixtures('parts_in_this_process')
 def test_the_tool_measures_what_is_missing_and_keeps_what_is_there(trained, tmp_path, monkeypatch, capfd):
     model = ['--model', 'ViT-MoE', *trained]
     run_tool(monkeypatch, tmp_path, *model, '--attacks', 'pgd', 'routepgd', '--num-images', 8)
@@ -345,11 +365,13 @@ def test_the_tool_goes_on_with_the_other_models(trained, tmp_path, monkeypatch, 
     run_tool(
         monkeypatch,
         tmp_path,
-        '--measure',
+        *('--measure', 'evaluation', '--attacks', 'pgd'),
         *('--model', 'A', *trained),
         *('--model', 'B', config, tmp_path / 'run' / 'epoch_1.pth'),
         *('--model', 'C', config, damaged),
     )
+    # Of B alone it is known whose results these would be; those of A are from before.
+    assert [(tmp_path / name / PARTS['evaluation']).is_file() for name in 'bc'] == [True, False]
     rows = rows_of(tmp_path / 'report.html')
     (of_a,), (of_b,), (of_c,) = ([row[1] for row in rows if row[0] == name and len(row) == 2] for name in 'ABC')
     assert 'damaged.pth' in of_c and 'CRC-32' in of_c

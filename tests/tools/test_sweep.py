@@ -86,9 +86,19 @@ def test_differences_are_paired_by_seed(compare: ModuleType) -> None:
         compare.differences(rows, 'Dnse', metric)
 
 
-def test_the_picture_is_drawn(compare: ModuleType, tmp_path: Path) -> None:
+def test_the_picture_is_drawn(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure))
     compare.plot(compare.rows_of(RECORDS), 'worst/accuracy/top1', tmp_path / 'ra.png')
-    assert (tmp_path / 'ra.png').stat().st_size > 5000
+    (axes,) = drawn[0].axes
+    points = {line.get_label(): line[0].get_xydata().tolist() for line in axes.containers}
+    assert points == {'MoE': [[pytest.approx(4.4), 25.0]], 'Dense': [[pytest.approx(3.4), pytest.approx(39.52)]]}
+    # Less than a decade apart, and the axis tells them apart nevertheless.
+    drawn[0].draw_without_rendering()
+    left, right = axes.get_xlim()
+    ticks = zip(axes.get_xticks(minor=True), axes.get_xticklabels(minor=True))
+    assert len({text.get_text() for at, text in ticks if left <= at <= right and text.get_text()}) > 1
+    assert axes.get_ylabel() == 'worst accuracy, %'
 
 
 def test_settings_are_combined(sweep: ModuleType) -> None:

@@ -60,7 +60,9 @@ TRANSFORMER = dict(
         patch_size=4,
     ),
 )
-CASES = [*ROUTERS, 'tokens']
+SCHEDULES = dict(new_batch={}, reuse_batch=dict(reuse_batch=True))
+#: Which images the turns get does not depend on how they are routed: one case has both schedules.
+RUNS = [*((case, 'new_batch') for case in (*ROUTERS, 'tokens')), ('mixed', 'reuse_batch')]
 
 
 def config(case, schedule, batch_size, work_dir):
@@ -89,24 +91,23 @@ def config(case, schedule, batch_size, work_dir):
 
 
 def train(work_dir, launcher, batch_size):
-    """Weights after each case, and how many images each expert got on this process in the last iteration."""
+    """Weights after each run, and how many images each expert got on this process in the last iteration."""
     environment = Config(dict(env_cfg=dict(dist_cfg=dict(timeout=120))))
     prepare_distributed(environment, launcher)
     results = {}
-    for case in CASES:
-        for name, schedule in dict(new_batch={}, reuse_batch=dict(reuse_batch=True)).items():
-            cfg = config(case, schedule, batch_size, f'{work_dir}/{case}_{name}')
-            cfg.merge_from_dict({key: environment[key] for key in environment if key != 'custom_hooks'})
-            runner = build_runner(cfg)
-            images = runner.train_dataloader.dataset.images
-            # Every second image dark: with an unshuffled sampler one process gets all of them.
-            images[::2] //= 4
-            images[1::2] = 255 - images[1::2] // 4
-            runner.train()
-            model = getattr(runner.model, 'module', runner.model)
-            # The last step is the router's.
-            counts = [routing.counts for routing in model.routing_records['router'].clean]
-            results[f'{case}_{name}'] = dict(weights=model.state_dict(), counts=counts)
+    for case, schedule in RUNS:
+        cfg = config(case, SCHEDULES[schedule], batch_size, f'{work_dir}/{case}_{schedule}')
+        cfg.merge_from_dict({key: environment[key] for key in environment if key != 'custom_hooks'})
+        runner = build_runner(cfg)
+        images = runner.train_dataloader.dataset.images
+        # Every second image dark: with an unshuffled sampler one process gets all of them.
+        images[::2] //= 4
+        images[1::2] = 255 - images[1::2] // 4
+        runner.train()
+        model = getattr(runner.model, 'module', runner.model)
+        # The last step is the router's.
+        counts = [routing.counts for routing in model.routing_records['router'].clean]
+        results[f'{case}_{schedule}'] = dict(weights=model.state_dict(), counts=counts)
     return results
 
 
@@ -119,8 +120,7 @@ def runs(tmp_path_factory):
     return train(tmp_path / 'alone', 'none', 8), *ranks
 
 
-@pytest.mark.parametrize('schedule', ['new_batch', 'reuse_batch'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(('case', 'schedule'), RUNS)
 def test_two_processes_train_the_weights_of_one(runs, case, schedule):
     alone, *ranks = (run[f'{case}_{schedule}'] for run in runs)
     for rank in ranks:
@@ -130,14 +130,12 @@ def test_two_processes_train_the_weights_of_one(runs, case, schedule):
 
 
 def test_the_cases_are_what_they_claim(runs):
-    for schedule in ('new_batch', 'reuse_batch'):
-        # 4 images of 4 patches and a class token, in two layers on two processes; both experts are used.
-        routers = [counts for run in runs[1:] for counts in run[f'tokens_{schedule}']['counts']]
-        assert [sum(counts) for counts in routers] == [20] * 4
-        assert all(sum(counts) > 0 for counts in zip(*routers))
-        on_one = [run[f'idle_on_one_{schedule}']['counts'][0] for run in runs[1:]]
-        assert on_one == [(4, 0), (0, 4)]
-        assert [run[f'idle_on_both_{schedule}']['counts'][0] for run in runs[1:]] == [(4, 0), (4, 0)]
+    # 4 images of 4 patches and a class token, in two layers on two processes; both experts are used.
+    routers = [counts for run in runs[1:] for counts in run['tokens_new_batch']['counts']]
+    assert [sum(counts) for counts in routers] == [20] * 4
+    assert all(sum(counts) > 0 for counts in zip(*routers))
+    assert [run['idle_on_one_new_batch']['counts'][0] for run in runs[1:]] == [(4, 0), (0, 4)]
+    assert [run['idle_on_both_new_batch']['counts'][0] for run in runs[1:]] == [(4, 0), (4, 0)]
 
 
 if __name__ == '__main__':
