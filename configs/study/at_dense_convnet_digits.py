@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-# One channel, as the scans are, all in memory, and not moved: cropped by a pixel, no router learnt to tell them apart.
+# One channel, as the scans are, all in memory, and not moved: of crops by a pixel, small routers learnt little.
 _pipeline = [dict(type='RandomGrayscale', prob=1.0), dict(type='PackInputs')]
 train_dataloader = dict(
     batch_size=128,
