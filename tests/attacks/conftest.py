@@ -52,11 +52,12 @@ def make_tiny():
 
 @pytest.fixture
 def make_moe():
-    """``make_moe(...)``: an MMPretrain classifier of 8 x 8 images with a real ``MoEBackbone``."""
+    """``make_moe(...)``: an MMPretrain classifier of 8 x 8 images, whose ``MoEBackbone`` sends them several ways."""
 
     def make(routing='image', num_experts=2, num_classes=4, classifier='ImageClassifier', **kwargs):
-        router = dict(type='ResNetRouter') if routing == 'image' else dict(type='LayerRouter')
-        return MODELS.build(
+        small = dict(type='ResNetRouter', base_channels=2, num_blocks=1)
+        router = small if routing == 'image' else dict(type='LayerRouter')
+        model = MODELS.build(
             dict(
                 type=classifier,
                 backbone=dict(
@@ -72,5 +73,12 @@ def make_moe():
                 **kwargs,
             )
         )
+        if routing == 'image':
+            # As it is drawn, a router sends all images one way.
+            probe = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                model.backbone.router.fc.bias -= Victim(model.eval()).forward_routed(probe)[1][0].logits.mean(dim=0)
+            model.train()
+        return model
 
     return make
