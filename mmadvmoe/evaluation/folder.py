@@ -224,8 +224,8 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
         raise FileNotFoundError(f'{str(path)!r} holds no evaluation: there is no {RUN}')
     folder, names = OutcomeFolder(path, list(run['settings']['attacks'])), (CLEAN, *run['settings']['attacks'])
     parts = []
-    for file in sorted(path.glob(f'{PARTS}/*.00-{CLEAN}.pt')):
-        number = int(file.name.split('.')[0])
+    # A set, for the name of an attack may end so as well.
+    for number in sorted({int(file.name.split('.')[0]) for file in path.glob(f'{PARTS}/*.00-{CLEAN}.pt')}):
         if all(folder.part(number, name).is_file() for name in names):
             read = {name: folder.read_part(number, name) for name in names}
             if len({part['digest'] for part in read.values()}) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Optional
 
@@ -73,10 +74,10 @@ def _check_configs(attacks: Mapping[str, Mapping], key: str) -> None:
             "dict(type='TestLoop'))."
         )
     for name, cfg in attacks.items():
-        if name in (CLEAN, WORST) or not name or '/' in name:
+        if name in (CLEAN, WORST) or not re.fullmatch(r'[^/\0]{1,100}', str(name)):
             raise ValueError(
                 f"{key}: an attack cannot be called {name!r}. Its metrics are logged as '<name>/accuracy/top1', so the "
-                f"name must not be empty nor contain '/'; {CLEAN!r} and {WORST!r} are taken by the loop."
+                f"name must have 1 to 100 characters and no '/'; {CLEAN!r} and {WORST!r} are taken by the loop."
             )
         if not isinstance(cfg, Mapping) or 'type' not in cfg:
             raise TypeError(f'{key}.{name} must be the config of an attack, a dict with a type, but got {cfg!r}.')

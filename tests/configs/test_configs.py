@@ -90,7 +90,7 @@ def _reduced(path: str, data: Path, work_dir: Path) -> Config:
         )
         narrow = Config(dict(model=cfg.model.to_dict()))
         narrow.merge_from_dict(dict(model=cfg.model.target))
-        cfg.model.target.head.in_channels = _feature_channels(narrow.model)
+        cfg.model.target.head.in_channels = _feature_channels(narrow.model, _size(cfg))
     if dense_source is not None:
         dense = dict(type='ImageClassifier', backbone=inner, head={**cfg.model.head, 'init_cfg': None})
         torch.save(MODELS.build(copy.deepcopy(dense)).state_dict(), work_dir / 'dense.pth')

@@ -109,7 +109,7 @@ def test_strict_fails_on_a_warning(folder, monkeypatch):
     [
         (['--num-images', 0], SystemExit, '2'),
         (['--out', 'found.txt'], SystemExit, '2'),
-        (['--attack', 'pgd5'], ValueError, r"no attack 'pgd5' \(did you mean 'pgd50'\?\)"),
+        (['--attack', 'pgd5'], ValueError, r"test_cfg.attacks: attack='pgd5' .*did you mean 'pgd50'"),
         (['--cfg-options', 'test_cfg.attacks=None'], ValueError, 'must set test_dataloader and test_cfg.attacks'),
     ],
 )
