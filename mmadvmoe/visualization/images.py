@@ -64,7 +64,9 @@ def draw_image_grid(
             )
             for row, (images, title) in enumerate(zip(pictures, titles)):
                 axis = axes[row, column]
-                axis.imshow(images[column].permute(1, 2, 0).clamp(0, 1).numpy())
+                # Matplotlib would colour one channel, from its lowest to its highest number.
+                rgb = images[column].expand(3, -1, -1)
+                axis.imshow(rgb.permute(1, 2, 0).clamp(0, 1).numpy())
                 axis.set_title(title, fontsize=8)
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set(visible=True, color='#999999', linewidth=0.6)

@@ -1,6 +1,7 @@
 """What figures show is what they were given."""
 
 import io
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -47,6 +48,15 @@ def test_lines_differ_without_colour_and_keep_their_points():
     assert [list(line.get_ydata()) for line in drawn] == [[90, 10], [80, 20], [5, 4]]
     assert len({(line.get_marker(), line.get_linestyle()) for line in drawn}) == 3
     assert axes.get_ylim() == (0, 100) and axes.get_xlim()[0] == 0
+
+
+def test_one_channel_is_drawn_in_gray_as_it_is():
+    shown = examples([0], [0], [0])
+    shown.images[:, 1:] = shown.images[:, :1]
+    shown.adversarial.copy_((shown.images + 0.1).clamp(0, 1))
+    gray = replace(shown, images=shown.images[:, :1], adversarial=shown.adversarial[:, :1])
+    drawn = [[axes.images[0].get_array() for axes in draw_image_grid(each).axes] for each in (shown, gray)]
+    assert all(np.array_equal(a, b) for a, b in zip(*drawn)) and drawn[1][0].shape == (6, 6, 3)
 
 
 def test_steps_are_the_ticks_of_a_logarithmic_axis():
