@@ -50,16 +50,15 @@ def rows_of(records: Sequence[Mapping], wanted: Optional[Sequence[str]] = None) 
     rows: dict[str, list[Mapping]] = {}
     for record in records:
         runs = rows.setdefault(record['method'], [])
-        for other in runs[:1]:
-            if what(other) != what(record):
-                raise ValueError(
-                    f'{record["method"]!r} names runs of {what(other)} and of {what(record)}: compare them apart'
-                )
-        same = [other for other in runs if other['seed'] == record['seed']]
-        if not same:
-            runs.append(record)
-        elif record not in same:
+        if record in runs:
+            continue
+        if runs and what(runs[0]) != what(record):
+            raise ValueError(
+                f'{record["method"]!r} names runs of {what(runs[0])} and of {what(record)}: compare them apart'
+            )
+        if record['seed'] in [other['seed'] for other in runs]:
             raise ValueError(f'{record["method"]!r} has two runs with seed {record["seed"]} that differ')
+        runs.append(record)
     return {choose(label, rows, '--rows'): rows[label] for label in (rows if wanted is None else wanted)}
 
 

@@ -165,7 +165,7 @@ The picture: {PICTURE.relative_to(ROOT)}
 The report:  {(REPORT / 'report.html').relative_to(ROOT)}
 
 Next:
-  python tools/train.py configs/advmoe_resnet18_digits.py  # a larger network, routers trained as in the paper
+  python tools/train.py configs/advmoe_resnet18_digits.py  # a larger network, a ResNet-18
   python tools/test.py {config} {best} --attacks pgd50 autoattack --out work_dirs/demo/evaluation
   python tools/analysis_tools/robustness_report.py work_dirs/report --model {NAME} {config} {best}"""
     )

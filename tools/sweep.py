@@ -103,12 +103,13 @@ def set_aside(directory: Path) -> None:
     """Move a folder out of the way, and say so."""
     aside = directory.with_name(f'{directory.name}_until_{time.strftime("%Y%m%d_%H%M%S")}')
     directory.rename(aside)
-    print(f'{directory} was begun with another revision, version, label or number of threads: it is {aside} now')
+    print(f'{directory} was begun otherwise, as its run.json says: it is {aside} now')
 
 
 def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace) -> dict:
     """Train and test one config with one seed; what happened, as a line of results.jsonl."""
     label, config = split(labelled)
+    path = Path(config).resolve()
     directory = (args.work_dir / folder_of(config, settings) / f'seed_{seed}').resolve()
     record = dict(
         method=' '.join([label, *settings]),
@@ -131,7 +132,7 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
     options = ['--cfg-options', f'randomness.seed={seed}', *args.cfg_options, *settings]
     try:
         started = time.monotonic()
-        train = ['tools/train.py', Path(config).resolve(), '--work-dir', directory]
+        train = ['tools/train.py', path, '--work-dir', directory]
         if (directory / 'last_checkpoint').is_file():
             train.append('--resume')
         call([*train, *options], directory / 'train.out', args.threads)
@@ -142,21 +143,22 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         record['checkpoint'] = checkpoint.name
         started = time.monotonic()
         metrics = directory / 'metrics.json'
-        command = ['tools/test.py', Path(config).resolve(), checkpoint, '--work-dir', directory / 'test']
+        command = ['tools/test.py', path, checkpoint, '--work-dir', directory / 'test']
         command += ['--out', metrics, '--out-item', 'metrics', *options]
         call(command, directory / 'test.out', args.threads)
         record['test_seconds'] = round(time.monotonic() - started, 1)
         record['metrics'] = json.loads(metrics.read_text(encoding='utf-8'))
     except RunError as error:
         return dict(record, status='failed', error=str(error))
-    return dict(record, status='done', cost=cost_of(directory / Path(config).name))
+    return dict(record, status='done', cost=cost_of(directory / path.name))
 
 
 def digest_of(config: str) -> str:
-    """What a config says, as a digest."""
+    """What a config says, as a digest; one run at a time."""
     from mmengine.config import Config
 
-    return hashlib.sha256(repr(Config.fromfile(config).to_dict()).encode()).hexdigest()
+    with LOCK:
+        return hashlib.sha256(repr(Config.fromfile(config).to_dict()).encode()).hexdigest()
 
 
 def cost_of(config: Path) -> dict:

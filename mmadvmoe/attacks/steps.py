@@ -6,6 +6,7 @@ an image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Optional
 
@@ -17,8 +18,9 @@ from mmadvmoe.utils import choose
 
 from .views import Victim
 
-#: Norms of the threat models on offer.
-NORMS = ('Linf', 'L2', 'L1')
+#: Norms of the threat models on offer, each with its p.
+ORDERS = dict(Linf=math.inf, L2=2, L1=1)
+NORMS = tuple(ORDERS)
 
 #: ``ascent(points, rows) -> (direction, arrived)``; see :func:`climb`.
 Ascent = Callable[[Tensor, Tensor], tuple[Tensor, Optional[Tensor]]]

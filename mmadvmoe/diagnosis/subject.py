@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, attack_norm
+from mmadvmoe.attacks.steps import ORDERS
 from mmadvmoe.evaluation.chunks import Attack, chunk_seed, classify, run_attack
 from mmadvmoe.evaluation.data import Chunk, as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
@@ -98,7 +99,7 @@ class ThreatModel:
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
         """How far each image (B, C, H, W) is from the other one in this norm, (B,), in double precision."""
         change = (images.double() - others.double()).flatten(1)
-        return change.norm(dim=1, p={'Linf': math.inf, 'L2': 2, 'L1': 1}[self.norm])
+        return change.norm(dim=1, p=ORDERS[self.norm])
 
 
 @dataclass(frozen=True, eq=False)

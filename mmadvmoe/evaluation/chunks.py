@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks.steps import ORDERS
 
 from .data import Chunk, span
 from .folder import OutcomeFolder
@@ -112,8 +113,8 @@ def run_attack(name: str, attack: Attack, chunk: Chunk, seed: int) -> Tensor:
         )
     # Functions have none.
     if getattr(attack, 'eps', None) is not None:
-        order = dict(Linf=torch.inf, L2=2, L1=1)[attack.norm]
-        distance = torch.linalg.vector_norm((adversarial - chunk.images).flatten(1), order, dim=1).max().item()
+        change = (adversarial - chunk.images).flatten(1)
+        distance = change.norm(ORDERS[attack.norm], dim=1).max().item()
         # Rounding alone goes beyond it, by a little.
         if distance > 1.001 * attack.eps + 1e-4:
             raise ValueError(
@@ -155,7 +156,7 @@ def classify(
     none = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
     expert = torch.cat([none, *(routing.decisions for routing in routings)], dim=1)
     change = (images - clean).flatten(1).float()
-    distance = torch.stack([change.norm(p, dim=1) for p in (torch.inf, 2, 1)], dim=1)
+    distance = torch.stack([change.norm(p, dim=1) for p in ORDERS.values()], dim=1)
     attacked = torch.full((len(images),), name != CLEAN)
     return Outcome(logits.float().cpu(), expert.cpu(), distance.cpu(), attacked)
 

@@ -9,19 +9,9 @@ from torch import nn
 
 import mmadvmoe  # noqa: F401
 from mmadvmoe.attacks import Victim, build_attack
-from mmadvmoe.diagnosis.soundness import (
-    Measured,
-    Point,
-    _Bench,
-    _measure_white_box,
-    ascents,
-    curves,
-    gradients,
-    measure,
-    ra_of_each,
-)
-from mmadvmoe.diagnosis.soundness_checks import PASS, SKIP, WARN, _routes, judge
-from mmadvmoe.diagnosis.subject import Images, ThreatModel, percent
+from mmadvmoe.diagnosis.soundness import Measured, Point, ascents, curves, gradients, measure, ra_of_each
+from mmadvmoe.diagnosis.soundness_checks import PASS, SKIP, WARN, judge
+from mmadvmoe.diagnosis.subject import Images, ThreatModel
 from mmadvmoe.diagnosis.substitute import predict, train_substitute
 
 THREAT = ThreatModel('Linf', 0.12, 0.024, 20)
@@ -162,11 +152,8 @@ def test_a_gate_that_hides_the_gradient_is_found_out(trained, data):
 
 
 def test_a_gate_that_hides_nothing_passes(trained, data):
-    bench = _Bench(mixture_of_the_same(trained, scale=0.0).eval(), data)
-    measured = Measured(percent(bench.right), is_moe=True)
-    _measure_white_box(bench, THREAT, measured)
-    check = _routes(measured)
-    assert check.status == PASS, check.message
+    _, checks = verdicts(mixture_of_the_same(trained, scale=0.0), data, surrogate=Victim(trained))
+    assert checks['routes'].status == PASS, checks['routes'].message
 
 
 def measured_by_hand():
