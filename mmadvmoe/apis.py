@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import mmadvmoe  # noqa: F401  # registers the components
 from mmadvmoe.attacks import NormalizedClassifier, Victim
 from mmadvmoe.attacks.images import as_unit, check_unit
+from mmadvmoe.attacks.views import decisions
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.evaluation import CLEAN, WORST, RobustOutcomes
 from mmadvmoe.evaluation.data import Data, as_dataset, read_chunks, spread_images
@@ -162,8 +163,7 @@ def inference(
         for part in images.split(batch_size):
             logits, routings = model.forward_routed(check_unit(part.to(device)))
             probabilities.append(logits.softmax(dim=1).cpu())
-            chosen = [routing.decisions.cpu() for routing in routings]
-            experts.append(torch.cat(chosen, dim=1) if chosen else torch.empty(len(part), 0, dtype=torch.int64))
+            experts.append(decisions(routings, logits).cpu())
     return torch.cat(probabilities), torch.cat(experts)
 
 

@@ -121,11 +121,9 @@ class _Traced(nn.Module):
 
 
 def flop_analyzer(classifier: nn.Module, input_shape: Sequence[int]) -> FlopAnalyzer:
-    """MMEngine's counter for one image, silent about operations that cost nothing.
+    """MMEngine's counter for one image (C, H, W), silent about operations that cost nothing.
 
-    Args:
-        classifier (nn.Module): In eval mode. Its modules are found under the prefix ``classifier.``.
-        input_shape (Sequence[int]): (C, H, W).
+    The modules of the classifier, which is in eval mode, are found under the prefix ``classifier.``.
 
     Raises:
         ValueError: The image does not fit the network.
@@ -142,11 +140,7 @@ def flop_analyzer(classifier: nn.Module, input_shape: Sequence[int]) -> FlopAnal
 
 @contextmanager
 def image_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
-    """Run a network on an image inside of this, to hear that it does not fit the network.
-
-    Args:
-        shape (Sequence[int]): (C, H, W), for the message.
-        advice (str): What to do about it, for the message.
+    """Inside of this, an error of a network that an image of ``shape`` (C, H, W) does not fit says so, with an advice.
 
     Raises:
         ValueError: A convolution or pooling found nothing left to work on, or another number of channels.

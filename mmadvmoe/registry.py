@@ -8,5 +8,3 @@ from mmengine.registry import Registry
 # The scope is MMPretrain's because its configs run under the default scope 'mmpretrain': under any other scope MMEngine
 # would warn at every look-up that it fell back to this registry.
 ATTACKS = Registry('attack', scope='mmpretrain', locations=['mmadvmoe.attacks'])
-
-__all__ = ['ATTACKS']

@@ -13,6 +13,7 @@ from typing import Any, Union
 import numpy as np
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # What MMPretrain's backbones call the setting that saves memory so.
 _CHECKPOINTING = ('with_cp', 'use_checkpoint', 'memory_efficient')
@@ -29,6 +30,13 @@ def bare_model(model: nn.Module) -> nn.Module:
 def checkpointing(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The modules that are set to compute their activations anew in the backward pass, each with its attribute."""
     return [(module, key) for module in model.modules() for key in _CHECKPOINTING if getattr(module, key, None) is True]
+
+
+def norms_to_eval(module: nn.Module) -> None:
+    """Put the batch norms of a module into eval mode, as ``norm_eval`` of a backbone asks for."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.eval()
 
 
 def choose(name: Any, allowed: Collection[str], key: str) -> Any:

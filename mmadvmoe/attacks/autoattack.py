@@ -154,11 +154,7 @@ class AutoAttack(Attack):
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Give an adversarial image for each image that some attack fools, the others as they are.
-
-        Args:
-            images (Tensor): (B, C, H, W) in [0, 1].
-            labels (Tensor): (B,) int64.
+        """Give an adversarial image for each of ``images`` in [0, 1] that some attack fools, the others as they are.
 
         Raises:
             ValueError: Square is to run in L2 or L1 on images of a size on which it cannot begin.

@@ -21,7 +21,7 @@ from mmadvmoe.utils import choose, type_name
 from . import settings
 from .images import check_range
 from .library import NOT_FROM_CONFIGS, SOFT_LABEL_ATTACKS
-from .targets import take_targets
+from .steps import largest_distance
 from .views import ROUTES, HeldVictim, Victim, clean_route
 
 # Attacks draw from the random state of the process, of which there is one: threads attack one after the other.
@@ -45,7 +45,7 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
             each route among the images, which with layer- or token-level routing can mean image by image; :class:`PGD`
             is not. On a model without routers both are the same. Attacks with a targeted mode take ``targeted``:
             ``'least-likely'``, ``'random'``, a function of images and labels, or ``'label'``, to get targets for
-            labels; see :mod:`mmadvmoe.attacks.targets`.
+            labels; see :func:`mmadvmoe.attacks.settings.take_targets`.
         model (Victim or nn.Module): A view, a :class:`NormalizedClassifier`, or what can become one: an MMPretrain
             classifier, with its own normalisation, or any module that maps images in [0, 1] to logits.
 
@@ -68,7 +68,7 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
     parameters = dict(inspect.signature(cls).parameters)
     parameters.pop('model', None)
     hold_routes = _takes_held_routes(name, arguments, parameters, cls) and victim.num_routers > 0
-    aim = take_targets(name, arguments, parameters)
+    aim = settings.take_targets(name, arguments, parameters)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in arguments:
             choose(key, parameters, f'attack type={name!r}: argument')
@@ -161,20 +161,21 @@ class BoundAttack:
         self.name = name
         self.victim = victim
         self._build = build
-        self._attack = build(victim)
+        #: What it runs, built on the victim.
+        self.attack = build(victim)
         # An attack that is made of others knows these of them.
-        self.norm = getattr(self._attack, 'norm', norm)
-        self.eps = getattr(self._attack, 'eps', None) if eps is None else eps
-        label_parameter = inspect.signature(self._attack.forward).parameters.get('labels')
+        self.norm = getattr(self.attack, 'norm', norm)
+        self.eps = getattr(self.attack, 'eps', None) if eps is None else eps
+        label_parameter = inspect.signature(self.attack.forward).parameters.get('labels')
         self.needs_labels = label_parameter is None or label_parameter.default is not None
         self.soft_labels = soft_labels or not self.needs_labels
         # torchattacks' APGD, FAB and Square set the global seed to their own at each call.
-        self._resets_seed = any(part.seed is not None for part in _seeded_parts(self._attack))
+        self._resets_seed = any(part.seed is not None for part in _seeded_parts(self.attack))
         self._own_seed = own_seed
         self._hold_routes = hold_routes
 
     def __repr__(self) -> str:
-        return f'BoundAttack({self._attack!r})'
+        return f'BoundAttack({self.attack!r})'
 
     def __call__(self, images: Tensor, labels: Optional[Tensor] = None, seed: Optional[int] = None) -> Tensor:
         """Attack a batch.
@@ -208,42 +209,33 @@ class BoundAttack:
         return adversarial
 
     @property
-    def attack(self) -> Attack:
-        """What it runs, built on the victim."""
-        return self._attack
-
-    @property
     def aims_at_labels(self) -> bool:
         """Whether the labels it is given are the classes that images shall be taken for."""
-        parts = (self._attack, *self._attack._attacks.values())
+        parts = (self.attack, *self.attack._attacks.values())
         return any(part.attack_mode == 'targeted(label)' for part in parts)
 
     @property
     def steps(self) -> Optional[int]:
         """Iterations of the attack; None where it has none."""
-        return getattr(self._attack, 'steps', None)
+        return getattr(self.attack, 'steps', None)
 
     def check_radius(self, num_values: int, name: Optional[str] = None) -> None:
-        """Check that the ball is not larger than the space of images.
-
-        Args:
-            num_values (int): Values in one image, C·H·W.
-            name (str, optional): What the message calls the attack. Defaults to its type.
+        """Check that the ball is not larger than the space of images of C·H·W values.
 
         Raises:
-            ValueError: No two images in [0, 1] are as far apart as ``eps``.
+            ValueError: No two images in [0, 1] are as far apart as ``eps``. Names the attack by ``name``, or its type.
         """
-        diameter = dict(Linf=1.0, L2=num_values**0.5, L1=float(num_values))[self.norm]
-        if self.eps is not None and self.eps > diameter:
+        most = largest_distance(num_values, self.norm)
+        if self.eps is not None and self.eps > most:
             raise ValueError(
-                f'attack {name or f"type={self.name!r}"}: eps={self.eps:g} in {self.norm} is above {diameter:.4g}, the '
+                f'attack {name or f"type={self.name!r}"}: eps={self.eps:g} in {self.norm} is above {most:.4g}, the '
                 f'largest distance of two images of {num_values} numbers in [0, 1]; if it is in units of 0..255, write '
                 f'eps={self.eps:g} / 255'
             )
 
     def _run(self, images: Tensor, labels: Optional[Tensor], seed: Optional[int]) -> Tensor:
         if not self._hold_routes:
-            return _run_seeded(self._attack, images, labels, seed)
+            return _run_seeded(self.attack, images, labels, seed)
         routes, which = clean_route(self.victim, images).unique(dim=0, return_inverse=True)
         adversarial = torch.empty_like(images)
         for number, route in enumerate(routes):

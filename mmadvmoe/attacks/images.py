@@ -28,15 +28,10 @@ def as_unit(images: Tensor) -> Tensor:
 
 
 def check_unit(images: Tensor, what: str = 'images', slack: float = ROUNDING) -> Tensor:
-    """Give images back if they lie in [0, 1], at the cost of one transfer from the device.
-
-    Args:
-        images (Tensor): Floating point, of any shape.
-        what (str): Names them in the message. Defaults to ``'images'``.
-        slack (float): How far they may be outside. Defaults to :data:`ROUNDING`.
+    """Give floating point images back if they lie in [0, 1], or ``slack`` outside, at the cost of one transfer.
 
     Raises:
-        ValueError: They do not, or a pixel is NaN.
+        ValueError: They do not, or a pixel is NaN; ``what`` names them.
     """
     if not images.numel():
         return images

@@ -60,12 +60,7 @@ class PGD(BallAttack):
         self.supported_mode = ['default', 'targeted']
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Where the run ended; with several, the worst case of each image.
-
-        Args:
-            images (Tensor): (B, C, H, W) in [0, 1].
-            labels (Tensor): (B,) int64, or class probabilities (B, K).
-        """
+        """Where the run ended, for labels (B,) or class probabilities (B, K); with several runs, the worst cases."""
         images, labels = images.detach().to(self.device), labels.to(self.device)
         if self.targeted:
             labels = self.get_target_label(images, labels)

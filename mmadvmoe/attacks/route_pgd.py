@@ -1,4 +1,4 @@
-"""The honest judge of a mixture of experts: PGD that knows about routes."""
+"""PGD that knows about routes, by which the robustness of a mixture of experts is measured."""
 
 from __future__ import annotations
 
@@ -58,18 +58,13 @@ class RoutePGD(BallAttack):
             raise TypeError(f'RoutePGD attacks a Victim, got {type(model).__name__}')
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The first adversarial image found for each image, or where the last run ended.
-
-        Args:
-            images (Tensor): (B, C, H, W) in [0, 1].
-            labels (Tensor): (B,) int64.
-        """
+        """The first adversarial image found for each of ``images`` in [0, 1], or where the last run ended."""
         images, labels = images.detach().to(self.device), labels.to(self.device)
         with torch.no_grad():
             logits, routings = self.model.forward_routed(images)
         adversarial = images.clone()
         robust = (logits.argmax(1) == labels).nonzero().squeeze(1)
-        for route, push in self.restarts * list(self._runs(routings, len(images))):
+        for route, push in self.restarts * list(self._runs(routings, images)):
             start = self._start(images)
             if not len(robust):
                 break
@@ -79,16 +74,16 @@ class RoutePGD(BallAttack):
             robust = robust[~fooled]
         return adversarial
 
-    def _runs(self, routings: tuple, batch: int) -> Iterator[tuple[Tensor | None, bool]]:
+    def _runs(self, routings: tuple, images: Tensor) -> Iterator[tuple[Tensor | None, bool]]:
         """The route of each run, (B,), (B, D) or None for the model's own, and whether to push there."""
         if routings:
-            yield decisions(routings), False
+            yield decisions(routings, images), False
         if not routings or _of_tokens(routings):
             yield None, False
         if not routings:
             return
         for expert in range(self.model.num_experts):
-            yield torch.full((batch,), expert, device=self.device), True
+            yield torch.full((len(images),), expert, device=self.device), True
 
     def _run(
         self, points: Tensor, images: Tensor, labels: Tensor, route: Tensor | None, push: bool
@@ -120,20 +115,14 @@ class RoutePGD(BallAttack):
 
 
 class ForcedRoutePGD(RoutePGD):
-    """Push the routers to one expert, and attack that expert: one of the runs of :class:`RoutePGD`.
-
-    Args:
-        model (Victim): The attacked mixture.
-        expert (int): In [0, N).
-        **kwargs: Arguments of :class:`RoutePGD`.
-    """
+    """Push the routers to one ``expert``, in [0, N), and attack it: one of the runs of :class:`RoutePGD`."""
 
     def __init__(self, model: Victim, expert: int, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.expert = expert
 
-    def _runs(self, routings: tuple, batch: int) -> Iterator[tuple[Tensor | None, bool]]:
-        yield torch.full((batch,), self.expert, device=self.device), True
+    def _runs(self, routings: tuple, images: Tensor) -> Iterator[tuple[Tensor | None, bool]]:
+        yield torch.full((len(images),), self.expert, device=self.device), True
 
 
 def _of_tokens(routings: tuple) -> bool:

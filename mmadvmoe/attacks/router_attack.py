@@ -51,15 +51,10 @@ class RouterAttack(_OnRouters):
     """
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The point with the most changed decisions that was found for each image.
-
-        Args:
-            images (Tensor): (B, C, H, W) in [0, 1].
-            labels (Tensor, optional): Not used.
-        """
+        """The point with the most changed decisions that was found for each image; labels are not used."""
         images = images.detach().to(self.device)
         with torch.no_grad():
-            clean = decisions(self.model.decide_routes(images))
+            clean = decisions(self.model.decide_routes(images), images)
         best = images.clone()
         # Share of changed decisions and mean margin of the best point.
         changed, margin = (images.new_full((len(images),), -torch.inf) for _ in range(2))
@@ -130,12 +125,7 @@ class ClassGroupAttack(_OnRouters):
         self.groups.check(model.num_experts, model.num_classes)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Where the run ended.
-
-        Args:
-            images (Tensor): (B, C, H, W) in [0, 1].
-            labels (Tensor): (B,) int64, or class probabilities (B, K).
-        """
+        """Where the run ended, for labels (B,) or class probabilities (B, K)."""
         images, labels = images.detach().to(self.device), labels.to(self.device)
 
         def gradient(points: Tensor, rows: Tensor) -> tuple[Tensor, None]:

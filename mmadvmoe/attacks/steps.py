@@ -22,7 +22,7 @@ from .views import Victim
 ORDERS = dict(Linf=math.inf, L2=2, L1=1)
 NORMS = tuple(ORDERS)
 
-#: ``ascent(points, rows) -> (direction, arrived)``; see :func:`climb`.
+#: ``ascent(points, rows) -> (direction, arrived)``; see :meth:`BallAttack._climb`.
 Ascent = Callable[[Tensor, Tensor], tuple[Tensor, Optional[Tensor]]]
 
 #: Share of the coordinates that a step in L1 moves.
@@ -74,52 +74,42 @@ class BallAttack(Attack):
         return random_start(images, self.eps, self.norm) if self.random_start else images
 
     def _climb(self, ascent: Ascent, start: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """:func:`climb` with the settings of this attack."""
-        return climb(ascent, start, images, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm)
+        """Take steps of steepest ascent, each followed by the way back into the ball and [0, 1].
 
+        Args:
+            ascent (Callable): Given points (b, C, H, W) that require a gradient and the rows (b,) of ``images`` that
+                they belong to, gives the direction to climb, of the shape of the points, and None, or which points have
+                arrived (b,). Those stay where they are, and their direction is not looked at.
+            start (Tensor): Where each image starts, (B, C, H, W).
+            images (Tensor): The centres of the balls, (B, C, H, W) in [0, 1].
 
-def climb(
-    ascent: Ascent, start: Tensor, images: Tensor, *, eps: float, alpha: float, steps: int, norm: str
-) -> tuple[Tensor, Tensor]:
-    """Take steps of steepest ascent, each followed by the way back into the ball and [0, 1].
-
-    Args:
-        ascent (Callable): Given points (b, C, H, W) that require a gradient and the rows (b,) of ``images`` that they
-            belong to, gives the direction to climb, of the shape of the points, and None, or which points have arrived
-            (b,). Those stay where they are, and their direction is not looked at.
-        start (Tensor): Where each image starts, (B, C, H, W).
-        images (Tensor): The centres of the balls, (B, C, H, W) in [0, 1].
-        eps (float): Radius of the ball, on [0, 1] images.
-        alpha (float): Length of a step.
-        steps (int): Number of steps.
-        norm (str): Norm of the ball and of the steps.
-
-    Returns:
-        tuple: Where each image ended, (B, C, H, W), and which ones had arrived before the last step was made, (B,).
-    """
-    points, ended = start.detach(), torch.empty_like(start)
-    arrived = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    rows = torch.arange(len(images), device=images.device)
-    for _ in range(steps):
-        direction, done = ascent(points.requires_grad_(), rows)
-        points = points.detach()
-        if done is not None and done.any():
-            ended[rows[done]], arrived[rows[done]] = points[done], True
-            points, direction, images, rows = (part[~done] for part in (points, direction, images, rows))
-            if not len(rows):
-                break
-        points = project(ascend(points, direction, alpha, norm), images, eps, norm)
-    ended[rows] = points
-    return ended, arrived
+        Returns:
+            tuple: Where each image ended, (B, C, H, W), and which ones had arrived before the last step was made, (B,).
+        """
+        points, ended = start.detach(), torch.empty_like(start)
+        arrived = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        rows = torch.arange(len(images), device=images.device)
+        for _ in range(self.steps):
+            direction, done = ascent(points.requires_grad_(), rows)
+            points = points.detach()
+            if done is not None and done.any():
+                ended[rows[done]], arrived[rows[done]] = points[done], True
+                points, direction, images, rows = (part[~done] for part in (points, direction, images, rows))
+                if not len(rows):
+                    break
+            points = project(ascend(points, direction, self.alpha, self.norm), images, self.eps, self.norm)
+        ended[rows] = points
+        return ended, arrived
 
 
 def check_norm(norm: str) -> str:
-    """Give ``norm`` back if it is one of :data:`NORMS`.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Give ``norm`` back if it is one of :data:`NORMS`; else raise ValueError."""
     return choose(norm, NORMS, 'norm')
+
+
+def largest_distance(num_values: int, norm: str) -> float:
+    """How far apart two images of so many numbers in [0, 1] can be: a ball of that radius holds every image."""
+    return num_values ** (1 / ORDERS[norm])
 
 
 def random_start(images: Tensor, eps: float, norm: str) -> Tensor:
@@ -181,7 +171,7 @@ def _largest_free(points: Tensor, grad: Tensor) -> Tensor:
 
 
 def _length(x: Tensor, norm: str) -> Tensor:
-    return x.flatten(1).norm(p=2 if norm == 'L2' else 1, dim=1)
+    return x.flatten(1).norm(p=ORDERS[norm], dim=1)
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:
@@ -209,13 +199,12 @@ def _shrink(offset: Tensor, room: Tensor, eps: float, norm: str) -> Tensor:
     """
     size, room = offset.abs().double(), room.double()
     solve = _shrink_l2 if norm == 'L2' else _shrink_l1
-    order = 2 if norm == 'L2' else 1
     shrunk = torch.minimum(size, room)
     # Written so that NaN is not taken for inside.
-    outside = ~(shrunk.norm(p=order, dim=1, keepdim=True) <= eps)
+    outside = ~(shrunk.norm(p=ORDERS[norm], dim=1, keepdim=True) <= eps)
     # For all images, as a look at which ones need it would make the host wait in every step.
     near = solve(size, room, eps)
-    length = near.norm(p=order, dim=1, keepdim=True)
+    length = near.norm(p=ORDERS[norm], dim=1, keepdim=True)
     # What rounding has left.
     near = near * torch.where(length > eps, eps / length, torch.ones_like(length))
     return torch.where(outside, near, shrunk) * offset.sign()

@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from mmengine.dist import get_rank, get_world_size
 from torch import Tensor
-from torchattacks.attack import Attack
 
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose
 
 from .model import full_precision
-from .steps import check_norm, climb
+from .steps import BallAttack
 from .views import ROUTES, Victim
 
 
 @ATTACKS.register_module()
-class TRADESAttack(Attack):
+class TRADESAttack(BallAttack):
     """Maximise the divergence of the prediction from the clean one, and that of the routes.
 
     From x + ``start_noise`` · N(0, I), steps of steepest ascent on KL(f(x) ‖ f(x')), plus ``router_weight`` times the
@@ -32,10 +31,9 @@ class TRADESAttack(Attack):
 
     Args:
         model (Victim): The attacked model.
-        eps (float): Radius of the ball, on [0, 1] images. Defaults to 8/255.
+        eps, norm: See :class:`BallAttack`.
         alpha (float): Step size. Defaults to 5/255.
         steps (int): Number of steps. Defaults to 2.
-        norm (str): ``'Linf'``, ``'L2'`` or ``'L1'``. Defaults to ``'Linf'``.
         start_noise (float): Standard deviation of the start noise; above 0, because the gradient of the divergence
             vanishes at x itself. Defaults to 0.001.
         router_weight (float): Weight of the routers' divergence. Defaults to 1.
@@ -62,15 +60,11 @@ class TRADESAttack(Attack):
         gated: bool = False,
         route: str = 'gate',
     ) -> None:
-        super().__init__('TRADESAttack', model)
+        super().__init__(model, eps, alpha, steps, random_start=False, norm=norm)
         if not start_noise > 0:
             raise ValueError(f'start_noise={start_noise!r} must be above 0')
         if not router_weight >= 0:
             raise ValueError(f'router_weight={router_weight!r} must be at least 0')
-        self.eps = eps
-        self.alpha = alpha
-        self.steps = steps
-        self.norm = check_norm(norm)
         self.start_noise = start_noise
         self.router_weight = router_weight
         self.gated = gated
@@ -96,8 +90,7 @@ class TRADESAttack(Attack):
             (grad,) = torch.autograd.grad(total, points)
             return grad, None
 
-        points, _ = climb(divergence, points, images, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm)
-        return points
+        return self._climb(divergence, points, images)[0]
 
     def _noise(self, images: Tensor) -> Tensor:
         # A given seed belongs to these images alone, whichever process attacks them.
@@ -111,15 +104,9 @@ class TRADESAttack(Attack):
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(softmax(p) ‖ softmax(q)) of each image, in nats.
 
-    Gradients flow to both arguments; detach the one that is to stay. Half-precision logits are taken to float32 first,
-    so the result is the same under autocast.
-
-    Args:
-        p_logits (Tensor): (B, K); or (B, T, N) for routers that decide per token.
-        q_logits (Tensor): The same shape.
-
-    Returns:
-        Tensor: (B,), averaged over tokens where there are any.
+    Gradients flow to both arguments, (B, K), or (B, T, N) for routers that decide per token, over which the divergence
+    is averaged; detach the one that is to stay. Half-precision logits are taken to float32 first, so the result is the
+    same under autocast.
 
     Raises:
         ValueError: The shapes differ, or there is no batch dimension.

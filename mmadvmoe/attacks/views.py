@@ -13,7 +13,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
-from mmadvmoe.moe import BaseRouting, Route, Routing, TokenRouting
+from mmadvmoe.moe import BaseRouting, Route, Routing
 
 from .model import NormalizedClassifier
 
@@ -255,9 +255,10 @@ class Rescaled(Victim):
         return logits / self.scale, routings
 
 
-def decisions(routings: Sequence[Union[Routing, TokenRouting]]) -> Tensor:
-    """The decisions of all routers side by side, (B, D) int64: a route that can be given to the model."""
-    return torch.cat([routing.decisions for routing in routings], dim=1)
+def decisions(routings: Sequence[BaseRouting], images: Tensor) -> Tensor:
+    """The decisions of all routers on B images side by side, (B, D) int64: a route that can be given to the model."""
+    none = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
+    return torch.cat([none, *(routing.decisions for routing in routings)], dim=1)
 
 
 def in_spreads(margin: Tensor, logits: Tensor) -> Tensor:
@@ -272,4 +273,4 @@ def in_spreads(margin: Tensor, logits: Tensor) -> Tensor:
 @torch.no_grad()
 def clean_route(victim: Victim, images: Tensor) -> Tensor:
     """The decisions of the routers on ``images`` (B, C, H, W): (B, D) int64."""
-    return decisions(victim.decide_routes(images))
+    return decisions(victim.decide_routes(images), images)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os.path as osp
 
-import numpy as np
 from mmpretrain.datasets import FashionMNIST
-from mmpretrain.datasets.utils import open_maybe_compressed_file, rm_suffix
+from mmpretrain.datasets.mnist import read_sn3_pascalvincent_tensor
+from mmpretrain.datasets.utils import rm_suffix
 from mmpretrain.registry import DATASETS
 
 from mmadvmoe.utils import choose
@@ -46,17 +46,9 @@ class FashionMNISTSplit(FashionMNIST):
         if self.download:
             return part_of(super().load_data_list(), self.part, self.num_val)
         names = self.test_list if self.part == 'test' else self.train_list
-        images, labels = (self._numbers(name) for name, _ in names)
+        images, labels = (read_sn3_pascalvincent_tensor(self._file(name)).numpy() for name, _ in names)
         infos = [{'img': image, 'gt_label': int(label)} for image, label in zip(images, labels, strict=True)]
         return part_of(infos, self.part, self.num_val)
-
-    def _numbers(self, name: str) -> np.ndarray:
-        """What a file in the format IDX holds: images (n, 28, 28) or labels (n,), uint8."""
-        with open_maybe_compressed_file(self._file(name)) as file:
-            content = file.read()
-        # Two bytes of zeros, the type, the number of dimensions; then each dimension in four bytes.
-        shape = np.frombuffer(content, '>i4', count=content[3], offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
     def _file(self, name: str) -> str:
         """The packed file (gzip checks it as it is read), or what was unpacked from it."""

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmadvmoe.utils import choose, write_atomically
 
-from .imagenet import _files_in, _folders_in
+from .imagenet import files_in, folders_in
 from .splits import SPLITS, part_of
 
 #: Files that are taken for images.
@@ -73,7 +73,7 @@ class ImageFolders(BaseDataset):
         names = self._list_files(folder)
         classes = tuple(dict.fromkeys(name.split('/')[0] for name in names))
         if folder == 'test':
-            of_training = tuple(_folders_in(osp.join(self.data_root, 'train')))
+            of_training = tuple(folders_in(osp.join(self.data_root, 'train')))
             if of_training and classes != of_training:
                 raise ValueError(
                     f'the classes of {osp.join(self.data_root, "test")} {classes} are not those of train/ {of_training}'
@@ -90,11 +90,11 @@ class ImageFolders(BaseDataset):
         root = osp.join(self.data_root, folder)
         names = [
             f'{each}/{file}'
-            for each in _folders_in(root)
-            for file in sorted(_files_in(osp.join(root, each)))
+            for each in folders_in(root)
+            for file in sorted(files_in(osp.join(root, each)))
             if file.lower().endswith(ENDINGS)
         ]
-        empty = sorted(set(_folders_in(root)) - {name.split('/')[0] for name in names})
+        empty = sorted(set(folders_in(root)) - {name.split('/')[0] for name in names})
         if not names or empty:
             found = f'no image in {", ".join(empty[:3])}' if empty else 'there is none'
             raise FileNotFoundError(

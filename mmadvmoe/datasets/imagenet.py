@@ -61,13 +61,13 @@ class ImageNetSplit(ImageNet):
         return _missing_files(self.img_prefix, names) if names else [f'{self.ann_file} is empty']
 
     def _folder_problems(self) -> list[str]:
-        classes = _folders_in(self.img_prefix)
-        if not classes and _files_in(self.img_prefix):
+        classes = folders_in(self.img_prefix)
+        if not classes and files_in(self.img_prefix):
             return [
                 f'{self.official}/ has no folder per class, and there is no meta/{self.official}.txt: '
                 'tools/dataset_converters/imagenet_annotations.py writes it'
             ]
-        sizes = [len(_files_in(osp.join(self.img_prefix, name))) for name in classes]
+        sizes = [len(files_in(osp.join(self.img_prefix, name))) for name in classes]
         expected = self.official_sizes[self.official]
         problems = [f'{name}: no image' for name, size in zip(classes, sizes) if not size]
         if len(classes) != len(self.CLASSES):
@@ -171,7 +171,7 @@ def _lines(path: str) -> list[str]:
         return [line.strip() for line in file if line.strip()]
 
 
-def _files_in(folder: str) -> set[str]:
+def files_in(folder: str) -> set[str]:
     """Names of the files in a folder; none if there is no such folder."""
     if not osp.isdir(folder):
         return set()
@@ -179,7 +179,7 @@ def _files_in(folder: str) -> set[str]:
         return {entry.name for entry in entries if not entry.is_dir()}
 
 
-def _folders_in(folder: str) -> list[str]:
+def folders_in(folder: str) -> list[str]:
     """Names of the folders in a folder, sorted; none if there is no such folder."""
     if not osp.isdir(folder):
         return []
@@ -198,7 +198,7 @@ def _missing_files(root: str, names: Iterable[str]) -> list[str]:
         by_folder[folder].append(file)
     problems = []
     for folder, files in by_folder.items():
-        missing = len(set(files) - _files_in(osp.join(root, folder)))
+        missing = len(set(files) - files_in(osp.join(root, folder)))
         if missing:
             problems.append(f'{folder or "."}: {missing} of {len(files)} images missing')
     return problems

@@ -13,6 +13,7 @@ from typing import Optional
 import numpy as np
 import torch
 from scipy.special import stirling2
+from torch import Tensor
 
 from mmadvmoe.attacks import Victim, build_attack
 
@@ -62,8 +63,12 @@ def attacked_confusion(victim: Victim, data: Images, threat: ThreatModel) -> np.
     """
     adversarial = data.attacked('PGD', build_attack(threat.attack('RoutePGD'), victim))
     predicted = data.classified(victim, adversarial, 'PGD').prediction
-    size = victim.num_classes
-    return torch.bincount(data.labels.cpu() * size + predicted, minlength=size**2).view(size, size).numpy()
+    return count_pairs(data.labels.cpu(), predicted, (victim.num_classes, victim.num_classes))
+
+
+def count_pairs(rows: Tensor, columns: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """How many images are in each row and column, (B,) int64, of a table of the given size."""
+    return torch.bincount(rows * size[1] + columns, minlength=size[0] * size[1]).view(size).numpy()
 
 
 def find_class_groups(

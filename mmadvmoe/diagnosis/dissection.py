@@ -36,7 +36,7 @@ class Dissection:
             * ``'route_pgd'``: RoutePGD, the route held and forced;
             * ``'end_to_end'``: of each image the worse of these two;
             * ``'router'``: the route is attacked, the class is not;
-            * ``'experts'``: PGD with the route frozen at the clean one, and frozen in the prediction too;
+            * ``'experts'``: PGD with the route held at the clean one, and held in the prediction too;
             * ``'experts_free'``: the same images, but the routers decide for them.
         pathways: For each expert, the outcomes of all images when it alone computes all of them: without an attack,
             and under PGD on it. Empty for a dense model.
@@ -132,7 +132,7 @@ def summarize(dissection: Dissection) -> dict:
         failures=failures(dissection) if is_moe else None,
         experts=[dict(expert=n, sa=percent(before), ra=percent(both)) for n, (before, both) in enumerate(right)],
         best_expert=dict(zip(('sa', 'ra'), best)) if is_moe else None,
-        # With the route frozen the load is that without an attack.
+        # With the route held the load is that without an attack.
         load={name: expert_load(dissection, o) for name, o in outcomes.items() if name != 'experts'} if is_moe else {},
         routes_certified=None if dissection.certified is None else float(dissection.certified.double().mean()),
     )
@@ -168,12 +168,12 @@ def failures(dissection: Dissection) -> dict[str, int]:
 
     Returns:
         ``standing``: are right end to end. ``experts``: are not, and fell to an attack that left the route as it was,
-        on the whole model or with the route frozen. ``router``: fell only to attacks that changed the route.
+        on the whole model or with the route held. ``router``: fell only to attacks that changed the route.
     """
     label, outcomes = dissection.label, dissection.outcomes
-    right, whole, frozen = (outcomes[name].prediction == label for name in (CLEAN, END_TO_END, 'experts'))
+    right, whole, held = (outcomes[name].prediction == label for name in (CLEAN, END_TO_END, 'experts'))
     kept = (outcomes[END_TO_END].expert == outcomes[CLEAN].expert).all(dim=1)
-    fooled, by_experts = right & ~whole, ~frozen | kept
+    fooled, by_experts = right & ~whole, ~held | kept
     return dict(
         standing=int((right & whole).sum()),
         experts=int((fooled & by_experts).sum()),

@@ -59,10 +59,8 @@ def _attacks(report: Mapping) -> str:
     header = ['attack on', 'RA %', 'kept/kept', 'kept/flipped', 'changed/kept', 'changed/flipped', 'routes changed %']
     rows = []
     for name, found in report['attacks'].items():
-        table = found['table']
-        cells = [str(table[route][prediction]) for route in table for prediction in table[route]]
         words = ATTACKS[name] if is_moe else 'whole model, PGD'
-        rows.append([words, f'{found["ra"]:.1f}', *cells, f'{100 * found["route_changed"]:.1f}'])
+        rows.append([words, f'{found["ra"]:.1f}', *counts_of(found), f'{100 * found["route_changed"]:.1f}'])
         if len(report['routers']) > 1:
             rows[-1].append(f'{100 * found["decisions_changed"]:.1f}')
     if len(report['routers']) > 1:
@@ -76,6 +74,11 @@ def _attacks(report: Mapping) -> str:
         return table
     changed = report['attacks']['router']['route_changed']
     return f'{table}\n{routes_text(certified, changed)}'
+
+
+def counts_of(found: Mapping) -> list[str]:
+    """What an attack did to images that are right without it: with the route kept, still right and flipped; changed."""
+    return [str(found['table'][route][after]) for route in ('kept', 'changed') for after in ('kept', 'flipped')]
 
 
 def routes_text(certified: float, changed: float) -> str:
@@ -93,10 +96,15 @@ def _failures(report: Mapping) -> str:
     return f'Who fails, of the images that are right without an attack\n{text_table(["images", "count", "%"], rows)}'
 
 
+def expert_rows(report: Mapping) -> list[tuple[str, float, float]]:
+    """Name, SA and RA, in percent, of each expert on all images, and of the best one for each image."""
+    named = {f'expert {each["expert"]}': each for each in report['experts']}
+    named['best expert of each image'] = report['best_expert']
+    return [(name, found['sa'], found['ra']) for name, found in named.items()]
+
+
 def _experts(report: Mapping) -> str:
-    rows = [[f'expert {each["expert"]}', f'{each["sa"]:.1f}', f'{each["ra"]:.1f}'] for each in report['experts']]
-    best = report['best_expert']
-    rows.append(['best expert of each image', f'{best["sa"]:.1f}', f'{best["ra"]:.1f}'])
+    rows = [[name, f'{sa:.1f}', f'{ra:.1f}'] for name, sa, ra in expert_rows(report)]
     return f'Each expert on all images, attacked as a network of its own\n{text_table(["", "SA %", "RA %"], rows)}'
 
 

@@ -1,7 +1,7 @@
 """Measure what attacks of all kinds find, to be held against each other: can a robust accuracy be believed?
 
 After Carlini et al., On evaluating adversarial robustness, arXiv:1902.06705, and Croce & Hein, arXiv:2003.01690. This
-file measures; :mod:`mmadvmoe.diagnosis.soundness_checks` judges.
+file measures; :mod:`mmadvmoe.diagnosis.soundness_checks` gives the verdicts.
 
 Dimension letters: B images, K classes.
 """
@@ -44,12 +44,12 @@ class Point:
     Attributes:
         at: eps, steps or restarts.
         gate: Images that are robust under plain PGD, (B,) bool.
-        judge: Images that are robust under RoutePGD, which on a dense model is PGD, (B,) bool.
+        route_pgd: Images that are robust under RoutePGD, which on a dense model is PGD, (B,) bool.
     """
 
     at: float
     gate: Tensor
-    judge: Tensor
+    route_pgd: Tensor
 
 
 @dataclass(eq=False)
@@ -122,14 +122,14 @@ class _Bench:
         attack = build_attack(threat.attack(kind, **others), model or self.victim)
         return self.data.attacked(name, attack, type_name(kind))
 
-    def robust(self, adversarial: Tensor, threat: ThreatModel, frozen: bool = False) -> Tensor:
+    def robust(self, adversarial: Tensor, threat: ThreatModel, held: bool = False) -> Tensor:
         """Find the images that are right without an attack and right in ``adversarial``, (B,) bool.
 
-        How far these go beyond the threat model is noted. ``frozen`` predicts with the routes of the clean images.
+        How far these go beyond the threat model is noted. ``held`` predicts with the routes of the clean images.
         """
         distance = threat.distance(adversarial, self.data.images).max() - threat.eps
         self.outside = max(self.outside, *map(float, (distance, -adversarial.min(), adversarial.max() - 1)))
-        outcome = self.data.classified(self.victim, adversarial, 'an attack', self.route if frozen else None)
+        outcome = self.data.classified(self.victim, adversarial, 'an attack', self.route if held else None)
         return self.right & (outcome.prediction.to(self.right.device) == self.data.labels)
 
 
@@ -191,7 +191,7 @@ def _point(bench: _Bench, at: float, where: str, threat: ThreatModel) -> Point:
 
 
 def _eps_curve(bench: _Bench, threat: ThreatModel, at_eps: Point) -> list[Point]:
-    everything = threat.everything(bench.data.images.shape[1:])
+    everything = ball.largest_distance(bench.data.images[0].numel(), threat.norm)
     radii = {factor * threat.eps for factor in EPS_FACTORS if factor * threat.eps < everything} | {everything}
     curve = [Point(0.0, bench.right, bench.right), at_eps]
     for eps in sorted(radii - {threat.eps}):
@@ -201,9 +201,9 @@ def _eps_curve(bench: _Bench, threat: ThreatModel, at_eps: Point) -> list[Point]
 
 def _measure_curves(bench: _Bench, threat: ThreatModel, measured: Measured) -> None:
     gate = measured.robust['gate']
-    judge = measured.robust.get('route_pgd', gate)
-    measured.eps_curve = _eps_curve(bench, threat, Point(threat.eps, gate, judge))
-    steps_curve = [Point(threat.steps, gate, judge)]
+    route_pgd = measured.robust.get('route_pgd', gate)
+    measured.eps_curve = _eps_curve(bench, threat, Point(threat.eps, gate, route_pgd))
+    steps_curve = [Point(threat.steps, gate, route_pgd)]
     for steps in sorted({1, *(max(1, round(factor * threat.steps)) for factor in STEP_FACTORS)} - {threat.steps}):
         steps_curve.append(_point(bench, steps, f'{steps} steps', replace(threat, steps=steps)))
     measured.steps_curve = sorted(steps_curve, key=lambda each: each.at)
@@ -223,12 +223,12 @@ def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -
     if measured.margin <= 0:
         return
 
-    def frozen_ra(name: str, model: Optional[Victim]) -> float:
+    def held_ra(name: str, model: Optional[Victim]) -> float:
         adversarial = bench.adversarial(name, threat, 'PGD', model, route='held')
-        return percent(bench.robust(adversarial, threat, frozen=True))
+        return percent(bench.robust(adversarial, threat, held=True))
 
-    measured.unscaled = frozen_ra('PGD, logits as they are', None)
-    measured.rescaled = frozen_ra('PGD, logits rescaled', Rescaled(bench.victim, measured.margin))
+    measured.unscaled = held_ra('PGD, logits as they are', None)
+    measured.rescaled = held_ra('PGD, logits rescaled', Rescaled(bench.victim, measured.margin))
 
 
 def _measure_black_box(
@@ -259,12 +259,7 @@ def _noise(bench: _Bench, threat: ThreatModel) -> Tensor:
 
 
 def gradients(victim: Victim, data: Images, route: Optional[Tensor] = None) -> Tensor:
-    """Compute the gradient of the cross entropy at each image, (B, C, H, W), without a gate.
-
-    Args:
-        victim, data: The model and the images.
-        route: Experts to take, (B, D), or None for a dense model.
-    """
+    """Compute the gradient of the cross entropy at each image, (B, C, H, W), on a route (B, D), without a gate."""
     parts = []
     with torch.enable_grad(), victim.frozen():
         for chunk, given in zip(data.chunks(), data.split(route)):
@@ -281,10 +276,7 @@ def ascents(
     """Measure what a small step along the gradient gains, and the best of some random steps of that length.
 
     Gained is the margin of the best wrong class over the true one, which, unlike the cross entropy, does not saturate.
-
-    Args:
-        victim, data, threat: The model, the images, and norm and eps.
-        grad, route: Of :func:`gradients`.
+    ``grad`` and ``route`` are those of :func:`gradients`.
 
     Returns:
         The gains along the gradient, (B,), and the largest ones along random directions, (B,).
@@ -327,4 +319,4 @@ def curves(measured: Measured) -> dict[str, list[dict]]:
 
 def in_percent(name: str, curve: Sequence[Point]) -> list[dict]:
     """The points of a curve against ``name``, as :func:`curves` gives them."""
-    return [{name: each.at, 'ra': percent(each.judge), 'gate': percent(each.gate)} for each in curve]
+    return [{name: each.at, 'ra': percent(each.route_pgd), 'gate': percent(each.gate)} for each in curve]

@@ -39,10 +39,10 @@ class Check:
     numbers: dict[str, float]
 
 
-def judge(m: Measured) -> list[Check]:
+def make_checks(m: Measured) -> list[Check]:
     """Make all checks, in the order in which they are printed."""
     widest, usual, doubled = m.eps_curve[-1], *m.steps_curve[-2:]
-    ra_widest, ra_usual, ra_doubled = (percent(each.judge) for each in (widest, usual, doubled))
+    ra_widest, ra_usual, ra_doubled = (percent(each.route_pgd) for each in (widest, usual, doubled))
     at_zero = f'SA is {m.sa:.1f}; attacks at eps 0 changed the outcome of {m.changed_at_zero} images'
     at_most = f'in the ball of eps {widest.at:.4g}, which holds every image, RA is {ra_widest:.1f}'
     twice = f'RA is {ra_usual:.1f} at {usual.at} steps and {ra_doubled:.1f} at {doubled.at}'
@@ -82,13 +82,13 @@ def _falls(name: str, title: str, what: str, curve: Sequence[Point]) -> Check:
     """
     rises = []
     for before, after in pairwise(curve):
-        for key in ('judge', 'gate'):
+        for key in ('route_pgd', 'gate'):
             old, new = getattr(before, key), getattr(after, key)
             gained, lost = int((new & ~old).sum()), int((old & ~new).sum())
             by_chance = max(CHANCE / 100 * len(old), 2 * math.sqrt(gained + lost))
             rises.append((gained - lost - by_chance, before, after, key))
     excess, before, after, key = max(rises, key=lambda each: each[0])
-    message = 'RA is ' + ', '.join(f'{percent(each.judge):.1f} at {what} {each.at:.4g}' for each in curve)
+    message = 'RA is ' + ', '.join(f'{percent(each.route_pgd):.1f} at {what} {each.at:.4g}' for each in curve)
     old, new = (percent(getattr(each, key)) for each in (before, after))
     if excess > 0:
         attack = 'RA by PGD' if key == 'gate' else 'RA'

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, Union
 
 import torch
 from mmengine.config import Config, DictAction
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, attack_norm
 from mmadvmoe.attacks.steps import ORDERS
-from mmadvmoe.evaluation.chunks import Attack, chunk_seed, classify, run_attack
+from mmadvmoe.evaluation.chunks import AttackFunction, chunk_seed, classify, run_attack
 from mmadvmoe.evaluation.data import Chunk, as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 from mmadvmoe.moe import placement_of
@@ -91,11 +91,6 @@ class ThreatModel:
         """The config of a gradient attack in this ball."""
         return dict(type=kind, norm=self.norm, eps=self.eps, alpha=self.alpha, steps=self.steps, **others)
 
-    def everything(self, shape: Sequence[int]) -> float:
-        """The radius at which the ball around any image of ``shape`` (C, H, W) holds all of [0, 1]."""
-        size = math.prod(shape)
-        return {'Linf': 1.0, 'L2': math.sqrt(size), 'L1': float(size)}[self.norm]
-
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
         """How far each image (B, C, H, W) is from the other one in this norm, (B,), in double precision."""
         change = (images.double() - others.double()).flatten(1)
@@ -131,13 +126,8 @@ class Images:
         """Split what belongs to the images as they are in :meth:`chunks`; None for each where there is nothing."""
         return repeat(None) if values is None else values.to(self.images.device).split(self.chunk_size)
 
-    def attacked(self, name: str, attack: Attack, draw: Optional[str] = None) -> Tensor:
-        """Attack all images: (B, 3, H, W).
-
-        Args:
-            name: Name of the attack, for the log.
-            attack: The attack.
-            draw: Name for its seeds; attacks of one name draw the same. Defaults to ``name``.
+    def attacked(self, name: str, attack: AttackFunction, draw: Optional[str] = None) -> Tensor:
+        """Attack all images: (B, 3, H, W). Attacks with the same ``draw``, by default the ``name``, draw the same.
 
         Raises:
             RuntimeError: The attack fails; the message names it and the images.
@@ -192,10 +182,7 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Parse the arguments of a tool and those that say what to analyse; refuse what cannot work.
 
-    Args:
-        parser: The parser, with the tool's own arguments.
-        num_images: Default of ``--num-images``.
-        loader: Where the images come from, see :func:`load_subject`.
+    ``num_images`` is the default of ``--num-images``, of the images that ``loader`` of the config has.
     """
     parser.add_argument('config', help=f'config file, with {loader} and test_cfg.attacks')
     parser.add_argument('checkpoint', help='checkpoint file or address')
@@ -216,12 +203,7 @@ def parse_arguments(
 
 
 def load_subject(args: argparse.Namespace, kind: str, loader: str = 'test_dataloader') -> Subject:
-    """Load the model and the images that the arguments name, for results of a kind.
-
-    Args:
-        args: From :func:`parse_arguments`.
-        kind: Of results, for the file.
-        loader: The data loader of the config whose images are attacked.
+    """Load the model, and the images of a loader of its config, for results of a kind.
 
     Raises:
         FileNotFoundError: There is no such config or checkpoint.
@@ -237,10 +219,7 @@ def load_subject(args: argparse.Namespace, kind: str, loader: str = 'test_datalo
     if args.cfg_options is not None:
         check_options(args.cfg_options, cfg)
         cfg.merge_from_dict(args.cfg_options)
-    attacks = (cfg.get('test_cfg') or {}).get('attacks')
-    if cfg.get(loader) is None or not attacks:
-        raise ValueError(f'{args.config} must set {loader} and test_cfg.attacks')
-    threat = ThreatModel.from_attacks(attacks, args.attack)
+    threat = ThreatModel.from_attacks(attacks_of_test(cfg, loader), args.attack)
     victim = Victim(load_robust_model(cfg, args.checkpoint, args.device))
     data, dataset = read_images(cfg, loader, victim, args.num_images, args.seed)
     placement = placement_of(victim.classifier)
@@ -260,23 +239,35 @@ def load_subject(args: argparse.Namespace, kind: str, loader: str = 'test_datalo
     return Subject(victim, data, threat, header, cfg)
 
 
+def attacks_of_test(cfg: Config, loader: str = 'test_dataloader') -> Mapping[str, Mapping]:
+    """The attacks that a config tests with.
+
+    Raises:
+        ValueError: It has none, or not the ``loader`` of the images to attack.
+    """
+    attacks = (cfg.get('test_cfg') or {}).get('attacks')
+    if cfg.get(loader) is None or not attacks:
+        raise ValueError(f'{cfg.filename} must set {loader} and test_cfg.attacks')
+    return attacks
+
+
 def read_images(cfg: Config, loader: str, victim: Victim, count: int, seed: int) -> tuple[Images, Dataset]:
     """Images spread over the data set of a loader of the config, and the data set.
 
     Raises:
         ValueError: The config has no such loader.
     """
-    if cfg.get(loader) is None:
-        raise ValueError(f'{cfg.filename} must set {loader}')
+    attacks_of_test(cfg, loader)
     dataset = as_dataset(cfg[loader].dataset)
     images, labels = spread_images(dataset, victim.classifier.data_preprocessor, count)
     return Images(images, labels, cfg.test_cfg.get('chunk_size', 128), seed), dataset
 
 
-def write_json(path: str, content: Mapping) -> None:
+def write_json(path: Union[str, Path], content: Mapping, allow_nan: bool = False) -> None:
     """Write a file at once or not at all.
 
     Raises:
         OSError: It cannot be written.
+        ValueError: A number is not finite, and not allowed to be.
     """
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + '\n').encode())
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=allow_nan) + '\n').encode())

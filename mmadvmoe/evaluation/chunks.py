@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.attacks.steps import ORDERS
+from mmadvmoe.attacks.views import decisions
 
 from .data import Chunk, span
 from .folder import OutcomeFolder
 from .outcomes import CLEAN, Outcome, RobustOutcomes
 
 #: ``attack(images, labels, seed=...) -> adversarial images``
-Attack = Callable[..., Tensor]
+AttackFunction = Callable[..., Tensor]
 #: Images of a chunk whose clean logits are compared with what a folder holds.
 _COMPARED = 32
 
@@ -35,7 +36,7 @@ def chunk_seed(seed: int, attack: str, chunk_number: int) -> int:
 
 def evaluate_chunk(
     victim: Victim,
-    attacks: Mapping[str, Attack],
+    attacks: Mapping[str, AttackFunction],
     chunk: Chunk,
     *,
     seed: int = 0,
@@ -86,7 +87,7 @@ def evaluate_chunk(
     return outcomes
 
 
-def run_attack(name: str, attack: Attack, chunk: Chunk, seed: int) -> Tensor:
+def run_attack(name: str, attack: AttackFunction, chunk: Chunk, seed: int) -> Tensor:
     """Attack the images of a chunk, and check what comes out: a faulty attack must not pass for a strong one.
 
     Raises:
@@ -132,13 +133,10 @@ def classify(
     indices: Optional[Sequence[int]] = None,
     route: Optional[Tensor] = None,
 ) -> Outcome:
-    """Classify images, attacked or not.
+    """Classify images, attacked or not, beside ``clean``, the same without an attack: (B, 3, H, W) in [0, 1].
 
-    Args:
-        victim: The model.
-        images, clean: Images and the same without an attack, (B, 3, H, W) in [0, 1].
-        name, indices: Name of the attack, and index of each image in the data set (default 0, 1, ...), for errors.
-        route: Experts to take in place of the routers' choice, (B,) or (B, D).
+    Errors name the attack and the indices of the images in the data set (default 0, 1, ...). ``route``, (B,) or (B, D),
+    takes the place of the routers' choice.
 
     Raises:
         FloatingPointError: A logit is not finite.
@@ -153,8 +151,7 @@ def classify(
             f'the logits of {len(bad)} of {len(images)} images are not finite in {name!r} (images {bad[:10]} of the '
             'data set).'
         )
-    none = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
-    expert = torch.cat([none, *(routing.decisions for routing in routings)], dim=1)
+    expert = decisions(routings, images)
     change = (images - clean).flatten(1).float()
     distance = torch.stack([change.norm(p, dim=1) for p in ORDERS.values()], dim=1)
     attacked = torch.full((len(images),), name != CLEAN)

@@ -114,15 +114,9 @@ def read_chunks(dataset: Dataset, sampler: ChunkSampler, victim: Victim) -> Iter
 def spread_images(
     dataset: Dataset, data_preprocessor: Optional[ClsDataPreprocessor], count: int
 ) -> tuple[Tensor, Tensor]:
-    """Read images evenly spread over a data set, which may be sorted by class.
+    """Read images (B, 3, H, W) in [0, 1] and labels (B,), evenly spread over a data set, which may be sorted by class.
 
-    Args:
-        dataset: From :func:`as_dataset`.
-        data_preprocessor: The preprocessor of the classifier, for packed samples.
-        count: How many, or all if there are fewer.
-
-    Returns:
-        Images (B, 3, H, W) in [0, 1] and labels (B,).
+    ``count`` of them, or all if there are fewer; packed samples go through the preprocessor of the classifier.
     """
     count = min(count, len(dataset))
     indices = [number * len(dataset) // count for number in range(count)]
@@ -134,13 +128,9 @@ def spread_images(
 def unit_batch(
     data_preprocessor: ClsDataPreprocessor, batch: Mapping, indices: Sequence[int], loader: str = 'data'
 ) -> tuple[Tensor, Tensor]:
-    """Turn a batch of a data loader into images in [0, 1] and labels, on the model's device.
+    """Turn a batch (``inputs``, ``data_samples``) into images in [0, 1] and labels, on the model's device.
 
-    Args:
-        data_preprocessor: The preprocessor of the classifier.
-        batch: ``inputs`` and ``data_samples``.
-        indices: Index of each image in the data set, for errors.
-        loader: Which loader the batch is of, for errors.
+    Errors name the ``loader`` and the ``indices`` of the images in its data set.
 
     Returns:
         Images (B, 3, H, W) in [0, 1], exactly on the grid of 1/255 where they came as uint8, and labels (B,) int64.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Victim
 
-from .chunks import Attack, classify
+from .chunks import AttackFunction, classify
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +63,9 @@ class Examples:
         return self.take(rows[:count])
 
 
-def attack_examples(victim: Victim, attack: Attack, images: Tensor, labels: Tensor, seed: int = 0) -> Examples:
-    """Attack images, and note predictions and routes before and after.
-
-    Args:
-        victim, attack: The model, and an attack as :func:`mmadvmoe.attacks.build_attack` makes it.
-        images, labels: (B, 3, H, W) in [0, 1], and true classes, (B,) int64.
-        seed: Seed of the attack.
-    """
-    adversarial = attack(images, labels, seed=seed)
+def attack_examples(victim: Victim, attack: AttackFunction, images: Tensor, labels: Tensor) -> Examples:
+    """Attack images (B, 3, H, W) in [0, 1], and note predictions and routes before and after."""
+    adversarial = attack(images, labels, seed=0)
     before, after = classify(victim, images, images), classify(victim, adversarial, images)
     parts = (images, adversarial, labels, before.prediction, after.prediction, before.expert, after.expert)
     return Examples(*(part.cpu() for part in parts))

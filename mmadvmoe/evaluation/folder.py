@@ -32,11 +32,7 @@ class OutcomeFolder:
     At any moment everything in it is complete, so that an evaluation which was killed, or ran out of disk, goes on from
     there. Several processes of one evaluation may write to it, each the chunks of its own; another evaluation may not
     as long as it does. What is read is compared with its checksum, and with the run, attack and chunk that it is
-    said to be of.
-
-    Args:
-        path: The folder.
-        names: The names of the attacks, in the order in which they run.
+    said to be of. ``names`` are those of the attacks, in the order in which they run.
     """
 
     def __init__(self, path: Union[str, Path], names: Sequence[str]) -> None:
@@ -165,10 +161,7 @@ class OutcomeFolder:
 
     def _run_of(self) -> dict:
         """The content of ``run.json``, read once."""
-        if self._run is None:
-            self._run = _read_run(self.path)
-        if self._run is None:
-            raise FileNotFoundError(f'{str(self.path)!r} holds no evaluation: there is no {RUN}')
+        self._run = self._run or _existing_run(self.path)
         return self._run
 
     def finish(self, outcomes: RobustOutcomes, metrics: Mapping[str, Any]) -> None:
@@ -219,9 +212,7 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
         ValueError: No image is done under all attacks, or a file is damaged.
     """
     path = Path(path)
-    run = _read_run(path)
-    if run is None:
-        raise FileNotFoundError(f'{str(path)!r} holds no evaluation: there is no {RUN}')
+    run = _existing_run(path)
     folder, names = OutcomeFolder(path, list(run['settings']['attacks'])), (CLEAN, *run['settings']['attacks'])
     parts = []
     # A set, for the name of an attack may end so as well.
@@ -306,6 +297,13 @@ def _read_run(path: Path) -> Optional[dict]:
         raise ValueError(f'{str(file)!r} has format {run["format"]!r}, and format {FORMAT} is known here. {cure}')
     if digest != _digest(run):
         raise ValueError(f'{str(file)!r} is damaged: its content is not that of its checksum. {cure}')
+    return run
+
+
+def _existing_run(path: Path) -> dict:
+    run = _read_run(path)
+    if run is None:
+        raise FileNotFoundError(f'{str(path)!r} holds no evaluation: there is no {RUN}')
     return run
 
 

@@ -33,12 +33,9 @@ _ROUTE_STEPS = 50
 
 
 def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict[str, BoundAttack]:
-    """Build named attacks, and warn where they cannot judge an MoE.
+    """Build attacks, each under the name that its metrics get, and warn where they say little of an MoE.
 
-    Args:
-        attacks: Config of each attack under the name that its metrics get.
-        victim: The model.
-        key: Config key of ``attacks``, for errors.
+    ``key`` is the config key of ``attacks``, for errors.
 
     Raises:
         TypeError: ``attacks`` does not map names to configs.
@@ -86,11 +83,7 @@ def _check_configs(attacks: Mapping[str, Mapping], key: str) -> None:
 def check_groups(
     attacks: Collection[str], survivors_only: Sequence[str], worst_of: Mapping[str, Sequence[str]], mode: str
 ) -> None:
-    """Check that the settings which refer to attacks name attacks.
-
-    Args:
-        attacks, survivors_only, worst_of: As in :class:`~mmadvmoe.evaluation.RobustValLoop`.
-        mode: ``'val'`` or ``'test'``, for errors.
+    """Check that the settings of a loop (``mode``: ``'val'`` or ``'test'``) which refer to attacks name attacks.
 
     Raises:
         TypeError: Attacks are not given as a list of names.

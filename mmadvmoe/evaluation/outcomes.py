@@ -115,11 +115,7 @@ class RobustOutcomes:
 
 
 def gather_outcomes(parts: Sequence[RobustOutcomes], num_images: int) -> RobustOutcomes:
-    """Collect the outcomes of all processes; every process gets all of them.
-
-    Args:
-        parts: Those of this process, by chunk; possibly none.
-        num_images: Size of the data set.
+    """Collect what each process has, chunk by chunk, of a data set of so many images; every process gets all.
 
     Raises:
         RuntimeError: The processes together do not hold every image exactly once.
@@ -142,12 +138,8 @@ def compute_metrics(
     """Run an MMEngine evaluator once without an attack, once per attack and once on the worst case.
 
     The metrics see labels and predictions as MMPretrain's heads give them; they do not see images. To be called by all
-    processes, with the same outcomes.
-
-    Args:
-        evaluator: Evaluator with any metrics.
-        outcomes: Those of the whole data set.
-        worst_of: Names of further worst cases, each over the attacks it names.
+    processes, with the same outcomes, those of the whole data set. ``worst_of`` names further worst cases, each over
+    the attacks it names.
 
     Returns:
         Each metric under ``'clean/'``, ``'worst/'``, the names of attacks (``'pgd50/accuracy/top1'``) and of groups.

@@ -76,11 +76,9 @@ class RobustEvaluation:
         self._overwrite = overwrite
 
     def begin(self, sampler: ChunkSampler, model_cfg: Optional[Mapping] = None) -> None:
-        """Begin with a data set, in all processes.
+        """Begin with a data set, in all processes, to which the sampler deals out the chunks.
 
-        Args:
-            sampler: Deals the chunks out to the processes.
-            model_cfg: Config of the model, by which an output folder tells models apart that have the same weights.
+        By ``model_cfg``, its config, an output folder tells a model apart from others that have the same weights.
 
         Raises:
             ValueError: The output folder holds the outcomes of another evaluation.
@@ -196,12 +194,7 @@ class EvaluationProgress:
         self._done = self._robust = 0
 
     def report(self, name: str, outcomes: RobustOutcomes, seconds: Optional[float]) -> None:
-        """Take note of the outcome of one chunk under one attack, and log if it is time.
-
-        Args:
-            name, seconds: Of the attack, which took None where its outcome was on disk.
-            outcomes: Those of the chunk so far.
-        """
+        """Note that an attack on a chunk took so long (None: its outcome was on disk), and log if it is time."""
         self._chunks_left[name] -= 1
         if seconds is not None:
             self._seconds[name].append(seconds)

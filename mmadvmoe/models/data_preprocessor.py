@@ -19,6 +19,11 @@ from .losses import ROUTER_LOGITS, NonFiniteError
 
 MODES = ('pair', 'replace')
 _MAX_PIXEL = 255.0
+#: The refusal of an attack that has nothing to attack.
+NO_VICTIM = (
+    'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
+    "dict(type='BindVictimHook') to custom_hooks"
+)
 
 
 @MODELS.register_module()
@@ -147,10 +152,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
 
     def _attack(self, images: Tensor, data_samples: Sequence, turn: Optional[str]) -> Tensor:
         if not self._attacks:
-            raise RuntimeError(
-                'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
-                "dict(type='BindVictimHook') to custom_hooks"
-            )
+            raise RuntimeError(NO_VICTIM)
         attack = self._attacks[turn]
         try:
             return attack(images, targets_of(data_samples).to(images.device))

@@ -188,15 +188,12 @@ class NonFiniteError(FloatingPointError):
 def check_finite(
     losses: Mapping[str, Union[Tensor, Sequence[Tensor]]], routings: Sequence[Routing] = (), turn: Optional[str] = None
 ) -> None:
-    """Raise if a loss term or a router logit is NaN or infinite, at the cost of one transfer from the device.
+    """Check loss terms, as a ``loss()`` returns them, and the logits of routings, where they have any.
 
-    Args:
-        losses (Mapping[str, Tensor | Sequence[Tensor]]): Named loss terms, as a ``loss()`` returns them.
-        routings (Sequence[Routing]): What the routers decided; those without logits are skipped.
-        turn (str, optional): Whose turn it is, for the message.
+    It costs one transfer from the device.
 
     Raises:
-        NonFiniteError: Naming the iteration and all values concerned.
+        NonFiniteError: A value is NaN or infinite; names the iteration, the turn and all values concerned.
     """
     terms = ((name, [term] if isinstance(term, Tensor) else term) for name, term in losses.items())
     values = [(name, value) for name, term in terms for value in term]

@@ -10,9 +10,8 @@ import torch
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmadvmoe.utils import checkpointing, choose
+from mmadvmoe.utils import checkpointing, choose, norms_to_eval
 
 from .context import RouteContext
 from .expert_ffn import ExpertFFN
@@ -183,9 +182,7 @@ class MoEBackbone(BaseBackbone):
         """As any module; where the wrapped backbone keeps its norms in eval mode (``norm_eval``), routers do, too."""
         super().train(mode)
         if mode and self.router is not None and getattr(self.network, 'norm_eval', False):
-            for module in self.router.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            norms_to_eval(self.router)
         return self
 
     def forward(self, x: Tensor) -> tuple:
@@ -282,9 +279,7 @@ def forward_routed(
     Args:
         classifier (nn.Module): Has ``backbone``, ``head`` and perhaps ``neck``, as ``ImageClassifier`` has.
         inputs (Tensor): Network inputs, (B, C, H, W).
-        route (Tensor or Sequence[BaseRouting], optional): See :meth:`MoEBackbone.forward_routed`.
-        with_logits (bool): See :meth:`MoEBackbone.forward_routed`.
-        gated (bool): See :meth:`MoEBackbone.forward_routed`.
+        route, with_logits, gated: See :meth:`MoEBackbone.forward_routed`.
 
     Returns:
         tuple: What the head gives, for most heads (B, K) logits, and one :class:`BaseRouting` per router, none for a

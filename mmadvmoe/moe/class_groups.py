@@ -83,9 +83,7 @@ class ClassGroups:
     def cross_entropy(self, routings: Sequence[BaseRouting], labels: Tensor) -> Tensor:
         """Cross entropy of the routers' logits with the group of the class, (B,): the mean over routers and tokens.
 
-        Args:
-            routings (Sequence[BaseRouting]): One for each router, with logits.
-            labels (Tensor): (B,) int64, or class probabilities (B, K).
+        Labels are (B,) int64, or class probabilities (B, K).
         """
         losses = []
         for routing in routings:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Optional, Union
 
 import torch
@@ -18,24 +19,19 @@ from .routing import GATES, BaseRouting, NonFiniteRouterError, Route, Routing
 from .token_routing import TokenRouting
 
 
+@dataclass(eq=False)
 class RoutedPass:
-    """The routes of one forward pass, given and taken so far; arguments as in :meth:`MoEBackbone.forward_routed`."""
+    """The routes of one forward pass, given and taken so far; see :meth:`RouteContext.run`."""
 
-    def __init__(
-        self,
-        num_experts: int,
-        gate: str,
-        names: Sequence[str],
-        batch: int,
-        route: Optional[Route],
-        with_logits: bool,
-        gated: bool,
-    ) -> None:
-        self.num_experts, self.gate = num_experts, gate
-        self._names, self._batch = names, batch
-        self._route, self._with_logits, self._gated = route, with_logits, gated
-        self._columns = 0
-        self._taken: list[BaseRouting] = []
+    num_experts: int
+    gate: str
+    names: Sequence[str]
+    batch: int
+    given: Optional[Route]
+    with_logits: bool
+    gated: bool
+    _columns: int = 0
+    _taken: list[BaseRouting] = field(default_factory=list)
 
     @property
     def taken(self) -> tuple[BaseRouting, ...]:
@@ -55,7 +51,7 @@ class RoutedPass:
             NonFiniteRouterError: It gives logits that are not finite.
         """
         given = self._next(1, len(x))
-        logits = router(x) if given is None or self._with_logits else None
+        logits = router(x) if given is None or self.with_logits else None
         if logits is not None and logits.shape[-1] != self.num_experts:
             raise ValueError(
                 f'backbone.num_experts={self.num_experts}, but {type(router).__name__} (backbone.router) gives '
@@ -63,19 +59,19 @@ class RoutedPass:
             )
         try:
             if given is None:
-                routing = Routing.decide(logits, self.gate if self._gated else None)
+                routing = Routing.decide(logits, self.gate if self.gated else None)
             elif isinstance(given, Tensor):
                 routing = Routing.fixed(given.flatten(), self.num_experts, logits)
             else:
                 routing = given.again(logits)
         except NonFiniteRouterError:
-            raise NonFiniteRouterError(self._names[len(self._taken)]) from None
+            raise NonFiniteRouterError(self.names[len(self._taken)]) from None
         self._taken.append(routing)
         return routing
 
     def route_tokens(self, router: TokenRouter, x: Tensor, training: bool) -> TokenRouting:
         """Let ``router`` decide for the tokens ``x`` (B, T, C), unless a route was given, and note the decision."""
-        routing = router.route(x, self._next(x.shape[1] * router.top_k, len(x)), training, self._gated)
+        routing = router.route(x, self._next(x.shape[1] * router.top_k, len(x)), training, self.gated)
         self._taken.append(routing)
         return routing
 
@@ -85,9 +81,9 @@ class RoutedPass:
         Raises:
             ValueError: It has another number of rows, as windows of images have.
         """
-        if len(x) != self._batch:
+        if len(x) != self.batch:
             raise ValueError(
-                f'the expert layer {name!r} is given {len(x)} rows for {self._batch} images (windows or parts of '
+                f'the expert layer {name!r} is given {len(x)} rows for {self.batch} images (windows or parts of '
                 'them), for which there is no route; name it in backbone.exclude, or give experts to the layers of the '
                 "feed-forward networks: include=['ffn']"
             )
@@ -98,9 +94,9 @@ class RoutedPass:
         Raises:
             ValueError: It has more.
         """
-        if isinstance(self._route, Tensor) and self._route.dim() > 1 and self._route.shape[1] != self._columns:
+        if isinstance(self.given, Tensor) and self.given.dim() > 1 and self.given.shape[1] != self._columns:
             raise ValueError(
-                f'route has {self._route.shape[1]} columns, but the choices of all tokens in all layers are '
+                f'route has {self.given.shape[1]} columns, but the choices of all tokens in all layers are '
                 f'{self._columns}; a route that was taken at another image size does not fit'
             )
 
@@ -112,20 +108,20 @@ class RoutedPass:
         Raises:
             NonFiniteRouterError: Naming the first whose logits are not finite.
         """
-        if self._route is not None:
+        if self.given is not None:
             return
         finite = torch.stack([routing.logits.detach().isfinite().all() for routing in self._taken]).tolist()
         if not all(finite):
-            raise NonFiniteRouterError(self._names[finite.index(False)])
+            raise NonFiniteRouterError(self.names[finite.index(False)])
 
     def _next(self, columns: int, batch: int) -> Union[None, Tensor, BaseRouting]:
         """The given route of the next router, (B,) or (B, columns), or its routing of an earlier pass, or None."""
         start, self._columns = self._columns, self._columns + columns
-        if self._route is None:
+        if self.given is None:
             return None
-        if isinstance(self._route, Tensor):
-            return self._route if self._route.dim() == 1 else self._route[:, start : start + columns]
-        routing = self._route[len(self._taken)]
+        if isinstance(self.given, Tensor):
+            return self.given if self.given.dim() == 1 else self.given[:, start : start + columns]
+        routing = self.given[len(self._taken)]
         shape = len(routing.expert), routing.num_experts, math.prod(routing.expert.shape[1:])
         if shape != (batch, self.num_experts, columns):
             raise ValueError(
@@ -141,10 +137,6 @@ class RouteContext:
 
     A backbone and its expert layers share one: there is no other channel from a backbone to layers inside a network
     that it does not know. Threads do not see each other's passes; a copy has none.
-
-    Args:
-        num_experts (int): N.
-        gate (str): See :meth:`Routing.decide`.
     """
 
     def __init__(self, num_experts: int, gate: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .context import RouteContext
 from .expert_ffn import ExpertFFN
-from .expert_layers import EXPERT_LAYERS, ExpertLayer
+from .expert_layers import EXPERT_LAYERS
 from .routers import BaseRouter, TokenRouter
 
 #: The modules that hold a feed-forward network. Exact classes: a subclass may compute something else.
@@ -75,17 +75,11 @@ def match_layers(
 
 
 def match_ffns(network: nn.Module, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """Find the modules whose feed-forward network is to get experts.
+    """Find the modules whose feed-forward network is to get experts; arguments and result as of :func:`match_layers`.
 
-    Args:
-        network (nn.Module): The dense network.
-        include (Sequence[str]): Regular expressions, searched in the names of the modules that hold a feed-forward
-            network: such as ``'layers.3.ffn'`` in a ``VisionTransformer``, ``'stages.0.blocks.1.ffn'`` in a
-            ``SwinTransformer`` and ``'stages.0.1'`` in a ``ConvNeXt``.
-        exclude (Sequence[str]): Regular expressions that take modules out again.
-
-    Returns:
-        list[str]: Names in the order of the network's modules.
+    The regular expressions are searched in the names of the modules that hold a feed-forward network: such as
+    ``'layers.3.ffn'`` in a ``VisionTransformer``, ``'stages.0.blocks.1.ffn'`` in a ``SwinTransformer`` and
+    ``'stages.0.1'`` in a ``ConvNeXt``.
 
     Raises:
         ValueError: The network has no feed-forward network, a pattern is no regular expression or matches none, or
@@ -118,28 +112,18 @@ def convert_layers(
     num_experts: int,
     context: RouteContext,
     build_router: Optional[Callable[[nn.Module], BaseRouter]] = None,
-) -> list[ExpertLayer]:
-    """Replace layers of ``network``, in place, by layers with N >= 2 experts.
+) -> None:
+    """Replace layers of a dense network, in place, by layers with N >= 2 experts.
 
-    Args:
-        network (nn.Module): The dense network.
-        names (Sequence[str]): As :func:`match_layers` gives them.
-        num_experts (int): N.
-        context (RouteContext): Shared by all expert layers and their backbone.
-        build_router (Callable, optional): Makes the own router of a dense layer.
-
-    Returns:
-        list[ExpertLayer]: In the order of ``names``.
+    They share the context with their backbone. ``names`` are as :func:`match_layers` gives them; ``build_router`` makes
+    the own router of a dense layer, where it is to have one.
     """
-    layers = []
     for name in names:
         dense = network.get_submodule(name)
         router = build_router(dense) if build_router is not None else None
         layer = EXPERT_LAYERS[type(dense)](dense, num_experts, context, router)
         layer.name = name
         network.set_submodule(name, layer)
-        layers.append(layer)
-    return layers
 
 
 def convert_ffns(
@@ -148,22 +132,12 @@ def convert_ffns(
     num_experts: int,
     context: RouteContext,
     build_router: Callable[[int], TokenRouter],
-) -> list[ExpertFFN]:
-    """Give N experts to feed-forward networks of ``network``, in place.
+) -> None:
+    """Give N >= 2 experts to feed-forward networks of a dense network, in place; see :func:`convert_layers`.
 
     What surrounds the experts' layers (layer scale, stochastic depth, the residual connection) stays as it is.
-
-    Args:
-        network (nn.Module): The dense network.
-        names (Sequence[str]): As :func:`match_ffns` gives them.
-        num_experts (int): N >= 2.
-        context (RouteContext): Shared by all expert layers and their backbone.
-        build_router (Callable): Makes a router for tokens of so many channels.
-
-    Returns:
-        list[ExpertFFN]: In the order of ``names``.
+    ``names`` are as :func:`match_ffns` gives them; ``build_router`` makes a router for tokens of so many channels.
     """
-    converted = []
     for name in names:
         module = network.get_submodule(name)
         # Names inside are those below `module`, so that the parameters of a dense network are found again.
@@ -175,8 +149,6 @@ def convert_ffns(
         setattr(module, inside[0], layer)
         for part in inside[1:]:
             setattr(module, part, nn.Identity())
-        converted.append(layer)
-    return converted
 
 
 def _matches(

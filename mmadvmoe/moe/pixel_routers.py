@@ -13,30 +13,34 @@ from torch import Tensor, nn
 from .routers import BaseRouter, check_channels
 
 
-class _Pixels(nn.Module):
-    """Average pooling of images (B, C, H, W) whose channels and size are known."""
+class _PixelRouter(BaseRouter):
+    """Base of routers of images whose channels and size are known, and that are their :meth:`affine_maps`."""
 
-    def __init__(self, in_channels: int, image_size: Union[int, Sequence[int]], pool: int) -> None:
-        super().__init__()
+    reads_images = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        image_size: Union[int, Sequence[int]],
+        in_channels: int,
+        pool: int,
+        init_cfg: Optional[dict],
+    ) -> None:
+        super().__init__(num_experts, init_cfg)
         self.in_channels = in_channels
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if pool < 1 or any(side % pool for side in self.image_size):
             raise ValueError(f'router.pool={pool} must divide router.image_size={self.image_size}')
         self.pool = pool
-        #: Height and width of what is given.
+        #: Height and width behind the pooling.
         self.size = tuple(side // pool for side in self.image_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pixels(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) -> (B, C, H/pool, W/pool)."""
         if x.shape[-2:] != self.image_size:
             raise ValueError(f'router.image_size={self.image_size} does not fit images of {tuple(x.shape[-2:])}')
         check_channels(x, self.in_channels)
         return F.avg_pool2d(x, self.pool) if self.pool > 1 else x
-
-
-class _ReLURouter(BaseRouter):
-    """Base of routers that are their :meth:`affine_maps`."""
-
-    reads_images = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> logits (B, N)."""
@@ -48,7 +52,7 @@ class _ReLURouter(BaseRouter):
 
 
 @MODELS.register_module()
-class MLPRouter(_ReLURouter):
+class MLPRouter(_PixelRouter):
     """An image-level router on the pixels: one hidden layer, no norm, no pooling over all positions.
 
     It sees where something is, which average pooling over all positions hides, and is so small that an attack finds
@@ -75,11 +79,10 @@ class MLPRouter(_ReLURouter):
         pool: int = 1,
         init_cfg: Optional[dict] = None,
     ) -> None:
-        super().__init__(num_experts, init_cfg)
-        self.pixels = _Pixels(in_channels, image_size, pool)
+        super().__init__(num_experts, image_size, in_channels, pool, init_cfg)
         if hidden < 0:
             raise ValueError(f'router.hidden={hidden} must be at least 0')
-        numbers = in_channels * math.prod(self.pixels.size)
+        numbers = in_channels * math.prod(self.size)
         self.hidden = nn.Linear(numbers, hidden) if hidden else None
         self.fc = nn.Linear(hidden or numbers, num_experts)
 
@@ -90,7 +93,7 @@ class MLPRouter(_ReLURouter):
 
 
 @MODELS.register_module()
-class ConvRouter(_ReLURouter):
+class ConvRouter(_PixelRouter):
     """An image-level router of strided 3x3 convolutions and a linear layer that reads every position.
 
     Args:
@@ -114,13 +117,12 @@ class ConvRouter(_ReLURouter):
         pool: int = 1,
         init_cfg: Optional[dict] = None,
     ) -> None:
-        super().__init__(num_experts, init_cfg)
-        self.pixels = _Pixels(in_channels, image_size, pool)
+        super().__init__(num_experts, image_size, in_channels, pool, init_cfg)
         if not channels:
             raise ValueError(f'router.channels={channels} must hold at least one width; MLPRouter does without')
         widths = [in_channels, *channels]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
-        positions = math.prod(-(-side // 2 ** len(channels)) for side in self.pixels.size)
+        positions = math.prod(-(-side // 2 ** len(channels)) for side in self.size)
         self.fc = nn.Linear(widths[-1] * positions, num_experts)
 
     def affine_maps(self) -> tuple[Callable[[Tensor], Tensor], ...]:

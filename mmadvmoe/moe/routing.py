@@ -169,8 +169,7 @@ class Routing(BaseRouting):
     def again(self, logits: Optional[Tensor] = None) -> Routing:
         """Route the images of a further pass likewise, without a gate; nothing is counted or sorted once more.
 
-        Args:
-            logits (Tensor, optional): (B, N) logits of the router in that pass, to be carried along.
+        The logits (B, N) of the router in that pass are carried along.
         """
         return replace(self, logits=logits, gate=None)
 

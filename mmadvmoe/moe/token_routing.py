@@ -94,8 +94,7 @@ class TokenRouting(BaseRouting):
         Args:
             expert (Tensor): (B, T, K) int64, K different experts for each token.
             logits (Tensor): (B, T, N) of the router that is overruled.
-            softmax (str): See :meth:`decide`.
-            noise_std (float): See :class:`BaseRouting`.
+            softmax, noise_std: See :meth:`decide`.
 
         Raises:
             ValueError: ``expert`` names an expert that does not exist, or one twice for a token.

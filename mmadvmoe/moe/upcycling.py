@@ -27,9 +27,8 @@ def with_found_prefix(
 ) -> Any:
     """Give the ``init_cfg`` of a dense network with the prefix under which its checkpoint has the wanted layers.
 
-    Args:
-        init_cfg: As in MMEngine; whatever is not of type ``Pretrained`` stays as it is.
-        wanted: Parameters of one expert of each layer, by their names in the dense network.
+    ``wanted`` are the parameters of one expert of each layer, by their names in the dense network. Whatever is not of
+    type ``Pretrained`` stays as it is.
 
     Raises:
         ValueError: A checkpoint has none of them, under any prefix.
@@ -61,12 +60,7 @@ def with_found_prefix(
 
 
 def check_has_experts(content: Mapping[str, Any], model: nn.Module, file: str) -> None:
-    """Check that a checkpoint which is loaded into a mixture is not that of a dense network.
-
-    Args:
-        content: The checkpoint.
-        model: What it is loaded into; where that has no expert layer, nothing is checked.
-        file: For the message.
+    """Check that what is loaded into a mixture, the content of a checkpoint file, is not that of a dense network.
 
     Raises:
         ValueError: No parameter of an expert layer is there.

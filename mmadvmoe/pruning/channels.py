@@ -16,21 +16,9 @@ from mmadvmoe.cost import flop_analyzer
 # Operations (of autograd) that give channel c of their output from channel c of their inputs alone. A view may only
 # fold positions into channels, as before a linear layer; that the sizes fit is checked below.
 _KEEP_CHANNELS = (
-    'Relu',
-    'Gelu',
-    'Silu',
-    'LeakyRelu',
-    'Add',
-    'MaxPool2DWithIndices',
-    'AvgPool2D',
-    'AdaptiveAvgPool2D',
-    'Mean',
-    'View',
-    'UnsafeView',
-    'Squeeze',
-    'Clone',
-    'Alias',
-)
+    'Relu Gelu Silu LeakyRelu Add MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D Mean View UnsafeView Squeeze Clone '
+    'Alias'
+).split()
 
 
 @dataclass(frozen=True)
@@ -62,13 +50,9 @@ class _Call:
 def find_channel_groups(model: nn.Module, input_shape: Sequence[int]) -> list[ChannelGroup]:
     """Find the channels that can be removed from a network without any other change to it.
 
-    The layers are followed along the graph that autograd records of one forward pass, so nothing need be known about
-    the architecture. Residual sums tie channels together; channels that are concatenated, sliced, or that leave the
-    network are not on offer.
-
-    Args:
-        model: Gives a tensor for a batch of images. It is left as it was.
-        input_shape: (C, H, W).
+    The layers are followed along the graph that autograd records of one forward pass of an image (C, H, W), so nothing
+    need be known about the architecture, but that it gives a tensor. Residual sums tie channels together; channels that
+    are concatenated, sliced, or that leave the network are not on offer. The model is left as it was.
 
     Returns:
         The groups, in the order of their first producers in the forward pass.
@@ -86,7 +70,8 @@ def find_channel_groups(model: nn.Module, input_shape: Sequence[int]) -> list[Ch
             same = isinstance(call.module, _BatchNorm)
         else:
             read = [each for each, _ in node.next_functions if each is not None]
-            same = _keeps_channels(node) and not any(map(_is_parameter, read))
+            kinds = [type(each).__name__ for each in read]
+            same = type(node).__name__.split('Backward')[0] in _KEEP_CHANNELS and 'AccumulateGrad' not in kinds
             if not same:
                 fixed.update((node, *read))
         for each in read:
@@ -147,14 +132,6 @@ def _trace(model: nn.Module, input_shape: Sequence[int]) -> tuple[list[_Call], o
     return known, output.grad_fn
 
 
-def _keeps_channels(node: object) -> bool:
-    return type(node).__name__.split('Backward')[0] in _KEEP_CHANNELS
-
-
-def _is_parameter(node: object) -> bool:
-    return type(node).__name__ == 'AccumulateGrad'
-
-
 def _out_channels(module: nn.Module) -> int:
     return module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
 
@@ -195,16 +172,12 @@ def fit_channels(
     """Choose how many channels each group keeps, so that the network costs as much as a target and no more.
 
     Every group keeps the same share, as near as whole channels allow; what the rounding leaves of the budget goes to
-    the groups with the smallest shares.
+    the groups with the smallest shares. No group is left without a channel.
 
     Args:
         classifier (nn.Module): The dense network, in eval mode.
-        groups (Sequence[ChannelGroup]): As :func:`find_channel_groups` gives them.
-        input_shape (Sequence[int]): (C, H, W).
+        groups, input_shape: As for, and from, :func:`find_channel_groups`.
         target_gflops (float): 1e9 multiply-adds per image.
-
-    Returns:
-        list[int]: For each group, at least 1.
 
     Raises:
         ValueError: The target is below what one channel in each group costs, or above the dense network.
@@ -239,13 +212,7 @@ def _at(share: float, groups: Sequence[ChannelGroup]) -> list[int]:
 
 @torch.no_grad()
 def remove_channels(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
-    """Shrink the layers of a network, in place, to the channels that are kept.
-
-    Args:
-        model (nn.Module): The network that the groups were found in.
-        groups (Sequence[ChannelGroup]): The channels concerned.
-        kept (Sequence[Tensor]): For each group the indices of the channels to keep, int64, in ascending order.
-    """
+    """Shrink the layers of a network, in place, to the channels ``kept``: of each group ascending indices, int64."""
     for group, index in zip(groups, kept):
         for name in group.producers:
             layer = model.get_submodule(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +23,7 @@ _IMAGE_CHANNELS = 3
 
 
 class ChannelGate(nn.Module):
-    """Keeps the channels of a group whose scores are largest in magnitude.
-
-    Args:
-        group (ChannelGroup): C channels.
-        keep (int): How many of them are kept.
-    """
+    """Keeps ``keep`` of the C channels of a group: those whose scores are largest in magnitude."""
 
     def __init__(self, group: ChannelGroup, keep: int) -> None:
         super().__init__()
@@ -46,11 +42,11 @@ class ChannelGate(nn.Module):
         return mask + (magnitude - magnitude.detach())
 
 
+@dataclass(frozen=True)
 class _MaskInput:
     """Forward pre-hook of a layer that reads gated channels. An object, so that a copied model masks by its own."""
 
-    def __init__(self, gate: ChannelGate) -> None:
-        self.gate = gate
+    gate: ChannelGate
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = inputs

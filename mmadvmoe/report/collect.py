@@ -17,14 +17,13 @@ from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.cost import count_cost
 from mmadvmoe.diagnosis.soundness import in_percent, measure_eps_curve
-from mmadvmoe.diagnosis.subject import Images, ThreatModel
+from mmadvmoe.diagnosis.subject import Images, ThreatModel, attacks_of_test, write_json
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.evaluation.data import as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.named_attacks import moves_routes
 from mmadvmoe.moe import placement_of
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.safe_load import load_from_local
-from mmadvmoe.utils import write_atomically
 
 from .results import MODEL, PARTS, TRAINING, DamagedFileError, SavedExamples, read_json, save_examples
 
@@ -53,8 +52,7 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> lis
     """
     cfg = load_config(config)
     check_checkpoint(checkpoint, 'CHECKPOINT')
-    if cfg.get('test_dataloader') is None or not (cfg.get('test_cfg') or {}).get('attacks'):
-        raise ValueError(f'{config} must set test_dataloader and test_cfg.attacks')
+    attacks_of_test(cfg)
     identity = dict(
         name=name,
         checkpoint_sha256=hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
@@ -76,13 +74,13 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> lis
         routers=list(placement.router_names),
         cost=asdict(count_cost(cfg)),
     )
-    _write_json(folder / MODEL, description)
+    write_json(folder / MODEL, description)
     try:
         scalars = read_training_log(description['work_dir'])
     except DamagedFileError as error:
         return [str(error)]
     if scalars:
-        _write_json(folder / TRAINING, scalars)
+        write_json(folder / TRAINING, scalars, allow_nan=True)
     return []
 
 
@@ -93,10 +91,6 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
             f'{folder} holds results of another model: {", ".join(changed)} differ. Give the model another name, give '
             f'another folder, or remove {folder} to measure it anew'
         )
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + '\n').encode())
 
 
 def make_examples(folder: Path, device: str) -> None:
@@ -121,7 +115,7 @@ def make_curve(folder: Path, device: str, num_images: Optional[int] = None) -> N
     threat = ThreatModel.from_attacks(attacks)
     curve = measure_eps_curve(victim, Images(images.to(device), labels.to(device)), threat)
     content = dict(num_images=len(images), threat_model=asdict(threat), curves=dict(eps=in_percent('eps', curve)))
-    _write_json(folder / PARTS['curve'], dict(kind='curve', **content))
+    write_json(folder / PARTS['curve'], dict(kind='curve', **content))
 
 
 def _attackable(folder: Path, device: str, count: int) -> tuple[Victim, Tensor, Tensor, Mapping[str, Mapping]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mmadvmoe.attacks import attack_norm
+from mmadvmoe.diagnosis.class_groups import count_pairs
 from mmadvmoe.evaluation import CLEAN, RobustOutcomes
 from mmadvmoe.visualization import draw_loads
 
@@ -82,7 +81,7 @@ def flow(models: Sequence[ModelResults]) -> Section:
         if outcomes is None or outcomes.by_name[CLEAN].expert.shape[1] != 1:
             continue
         number = model.model['num_experts']
-        counts = _counts(outcomes.by_name[CLEAN].expert[:, 0], outcomes.worst().expert[:, 0], (number, number))
+        counts = count_pairs(outcomes.by_name[CLEAN].expert[:, 0], outcomes.worst().expert[:, 0], (number, number))
         title = f'{model.name}: route in the worst case'
         figure = draw_loads(
             {'worst case': _shares(counts)}, [str(n) for n in range(number)], title, 'expert, clean', columns='expert'
@@ -101,7 +100,7 @@ def _flow_by_class(model: ModelResults, outcomes: RobustOutcomes) -> Picture:
     number, names = model.model['num_experts'], model.model['class_names']
     pair = outcomes.by_name[CLEAN].expert[:, 0] * number + outcomes.worst().expert[:, 0]
     pairs = [f'{before}→{after}' for before in range(number) for after in range(number)]
-    counts = _counts(outcomes.label, pair, (len(names), len(pairs)))
+    counts = count_pairs(outcomes.label, pair, (len(names), len(pairs)))
     title = f'{model.name}: clean route → route in the worst case'
     figure = draw_loads({'': _shares(counts)}, names, title, columns='experts', column_names=pairs)
     changed = [column for column in range(len(pairs)) if column // number != column % number]
@@ -131,7 +130,7 @@ def _class_table(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[
 def _confusion(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[str]) -> Picture:
     views = {'clean': outcomes.by_name[CLEAN].prediction, 'worst case': outcomes.worst().prediction}
     size = (len(names), len(names))
-    counts = {view: _counts(outcomes.label, prediction, size) for view, prediction in views.items()}
+    counts = {view: count_pairs(outcomes.label, prediction, size) for view, prediction in views.items()}
     title = f'{model.name}: true class and what is seen'
     shares = {view: _shares(each) for view, each in counts.items()}
     figure = draw_loads(shares, names, title, 'true class', columns='seen', column_names=names)
@@ -140,11 +139,6 @@ def _confusion(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[st
     said = '; '.join(f'{names[a]} seen as {names[b]} {int(wrong[a, b])} times' for a, b in most if wrong[a, b])
     alt = f'{title}. Most frequent in the worst case: {said or "nothing wrong"}.'
     return Picture(f'{slug(model.name)}_confusion', figure, f'{title}, as share of the class.', alt)
-
-
-def _counts(rows: Tensor, columns: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """How many are in each row and column, of the given size."""
-    return torch.bincount(rows * size[1] + columns, minlength=size[0] * size[1]).view(size).numpy()
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

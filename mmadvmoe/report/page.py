@@ -80,14 +80,14 @@ def as_count(value: Optional[int]) -> str:
     return ABSENT if value is None else f'{value:,}'
 
 
-def percent(value: float, digits: int = 1) -> str:
+def as_percent(value: float) -> str:
     """A number that is in percent already, as text."""
-    return f'{value:.{digits}f}%'
+    return f'{value:.1f}%'
 
 
 def share(value: float) -> str:
     """A share in [0, 1], as text in percent."""
-    return percent(100 * value)
+    return as_percent(100 * value)
 
 
 def slug(name: str) -> str:

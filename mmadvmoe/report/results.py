@@ -121,11 +121,7 @@ class ModelResults:
 
 
 def read_results(folder: Path, damaged: Sequence[str] = ()) -> ModelResults:
-    """Read the folder of a model. Parts that are damaged are left out and noted.
-
-    Args:
-        folder (Path): Folder of the model.
-        damaged (Sequence[str]): What else is known to be damaged.
+    """Read the folder of a model. Damaged parts are left out and noted, beside what is known to be ``damaged``.
 
     Raises:
         FileNotFoundError: It holds no ``model.json``.

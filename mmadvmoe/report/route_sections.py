@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mmadvmoe.diagnosis.dissection_tables import ATTACKS, FAILURES, routes_text
+from mmadvmoe.diagnosis.dissection_tables import ATTACKS, FAILURES, counts_of, expert_rows, routes_text
 from mmadvmoe.moe import PLACEMENTS
 from mmadvmoe.visualization import draw_image_grid, draw_loads, draw_parts, draw_patch_routes
 
-from .page import Picture, Section, Table, percent, share, slug
+from .page import Picture, Section, Table, as_percent, share, slug
 from .results import ModelResults
 
 _WRONG = 'wrong without an attack'
@@ -61,9 +61,7 @@ def _attack_table(model: ModelResults) -> Table:
     for key, label in ATTACKS.items():
         outcome = found['attacks'].get(key)
         if outcome:
-            table = outcome['table']
-            counts = [table[route][prediction] for route in ('kept', 'changed') for prediction in ('kept', 'flipped')]
-            rows.append((label, percent(outcome['ra']), share(outcome['route_changed']), *map(str, counts)))
+            rows.append((label, as_percent(outcome['ra']), share(outcome['route_changed']), *counts_of(outcome)))
     head = (
         'attack on',
         'RA',
@@ -73,7 +71,7 @@ def _attack_table(model: ModelResults) -> Table:
         'route changed, still right',
         'route changed, flipped',
     )
-    caption = f'{model.name}: {found["num_images"]:,} images, of which {percent(found["sa"])} right without an attack'
+    caption = f'{model.name}: {found["num_images"]:,} images, {as_percent(found["sa"])} of them right without an attack'
     certified = found.get('routes_certified')
     if certified is not None:
         caption += f'. {routes_text(certified, found["attacks"]["router"]["route_changed"])}'
@@ -81,9 +79,7 @@ def _attack_table(model: ModelResults) -> Table:
 
 
 def _expert_table(model: ModelResults) -> Table:
-    named = {f'expert {expert["expert"]}': expert for expert in model.dissection['experts']}
-    named['best expert of each image'] = model.dissection['best_expert']
-    rows = [(name, percent(numbers['sa']), percent(numbers['ra'])) for name, numbers in named.items()]
+    rows = [(name, as_percent(sa), as_percent(ra)) for name, sa, ra in expert_rows(model.dissection)]
     caption = f'{model.name}: each expert on all {model.dissection["num_images"]:,} images. The last row is the most '
     caption += 'that a perfect router could reach.'
     return Table(caption, ('', 'SA', 'RA'), rows)

@@ -12,7 +12,7 @@ from mmadvmoe.diagnosis.dissection_tables import threat_text
 from mmadvmoe.visualization import Line, draw_lines, draw_training
 
 from .outcome_sections import classes, facts, flow
-from .page import ABSENT, Listing, Picture, Section, Table, as_count, percent, share, slug, write_page
+from .page import ABSENT, Listing, Picture, Section, Table, as_count, as_percent, share, slug, write_page
 from .results import ModelResults
 from .route_sections import dissection, images, loads, patches
 
@@ -134,7 +134,7 @@ def soundness(models: Sequence[ModelResults]) -> Section:
         if found:
             rows = [(check['title'], check['status'], check['message']) for check in found['checks']]
             said = f'{found["num_warnings"] or "no"} warning{"" if found["num_warnings"] == 1 else "s"}'
-            scope = f'SA {percent(found["sa"])}, {threat_text(found, "images")}'
+            scope = f'SA {as_percent(found["sa"])}, {threat_text(found, "images")}'
             caption = f'{model.name}: {said}; {scope}'
             section.items.append(Table(caption, ('check', 'result', 'numbers'), rows, wide=True))
     return section

@@ -16,14 +16,12 @@ from .seal import seal
 
 
 def check_writable(path: Union[str, Path], argument: str) -> None:
-    """Find out, before long work, whether a file can be written; nothing that is there is touched.
+    """Find out, before long work, whether the file that an argument names can be written; what is there stays as it is.
 
-    Args:
-        path: The file; missing folders are made.
-        argument: Command line argument or config key that names it, for the message.
+    Missing folders are made.
 
     Raises:
-        OSError: It cannot, because the disk is full say.
+        OSError: It cannot, because the disk is full say; the message names the argument.
     """
     path = os.fspath(path)
     try:

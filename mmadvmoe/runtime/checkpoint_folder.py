@@ -45,12 +45,9 @@ class CheckpointFolder:
     def choose(self, work_dir: str, warn: Callable[[str], None]) -> Optional[str]:
         """Choose the checkpoint to go on from: the newest one that loads.
 
-        That is the one that the pointer names, or one that was saved after it by a run that was killed before it wrote
-        the pointer. Later checkpoints without a seal are older than this rule, and may be of another training.
-
-        Args:
-            work_dir: The folder with the pointer.
-            warn: Told when it is not the one that the pointer names.
+        That is the one that the pointer in ``work_dir`` names, or one that was saved after it by a run that was killed
+        before it wrote the pointer; ``warn`` is told of that. Later checkpoints without a seal are older than this
+        rule, and may be of another training.
 
         Returns:
             str: Its path; None where there is neither pointer nor checkpoint, and so nothing to go on from.
@@ -86,10 +83,8 @@ class CheckpointFolder:
     def set_aside(self, step: int, work_dir: str, warn: Callable[[str], None]) -> None:
         """Move the checkpoints of later steps, which another training has left here, into a folder below this one.
 
-        Args:
-            step: Epoch or iteration from which training goes on in this folder; 0 for a new one.
-            work_dir: The folder with the pointer.
-            warn: Told before anything is moved.
+        ``step`` is the epoch or iteration from which training goes on here, 0 for a new one. ``work_dir`` has the
+        pointer; ``warn`` is told before anything is moved.
         """
         names = [name for number, name in self._saved() if number > step]
         if not names:

@@ -16,6 +16,7 @@ from mmadvmoe.utils import PARTIAL
 
 from .atomic import AtomicLocalBackend, use_atomic_files
 from .checkpoint_folder import POINTER, CheckpointFolder
+from .config_checks import built_schedules
 from .lock import FolderLock, in_first_process
 from .safe_load import CheckpointError, check_can_be_loaded, check_state_dict
 
@@ -254,10 +255,8 @@ def _trains(runner: Runner) -> bool:
 
 
 def _check_schedulers(runner: Runner) -> None:
-    built = runner.param_schedulers or []
-    for name, parts in built.items() if isinstance(built, dict) else [(None, built)]:
+    for key, parts in built_schedules(runner).items():
         for part in parts:
-            key = 'param_scheduler' if name is None else f'param_scheduler.{name}'
             check_can_be_loaded(
                 part.state_dict(),
                 f'{key}: {type(part).__name__}',

@@ -22,11 +22,7 @@ _KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def check_options(options: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
-    """Check that ``--cfg-options`` are about something that is there.
-
-    Args:
-        options: Values by dotted key.
-        cfg: The config that they are for.
+    """Check that ``--cfg-options``, values by dotted key, are about something that is there.
 
     Raises:
         ValueError: The first part of a key is neither in the config nor read by anything.
@@ -78,6 +74,14 @@ def schedules(param_scheduler: Any) -> dict[str, Sequence[Any]]:
     return {key: part if isinstance(part, (list, tuple)) else [part] for key, part in parts.items() if part is not None}
 
 
+def built_schedules(runner: Runner) -> dict[str, Sequence[Any]]:
+    """The schedulers that a Runner has built, by the key of the config under which they stand."""
+    built = runner.param_schedulers or []
+    if isinstance(built, Mapping):
+        return {f'param_scheduler.{name}': parts for name, parts in built.items()}
+    return dict(param_scheduler=built)
+
+
 def check_schedules(cfg: Mapping[str, Any]) -> None:
     """Check that every schedule begins before training ends, and that no hook begins after it.
 
@@ -112,9 +116,7 @@ def check_schedules(cfg: Mapping[str, Any]) -> None:
 
 def warn_of_ended_schedules(runner: Runner) -> None:
     """Warn where a run goes on longer than its schedules, which are those of the run that is resumed."""
-    built = runner.param_schedulers or []
-    for name, parts in built.items() if isinstance(built, Mapping) else [(None, built)]:
-        key = 'param_scheduler' if name is None else f'param_scheduler.{name}'
+    for key, parts in built_schedules(runner).items():
         given = schedules(runner.cfg.get('param_scheduler'))
         given = given.get(key) or given.get('param_scheduler') or [{}]
         if not parts or given[-1].get('end') is not None:

@@ -90,10 +90,7 @@ def merge_common_arguments(cfg: Config, args: argparse.Namespace, loaders: Seque
     data loaders is filled in where nothing else was said. Their ``persistent_workers=True`` is not: the random state of
     such workers is in no checkpoint, so that no resume could be exact.
 
-    Args:
-        cfg (Config): Changed in place.
-        args (argparse.Namespace): The parsed arguments, with ``config``.
-        loaders (Sequence[str]): As for :func:`complete_loaders`.
+    ``cfg`` is changed in place; ``loaders`` are as for :func:`complete_loaders`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.work_dir is not None:
@@ -181,7 +178,7 @@ def build_runner(cfg: Config, verbose: bool = False) -> Runner:
 
 
 def prepare_distributed(cfg: Config, launcher: str) -> None:
-    """Make a config, and this process, ready for training or testing in several processes.
+    """Make a config, in place, and this process ready for training or testing in several processes.
 
     Call it before the Runner is built. With ``launcher='none'`` nothing but ``cfg.launcher`` is set. Otherwise
 
@@ -196,10 +193,6 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
       saved.
 
     What the config itself says of the wrapper (``model_wrapper_cfg``, ``find_unused_parameters``) is kept.
-
-    Args:
-        cfg (Config): The config of the run; changed in place.
-        launcher (str): ``'none'``, ``'pytorch'`` (torchrun), ``'slurm'`` or ``'mpi'``.
 
     Raises:
         ValueError: The launcher is unknown, its variables are not set, or a machine has more processes than GPUs.

@@ -30,11 +30,8 @@ class FolderLock:
     It is a POSIX record lock (``fcntl.lockf``): the system gives it back when the process dies, and processes that were
     forked from it, such as the workers of a data loader, do not hold it. The file that carries it lies in the folder
     while the lock is held; one that a killed process left behind locks nothing. Inside one process it excludes nothing,
-    so that a run which failed in a notebook can be started again there.
-
-    Args:
-        folder: The folder; made where it is missing.
-        cure: What the user may do when it is in use, for the message.
+    so that a run which failed in a notebook can be started again there. A missing folder is made. ``cure`` is what the
+    user may do when it is in use, for the message.
     """
 
     def __init__(self, folder: Union[str, Path], cure: str) -> None:

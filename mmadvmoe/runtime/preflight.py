@@ -22,7 +22,7 @@ from mmadvmoe.attacks import Victim
 from mmadvmoe.cost import image_must_fit
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
-from mmadvmoe.models.data_preprocessor import check_images
+from mmadvmoe.models.data_preprocessor import NO_VICTIM, check_images
 from mmadvmoe.moe import GROUPS, placement_of, router_modules
 from mmadvmoe.moe.upcycling import check_has_experts
 from mmadvmoe.utils import bare_model, did_you_mean, type_name
@@ -164,10 +164,7 @@ def _check_attack(model: Any, preprocessor: Any) -> None:
     if isinstance(preprocessor, AdvDataPreprocessor):
         _check_mode(type(model), preprocessor.mode)
         if preprocessor.attack_cfg is not None and not preprocessor.has_victim:
-            raise ValueError(
-                'data_preprocessor: AdvDataPreprocessor has no victim to attack: use a RobustClassifier, or add '
-                "dict(type='BindVictimHook') to custom_hooks"
-            )
+            raise ValueError(NO_VICTIM)
     if isinstance(model, RobustClassifier) and getattr(preprocessor, 'attack_cfg', None) is None:
         raise ValueError(
             'data_preprocessor.attack is missing: a RobustClassifier learns from adversarial images, for example '
@@ -213,12 +210,7 @@ def check_data(
     samples: Sequence[dict] = (),
     of_preprocessor: Optional[int] = None,
 ) -> None:
-    """Check a data set against the classes of a model.
-
-    Args:
-        key: Config key of its loader, for errors.
-        num_classes: K, or None where the model does not tell.
-        of_preprocessor: Classes that the data preprocessor counts, if it does.
+    """Check a data set, of the loader ``key``, against K and against the classes that the data preprocessor counts.
 
     Raises:
         ValueError: There is no image, or classes or labels do not fit.

@@ -151,10 +151,6 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
     so. ``num_batches_tracked`` may be missing, as in MMEngine. What the model's own load hooks convert (a position
     embedding of another size, say) fits.
 
-    Args:
-        model: The model, or its wrapper for distributed training.
-        filename: The file of the checkpoint, for the message.
-
     Raises:
         CheckpointError: If a tensor is missing, unexpected or of another shape; names the first few of each.
     """
@@ -188,12 +184,7 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
 
 
 def check_can_be_loaded(state: Any, what: str, cure: str) -> None:
-    """Check that what is going to be saved will load.
-
-    Args:
-        state: A part of a checkpoint, small as it is written into memory.
-        what: Names the part in the message.
-        cure: What to do.
+    """Check that what is going to be saved, a small part of a checkpoint, will load; ``what`` names it.
 
     Raises:
         ValueError: It holds something else than numbers, text and tensors, such as a function.

@@ -15,10 +15,8 @@ from mmengine.registry import FUNCTIONS
 def get_rng_state() -> dict[str, Any]:
     """Take the state of every random generator that training draws from.
 
-    Returns:
-        dict: ``python``, ``numpy``, ``torch`` and, on a machine with CUDA, ``cuda`` (the current
-        device, the only one that a process of MMEngine computes on). It holds nothing but tensors and plain Python
-        values, so that a checkpoint with it loads with ``weights_only=True``.
+    Of CUDA's that is the one of the current device, the only one that a process of MMEngine computes on. Nothing but
+    tensors and plain Python values is in it, so that a checkpoint with it loads with ``weights_only=True``.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -33,11 +31,9 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`get_rng_state` took.
+    """Put back what :func:`get_rng_state` took; a ``cuda`` state is left out where there is no CUDA.
 
-    Args:
-        state (Mapping): A state of :func:`get_rng_state`. Its tensors may lie on any device, because a checkpoint is
-            loaded onto the device of training. A ``cuda`` state is left out where there is no CUDA.
+    Its tensors may lie on any device, because a checkpoint is loaded onto the device of training.
     """
     version, words, gauss = state['python']
     random.setstate((version, tuple(words), gauss))
@@ -65,10 +61,7 @@ def seed_worker(worker_id: int) -> None:
     MMEngine seeds workers with the run's seed, so that each epoch repeats the augmentations of the first. Here the seed
     is the one that PyTorch draws from the main process when an epoch's workers start, so it follows from the random
     state that a checkpoint holds. Use it with ``persistent_workers=False``: a worker that outlives an epoch has a state
-    that no checkpoint can hold.
-
-    Args:
-        worker_id (int): Index of the worker; PyTorch has already added it to ``torch.initial_seed()``.
+    that no checkpoint can hold. PyTorch has already added ``worker_id`` to ``torch.initial_seed()``.
 
     Example:
         >>> train_dataloader = dict(

@@ -82,13 +82,8 @@ class DryRun:
 def dry_run(cfg: Config) -> DryRun:
     """Build everything, train one turn of each group, attack a validation batch, save and load.
 
-    Nothing is kept: the run has a folder of its own, which is deleted. The process is not what it was (seeds, logger).
-
-    Args:
-        cfg (Config): Of a training in one process; not changed.
-
-    Raises:
-        Exception: Whatever the training would raise.
+    Nothing is kept: the run, in one process, has a folder of its own, which is deleted, and a copy of the config. The
+    process is not what it was (seeds, logger). Raises whatever the training would raise.
     """
     cfg = Config(deepcopy(cfg.to_dict()))
     found = DryRun(device='cuda' if torch.cuda.is_available() else 'cpu')

@@ -19,7 +19,7 @@ from mmadvmoe.models import NonFiniteError
 from mmadvmoe.moe import Routing, router_modules, split_parameters
 from mmadvmoe.utils import bare_model
 
-VIEWS = ('clean', 'adversarial')
+SIDES = ('clean', 'adversarial')
 
 
 @HOOKS.register_module()
@@ -164,24 +164,24 @@ def _check_gradients(
 class _Tally:
     """Sums over the batches of one report.
 
-    Letters: V views (clean, adversarial), L routers, N experts.
+    Letters: S sides (clean, adversarial), L routers, N experts.
     """
 
     def __init__(self, routings: Sequence[Routing]) -> None:
         self.num_experts = routings[0].num_experts
         num_routers, device = len(routings), routings[0].expert.device
-        self.counts = torch.zeros(len(VIEWS), num_routers, self.num_experts, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(SIDES), num_routers, self.num_experts, dtype=torch.float64, device=device)
         # Decisions whose clean and adversarial versions are both known; softmaxes in the entropy; choices dropped.
         self.pairs, self.softmaxes, self.dropped = torch.zeros(3, num_routers, dtype=torch.float64)
         zeros = torch.zeros(num_routers, dtype=torch.float64, device=device)
         self.changed, self.entropy, self.max_logit = zeros, zeros.clone(), zeros.clone()
 
     def add(self, clean: Sequence[Routing], adversarial: Sequence[Routing]) -> None:
-        """Add a batch: the routings of each router, of either view or both."""
-        for view, routings in enumerate((clean, adversarial)):
+        """Add a batch: the routings of each router, of either side or both."""
+        for side, routings in enumerate((clean, adversarial)):
             if routings:
-                self.counts[view] += torch.stack([routing.load for routing in routings])
-                largest = [_largest_logit(routing) for routing in routings]
+                self.counts[side] += torch.stack([routing.load for routing in routings])
+                largest = [routing.logits.abs().amax().double() for routing in routings]
                 self.max_logit = torch.maximum(self.max_logit, torch.stack(largest))
                 self.dropped += torch.tensor([routing.dropped for routing in routings])
         self.entropy = self.entropy + torch.stack([_entropy(r) for r in clean or adversarial])
@@ -209,16 +209,16 @@ class _Tally:
 
     def measure(self) -> list[dict[str, float]]:
         """The scalars of each router."""
-        seen = [view for view in range(len(VIEWS)) if self.counts[view].any()]
+        seen = [side for side in range(len(SIDES)) if self.counts[side].any()]
         measured = []
         for router, max_logit in enumerate(self.max_logit.tolist()):
-            counts = {VIEWS[view]: self.counts[view, router] for view in seen}
-            shares = {view: count / count.sum() for view, count in counts.items()}
+            counts = {SIDES[side]: self.counts[side, router] for side in seen}
+            shares = {side: count / count.sum() for side, count in counts.items()}
             scalars = {
-                f'share_{view}_{n}': each for view, share in shares.items() for n, each in enumerate(share.tolist())
+                f'share_{side}_{n}': each for side, share in shares.items() for n, each in enumerate(share.tolist())
             }
             scalars['entropy'] = float(self.entropy[router] / self.softmaxes[router])
-            scalars['load_entropy'] = float(torch.special.entr(shares[VIEWS[seen[0]]]).sum())
+            scalars['load_entropy'] = float(torch.special.entr(shares[SIDES[seen[0]]]).sum())
             scalars['max_logit'] = max_logit
             if self.pairs[router]:
                 scalars['route_changed'] = float(self.changed[router] / self.pairs[router])
@@ -226,10 +226,6 @@ class _Tally:
                 scalars['dropped'] = float(self.dropped[router] / self.counts[:, router].sum())
             measured.append(scalars)
         return measured
-
-
-def _largest_logit(routing: Routing) -> Tensor:
-    return routing.logits.abs().amax().double()
 
 
 def _entropy(routing: Routing) -> Tensor:
@@ -240,10 +236,10 @@ def _entropy(routing: Routing) -> Tensor:
 def _summary(scalars: dict[str, float], num_experts: int, num_routers: int) -> str:
     """One line for the log."""
     parts = [f'Router(train) mean of {num_routers}:' if num_routers > 1 else 'Router(train)']
-    for view in VIEWS:
-        if f'share_{view}_0' in scalars:
-            shares = (scalars[f'share_{view}_{expert}'] for expert in range(num_experts))
-            parts.append(f'share {view}: ' + '/'.join(f'{share:.3f}' for share in shares))
+    for side in SIDES:
+        if f'share_{side}_0' in scalars:
+            shares = (scalars[f'share_{side}_{expert}'] for expert in range(num_experts))
+            parts.append(f'share {side}: ' + '/'.join(f'{share:.3f}' for share in shares))
     if 'route_changed' in scalars:
         parts.append(f'route changed: {scalars["route_changed"]:.2%}')
     of_the_load = f'(of the load {scalars["load_entropy"]:.3f}, at most {math.log(num_experts):.3f})'

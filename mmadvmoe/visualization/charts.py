@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .style import COLORMAP, MARKERS, PALETTE, WIDTH, new_figure, plain, single_axes, style
+from .style import COLORMAP, MARKERS, PALETTE, new_figure, plain, single_axes, style
 
 _STROKES = ('-', '--', ':', '-.')
 _HATCHES = ('', '///', '...', 'xx')
@@ -20,7 +20,7 @@ _MARKED_POINTS = 25
 #: Narrower parts of a bar have no room for their number.
 _LABELLED_SHARE = 0.06
 #: Heat maps with more columns or rows than this have no room for numbers and names.
-_LABELLED_COLUMNS, _LABELLED_ROWS = 8, 40
+_LABELLED_COLUMNS, _LABELLED_ROWS = 12, 40
 #: Letters of names that have room below the columns; more are turned.
 _LETTERS = 30
 #: Height of a heat map, in inches.
@@ -197,29 +197,24 @@ def draw_confusion(confusion: np.ndarray, groups: Sequence[Sequence[int]], names
     if sorted(order) != list(range(len(confusion))):
         raise ValueError(f'groups={groups} do not hold each of {len(confusion)} classes once')
     rates = (confusion / np.maximum(confusion.sum(1, keepdims=True), 1))[np.ix_(order, order)]
-    with style():
-        labelled = len(order) <= _LABELLED_ROWS
-        figure, axes = single_axes(WIDTH, title, 'taken for', 'class')
-        picture = axes.imshow(rates, cmap=COLORMAP, vmin=0, vmax=1, interpolation='nearest')
-        axes.grid(False)
-        if len(order) <= 12:
-            _label_cells(axes, np.where(rates >= 0.005, rates, np.nan))
-        ticks = range(len(order)) if labelled else []
-        shown = [plain(names[index]) for index in order] if labelled else []
-        axes.set_xticks(ticks, shown, rotation=90)
-        axes.set_yticks(ticks, shown)
-        start = -0.5
-        for group in groups:
-            box = Rectangle((start, start), len(group), len(group), fill=False, edgecolor=PALETTE[1], linewidth=2)
-            axes.add_patch(box)
-            start += len(group)
-        figure.colorbar(picture, ax=axes, label='share of the class', format='{x:.0%}', shrink=0.8)
+    shown = [names[index] for index in order]
+    figure = draw_loads({'': rates}, shown, title, counted='the class', columns='taken for', column_names=shown)
+    axes = figure.axes[0]
+    if len(order) > _LABELLED_ROWS:
+        # Numbers would be places, not classes.
+        axes.set(xticks=[], yticks=[])
+    start = -0.5
+    for group in groups:
+        box = Rectangle((start, start), len(group), len(group), fill=False, edgecolor=PALETTE[1], linewidth=2)
+        axes.add_patch(box)
+        start += len(group)
     return figure
 
 
 def _label_cells(axes: Axes, load: np.ndarray) -> None:
     for (row, column), share in np.ndenumerate(load):
-        if np.isfinite(share):
+        # Written so that NaN, and what would read 0%, is left out.
+        if share >= 0.005:
             # The upper half of the colour map is light.
             color = 'black' if share > 0.5 else 'white'
             axes.text(column, row, f'{share:.0%}', ha='center', va='center', color=color, fontsize=7)

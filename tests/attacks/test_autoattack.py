@@ -34,7 +34,7 @@ SETTINGS = dict(
 @pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.1), ('L2', 0.5), ('L1', 12.0)])
 def test_settings_are_those_of_the_authors(make_tiny, norm, eps, version):
     victim, _, _ = make_tiny(num_classes=100)
-    ours = build_attack(dict(type='AutoAttack', norm=norm, eps=eps, version=version), victim)._attack
+    ours = build_attack(dict(type='AutoAttack', norm=norm, eps=eps, version=version), victim).attack
     theirs = pyautoattack.AutoAttack(victim, norm=norm, eps=eps, seed=0, version=version)
     assert ours.parts == theirs.attacks_to_run
     for name in ours.parts:
@@ -121,7 +121,7 @@ def test_losses_that_do_not_exist_for_few_classes_are_left_out(make_tiny, num_cl
     victim, images, labels = make_tiny(num_classes)
     cfg = dict(QUICK, version=version, steps=1)
     attack = build_attack(cfg, victim)
-    assert attack._attack.parts == expected
+    assert attack.attack.parts == expected
     assert attack(images, labels).shape == images.shape
 
 
@@ -164,7 +164,7 @@ def test_one_image_that_keeps_standing_among_many(make_tiny):
     assert labels.tolist() == [0, 1, 1, 1, 1, 1]
     labels[1:] = 2
     attack = build_attack(dict(QUICK, eps=1e-3), victim)
-    sizes, build = [], attack._attack.authors_part
+    sizes, build = [], attack.attack.authors_part
 
     def watched(*arguments):
         part = build(*arguments)
@@ -172,7 +172,7 @@ def test_one_image_that_keeps_standing_among_many(make_tiny):
         part.perturb = lambda x, y: (sizes.append(len(x)), perturb(x, y))[1]
         return part
 
-    attack._attack.authors_part = watched
+    attack.attack.authors_part = watched
     adversarial = attack(images, labels)
     assert sizes == [1, 1, 1, 1]
     assert torch.equal(adversarial[1:], images[1:])

@@ -128,9 +128,9 @@ def test_seed_of_the_config_holds_where_the_call_has_none(make_tiny):
     cfg = quick('APGD', eps=1.0, seed=3)
     attack = build_attack(cfg, victim)
     assert torch.equal(attack(images, labels), attack(images, labels))
-    assert attack._attack.seed == 3
+    assert attack.attack.seed == 3
     attack(images, labels, seed=8)
-    assert attack._attack.seed == 3
+    assert attack.attack.seed == 3
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -204,12 +204,12 @@ def test_runs_under_inference_mode(make_tiny):
 def test_class_count_is_passed_through(make_tiny, num_classes, targets):
     victim, images, labels = make_tiny(num_classes)
     fab = build_attack(quick('FAB', multi_targeted=True), victim)
-    assert fab._attack.n_target_classes == targets
+    assert fab.attack.n_target_classes == targets
     jsma = build_attack(quick('JSMA'), victim)
-    goal = jsma._attack.get_target_label(images, labels)
+    goal = jsma.attack.get_target_label(images, labels)
     assert torch.equal(goal, (labels + 1) % num_classes)
     if num_classes > 3:
-        assert build_attack(quick('APGDT'), victim)._attack.n_target_classes == targets
+        assert build_attack(quick('APGDT'), victim).attack.n_target_classes == targets
     else:
         with pytest.raises(ValueError, match=f'at least 4 classes .* {num_classes}'):
             build_attack(quick('APGDT'), victim)
@@ -224,7 +224,7 @@ def test_class_count_of_a_foreign_module_is_that_of_its_logits(make_tiny):
         build_attack(dict(type='AutoAttack'), victim)
     assert build_attack(dict(type='AutoAttack', n_classes=5), victim)
     victim(images)
-    assert victim.num_classes == build_attack(dict(type='AutoAttack'), victim)._attack.n_classes == 5
+    assert victim.num_classes == build_attack(dict(type='AutoAttack'), victim).attack.n_classes == 5
     assert Victim(victim.classifier, num_classes=5).num_classes == 5
     with pytest.raises(ValueError, match='num_classes=7, but TinyClassifier gives 5 logits'):
         Victim(victim.classifier, num_classes=7)(images)

@@ -10,7 +10,7 @@ from torch import nn
 import mmadvmoe  # noqa: F401
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.diagnosis.soundness import Measured, Point, ascents, curves, gradients, measure, ra_of_each
-from mmadvmoe.diagnosis.soundness_checks import PASS, SKIP, WARN, judge
+from mmadvmoe.diagnosis.soundness_checks import PASS, SKIP, WARN, make_checks
 from mmadvmoe.diagnosis.subject import Images, ThreatModel
 from mmadvmoe.diagnosis.substitute import predict, train_substitute
 
@@ -78,7 +78,7 @@ def data(digits):
 
 def verdicts(victim, data, threat=THREAT, **others):
     measured = measure(victim.eval(), data, threat, num_queries=300, **others)
-    return measured, {check.name: check for check in judge(measured)}
+    return measured, {check.name: check for check in make_checks(measured)}
 
 
 def test_an_honest_network_passes(trained, data):
@@ -169,7 +169,7 @@ def measured_by_hand():
 
 
 def warned(measured):
-    return [check.name for check in judge(measured) if check.status == WARN]
+    return [check.name for check in make_checks(measured) if check.status == WARN]
 
 
 def test_what_is_sound_passes():
@@ -213,7 +213,7 @@ def test_what_other_attacks_find_is_judged():
             assert warned(measured) == expected
     measured = measured_by_hand()
     del measured.robust['square']
-    assert {check.name: check.status for check in judge(measured)}['square'] == SKIP
+    assert {check.name: check.status for check in make_checks(measured)}['square'] == SKIP
     measured = measured_by_hand()
     measured.eps_curve[-1] = Point(1, some, ~some)
     assert warned(measured) == ['eps_curve', 'large_eps']

@@ -97,7 +97,7 @@ def test_steps_on_a_pathway_never_make_the_host_wait(device, routing, no_waiting
     labels = labels_of(pathway, images)
     with pathway.frozen(), torch.enable_grad(), no_waiting:
         # Without the checks around it, which may wait.
-        attack._attack.forward(images, labels)
+        attack.attack.forward(images, labels)
 
 
 def test_a_mixture_under_attack_leaves_its_flags_as_they_were(device):

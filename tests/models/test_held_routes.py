@@ -128,7 +128,7 @@ def test_the_attack_on_groups_raises_their_cross_entropy(routing):
     attack = build_attack(dict(type='ClassGroupAttack', groups=GROUPS, eps=0.1, alpha=0.03, steps=8), victim)
     adversarial = attack(images, labels, seed=0)
     assert (adversarial - images).abs().max() <= 0.1 + 1e-6
-    groups = attack._attack.groups
+    groups = attack.attack.groups
     with torch.no_grad():
         before, after = (groups.cross_entropy(victim.decide_routes(x), labels) for x in (images, adversarial))
     assert (after > before).float().mean() > 0.9

@@ -39,7 +39,7 @@ def _model() -> dict:
 def test_both_sides_attack_with_the_same_settings(benchmark) -> None:
     victim = Victim(MODELS.build(_model()))
     bare = benchmark.bare_autoattack(victim, 0.2, 60, 700)
-    own = build_attack(dict(type='AutoAttack', eps=0.2, steps=60, n_queries=700), victim)._attack
+    own = build_attack(dict(type='AutoAttack', eps=0.2, steps=60, n_queries=700), victim).attack
     assert bare.attacks_to_run == own.parts
     kept_at = {'apgd-ce': 'apgd', 'apgd-t': 'apgd_targeted', 'fab-t': 'fab', 'square': 'square'}
     for name in own.parts:

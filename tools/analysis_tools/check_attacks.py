@@ -17,7 +17,7 @@ from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim
 from mmadvmoe.diagnosis.dissection_tables import threat_text
 from mmadvmoe.diagnosis.soundness import curves, measure, ra_of_each
-from mmadvmoe.diagnosis.soundness_checks import WARN, judge
+from mmadvmoe.diagnosis.soundness_checks import WARN, make_checks
 from mmadvmoe.diagnosis.subject import load_subject, parse_arguments, write_json
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 
@@ -47,7 +47,7 @@ def main() -> None:
         surrogate = Victim(load_robust_model(load_config(args.surrogate[0]), args.surrogate[1], args.device))
     subject = load_subject(args, 'soundness')
     measured = measure(subject.victim, subject.data, subject.threat, surrogate, args.queries)
-    checks = judge(measured)
+    checks = make_checks(measured)
     warnings = [check for check in checks if check.status == WARN]
     print(f'\n{args.config}: {threat_text(subject.header)}\nSA {measured.sa:.1f} %')
     for check in checks:

@@ -170,7 +170,7 @@ class Training:
 
     def parts(self) -> dict[str, tuple[int, Callable[[], object]]]:
         """Each part, and how often an iteration has it."""
-        steps = self.model.data_preprocessor._attacks['experts']._attack.steps
+        steps = self.model.data_preprocessor._attacks['experts'].attack.steps
         found: dict[str, tuple[int, Callable[[], object]]] = {'clean pass': (2, self._clean)}
         for turn in ('experts', 'router'):
             found[f'attack step ({turn})'] = (steps, partial(self._step, turn))
@@ -237,7 +237,7 @@ class Masked:
     def __init__(self, training: Training) -> None:
         model = training.model
         self.images, self.labels = training.images, training.labels
-        self.steps = model.data_preprocessor._attacks['experts']._attack.steps
+        self.steps = model.data_preprocessor._attacks['experts'].attack.steps
         self.backbone = load_masked_form()(model.backbone)
         self.head = copy.deepcopy(nn.Sequential(model.neck, nn.Identity())), copy.deepcopy(model.head)
         self.network = nn.ModuleList([self.backbone, *self.head])

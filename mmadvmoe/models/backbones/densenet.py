@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from mmpretrain.models.backbones import DenseNet
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+
+from mmadvmoe.utils import norms_to_eval
 
 from .sizes import check_image_size, check_width
 
@@ -77,7 +78,5 @@ class DenseNet_CIFAR(DenseNet):
         """As any module; frozen blocks, and with ``norm_eval`` all norm layers, stay in eval mode."""
         super().train(mode)
         if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            norms_to_eval(self)
         return self

@@ -48,17 +48,9 @@ def check_widths(cfg: Mapping[str, Any], key: str = 'model') -> None:
 
 
 def check_image_size(backbone: nn.Module, images: Tensor, least: int, layers: str, setting: str) -> None:
-    """Refuse images of which a backbone would leave nothing.
+    """Raise ValueError for images (B, C, H, W) of which a backbone would leave nothing, below ``least`` pixels a side.
 
-    Args:
-        backbone (nn.Module): For the message.
-        images (Tensor): (B, C, H, W).
-        least (int): Smallest height and width.
-        layers (str): The layers that make images smaller, for the message.
-        setting (str): The setting that makes fewer of these, for the message.
-
-    Raises:
-        ValueError: Height or width is below ``least``.
+    The message names the ``layers`` that make images smaller, and the ``setting`` that makes fewer of these.
     """
     height, width = images.shape[-2:]
     if min(height, width) < least:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Union
 
 from mmcv.cnn import build_norm_layer
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+
+from mmadvmoe.utils import norms_to_eval
 
 from .sizes import check_width
 
@@ -133,9 +134,7 @@ class WideResNet(BaseBackbone):
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            norms_to_eval(self)
         return self
 
 
