@@ -45,7 +45,7 @@ class NormalizedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         classifier = bare_model(classifier)
-        own = _own_preprocessor(classifier)
+        own = getattr(classifier, 'data_preprocessor', None)
         preprocessor = own if preprocessor is None else preprocessor
         needs_head = isinstance(classifier, BaseClassifier) or hasattr(
             getattr(classifier, 'backbone', None), 'forward_routed'
@@ -106,7 +106,7 @@ class NormalizedClassifier(nn.Module):
         """Bring images in [0, 1] to what the network is fed, in the type of its weights."""
         # Flattened and back, because a gradient comes out of a flattening contiguous, as attacks expect it.
         images = images.flatten().view(images.shape)
-        preprocessor = _own_preprocessor(self.classifier) if self._normalized_by_itself else self.preprocessor
+        preprocessor = self.classifier.data_preprocessor if self._normalized_by_itself else self.preprocessor
         if hasattr(preprocessor, 'normalize'):
             images = preprocessor.normalize(images)
         elif preprocessor is not None:
@@ -257,7 +257,3 @@ class _Freeze:
 def full_precision(logits: Tensor) -> Tensor:
     """Half-precision logits as float32; wider ones as they are."""
     return logits.float() if logits.element_size() < 4 else logits
-
-
-def _own_preprocessor(classifier: nn.Module) -> Optional[nn.Module]:
-    return getattr(classifier, 'data_preprocessor', None)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mmengine.runner import Runner
+from mmengine.hooks import Hook
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmadvmoe.utils import did_you_mean, type_name
 
@@ -112,6 +113,14 @@ def check_schedules(cfg: Mapping[str, Any]) -> None:
                     f'custom_hooks: {_name(hook)} begins after training, with {key}={hook[key]} and '
                     f'train_cfg.{setting}={train_cfg[setting]}; set {key} to at most {train_cfg[setting]}'
                 )
+
+
+def check_by_epoch(runner: Runner, hook: Hook) -> None:
+    """Raise ValueError where a hook acts at the end of epochs, and training is not counted in them."""
+    if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+        raise ValueError(
+            f'train_cfg.by_epoch=False: {type(hook).__name__} acts at the end of epochs; set by_epoch=True or remove it'
+        )
 
 
 def warn_of_ended_schedules(runner: Runner) -> None:

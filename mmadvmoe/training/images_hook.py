@@ -7,12 +7,13 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
 
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.evaluation import attack_examples
 from mmadvmoe.evaluation.data import spread_images
+from mmadvmoe.runtime.config_checks import check_by_epoch
 from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import bare_model
 from mmadvmoe.visualization import draw_image_grid, save_png
@@ -61,10 +62,7 @@ class AdversarialImagesHook(Hook):
                 'AdversarialImagesHook shows images of val_dataloader, and the config has none; set val_dataloader, '
                 'val_cfg and val_evaluator, or remove the hook'
             )
-        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
-            raise ValueError(
-                'train_cfg.by_epoch=False: AdversarialImagesHook draws after epochs; set by_epoch=True or remove it'
-            )
+        check_by_epoch(runner, self)
         self._victim = Victim(runner.model)
         self._attack = build_attack(self.attack, self._victim)
 

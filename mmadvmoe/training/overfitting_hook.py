@@ -8,12 +8,13 @@ from typing import Any, Optional
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
 from torch import Tensor
 
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.evaluation.data import unit_batch
+from mmadvmoe.runtime.config_checks import check_by_epoch
 from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import bare_model
 
@@ -62,11 +63,7 @@ class CatastrophicOverfittingHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Build the attack, so that a wrong config is refused before training."""
-        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
-            raise ValueError(
-                'train_cfg.by_epoch=False: CatastrophicOverfittingHook looks at the end of epochs; set by_epoch=True '
-                'or remove it'
-            )
+        check_by_epoch(runner, self)
         self._victim = Victim(runner.model)
         self._attack = build_attack(self.attack, self._victim)
 
