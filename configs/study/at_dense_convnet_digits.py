@@ -5,7 +5,8 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-# One channel, as the scans are, all in memory, and not moved: of crops by a pixel, small routers learnt little.
+# A dense network so small that capacity decides: 33,792 multiply-adds. Images have one channel, as the scans do, lie in
+# memory, and are not moved: of crops by a pixel, small routers learnt little.
 _pipeline = [dict(type='RandomGrayscale', prob=1.0), dict(type='PackInputs')]
 train_dataloader = dict(
     batch_size=128,
@@ -15,7 +16,6 @@ train_dataloader = dict(
 val_dataloader = dict(dataset=dict(pipeline=_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=_pipeline))
 
-# So small that capacity decides.
 model = dict(
     type='RobustClassifier',
     data_preprocessor=dict(type='AdvDataPreprocessor', attack=_base_.train_attack),
