@@ -1,5 +1,6 @@
 """The same random numbers for each test, and small data sets in the formats in which the official ones come."""
 
+import gc
 import gzip
 import hashlib
 import pickle
@@ -16,6 +17,12 @@ import torch
 from mmadvmoe.datasets import CIFAR10Split, CIFAR100Split, TinyImageNet
 
 _RNG = np.random.RandomState(0)
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays: the garbage collector need not look at these objects again and again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,7 +48,7 @@ def _same_random_numbers() -> None:
 @pytest.fixture
 def no_drawing_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that build networks of full size to count something: most of that time would go into random numbers."""
-    for draw in ('kaiming_uniform_', 'uniform_', 'normal_', 'trunc_normal_'):
+    for draw in ('kaiming_uniform_', 'kaiming_normal_', 'uniform_', 'normal_', 'trunc_normal_'):
         # Zeros, as memory that is left as it is may hold numbers that are none.
         monkeypatch.setattr(torch.nn.init, draw, lambda weight, *_, **__: weight.detach().zero_())
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
+from tiny_models import dense_backbone
 from torch import Tensor, nn
 
 from mmadvmoe.apis import inference, load_robust_model
@@ -27,10 +28,10 @@ def _config(num_experts: int = 2) -> Config:
                     num_experts=num_experts,
                     include=[r'layer1.*conv\d'],
                     router=dict(type='ResNetRouter', base_channels=4, num_blocks=1),
-                    backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4),
+                    backbone=dense_backbone(4),
                 ),
                 neck=dict(type='GlobalAveragePooling'),
-                head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+                head=dict(type='LinearClsHead', num_classes=10, in_channels=8),
             ),
         )
     )

@@ -15,6 +15,7 @@ import torch
 import torchattacks
 from mmpretrain.registry import MODELS
 from PIL import Image
+from tiny_models import dense_backbone
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -86,7 +87,7 @@ def _dense() -> nn.Module:
 def _moe() -> Victim:
     torch.manual_seed(0)
     router = dict(type='ResNetRouter', base_channels=4, num_blocks=1)
-    backbone = dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4)
+    backbone = dense_backbone(4)
     model = MODELS.build(
         dict(
             type='mmpretrain.RobustClassifier',
@@ -94,7 +95,7 @@ def _moe() -> Victim:
                 type='MoEBackbone', num_experts=2, include=[r'layer1.*conv\d'], router=router, backbone=backbone
             ),
             neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+            head=dict(type='LinearClsHead', num_classes=10, in_channels=8),
         )
     )
     model.init_weights()
@@ -386,9 +387,9 @@ def test_a_model_and_data_of_other_classes_are_told_before_anything_runs(tmp_pat
     model = MODELS.build(
         dict(
             type='mmpretrain.ImageClassifier',
-            backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4),
+            backbone=dense_backbone(4),
             neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=7, in_channels=32),
+            head=dict(type='LinearClsHead', num_classes=7, in_channels=8),
         )
     )
     with pytest.raises(ValueError, match='num_classes=7 differs from the 10 classes of data.dataset'):

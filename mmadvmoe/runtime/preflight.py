@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, Optional
 
@@ -239,10 +240,12 @@ def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
     """Let the network run on one image of the data set, (C, H, W)."""
     advice = f'enlarge them, with a Resize in {key}.dataset.pipeline'
     device = next(model.parameters()).device
-    counter = FlopCounterMode(display=False)
-    with Victim(model).frozen() as victim, torch.no_grad(), image_must_fit(image.shape, advice), counter:
+    victim, counter = Victim(model), FlopCounterMode(display=False)
+    # Counting takes longer than the pass itself.
+    counted = victim.num_routers > 0 and key == 'train_dataloader'
+    with victim.frozen(), torch.no_grad(), image_must_fit(image.shape, advice), counter if counted else nullcontext():
         victim(image[None].to(device) / 255)
-    if victim.num_routers and key == 'train_dataloader':
+    if counted:
         names = {id(module): f'.{name}' for name, module in victim.named_modules()}
         own = [names[id(router)] for router in router_modules(model)]
         counts = {name: sum(count.values()) // 2 for name, count in counter.get_flop_counts().items()}

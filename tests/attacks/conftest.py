@@ -2,6 +2,7 @@ import pytest
 import torch
 from mmpretrain.models import ClsDataPreprocessor  # noqa: F401  (fills MMPretrain's registry)
 from mmpretrain.registry import MODELS
+from tiny_models import dense_backbone
 from torch import nn
 
 import mmadvmoe.moe  # noqa: F401  (registers MoEBackbone)
@@ -66,10 +67,10 @@ def make_moe():
                     include=[r'layer\d.*conv\d'],
                     routing=routing,
                     router=router,
-                    backbone=dict(type='ResNet_CIFAR', depth=18, base_channels=4, stem_channels=4),
+                    backbone=dense_backbone(4),
                 ),
                 neck=dict(type='GlobalAveragePooling'),
-                head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=32),
+                head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=8),
                 **kwargs,
             )
         )

@@ -110,7 +110,7 @@ def _distributed_case():
 
 def test_two_processes_attack_as_one(tmp_path):
     arguments = (2, tmp_path / 'store', tmp_path)
-    other = mp.get_context('spawn').Process(target=_attack_shard, args=(1, *arguments))
+    other = mp.get_context('fork').Process(target=_attack_shard, args=(1, *arguments))
     other.start()
     _attack_shard(0, *arguments)
     other.join()

@@ -229,7 +229,8 @@ def test_a_given_surrogate_is_used(trained, data):
     assert measured.ra('transfer') < measured.ra('gate') - 10
 
 
-def test_a_substitute_is_a_function_of_its_seed(trained, data):
+def test_a_substitute_is_a_function_of_its_seed(trained, data, monkeypatch):
+    monkeypatch.setattr('mmadvmoe.diagnosis.substitute._STEPS', 10)
     state = torch.get_rng_state()
     victim, images = Victim(trained, Quantiser()), data.images[:16]
     substitute, agreement = train_substitute(victim, images, THREAT)

@@ -7,6 +7,7 @@ import torch
 from mmengine.evaluator import Evaluator
 from mmpretrain.evaluation import Accuracy
 from mmpretrain.registry import MODELS
+from tiny_models import dense_backbone
 from torch import Tensor
 
 import mmadvmoe  # noqa: F401
@@ -34,10 +35,10 @@ def case() -> tuple[Victim, Tensor, Tensor]:
                 num_experts=2,
                 include=[r'layer1.*conv\d'],
                 router=dict(type='ResNetRouter', base_channels=4, num_blocks=1),
-                backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4),
+                backbone=dense_backbone(4),
             ),
             neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+            head=dict(type='LinearClsHead', num_classes=10, in_channels=8),
         )
     )
     model.init_weights()

@@ -19,6 +19,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
+from tiny_models import dense_backbone
 from torch import Tensor
 from torchattacks.attack import Attack
 
@@ -85,14 +86,14 @@ def _moe_model(routing: str = 'image') -> dict:
         type='ImageClassifier',
         backbone=dict(
             type='MoEBackbone',
-            backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4),
+            backbone=dense_backbone(4),
             num_experts=2,
             include=[r'layer1.*conv\d'],
             routing=routing,
             router=router,
         ),
         neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+        head=dict(type='LinearClsHead', num_classes=10, in_channels=8),
         data_preprocessor=dict(type='AdvDataPreprocessor', mean=[120.0] * 3, std=[60.0] * 3),
     )
 

@@ -18,7 +18,7 @@ def dense_backbone(channels=2):
         dilations=(1, 1),
         out_indices=(1,),
         base_channels=channels,
-        stem_channels=2,
+        stem_channels=channels,
     )
 
 

@@ -1,6 +1,7 @@
 """Every network of the paper at full size, dense, narrow and as a mixture: its parameters by hand, and its experts."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,11 @@ PUBLISHED = {
 }
 
 
-pytestmark = pytest.mark.usefixtures('no_drawing_of_weights')
+@pytest.fixture(autouse=True)
+def _shapes_alone(no_drawing_of_weights: None) -> Iterator[None]:
+    """Counted are numbers and channels: tensors need no memory."""
+    with torch.device('meta'):
+        yield
 
 
 def parameters(module):

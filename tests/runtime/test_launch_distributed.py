@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook, SyncBuffersHook
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
-from processes import finish, start
+from processes import finish, run_forks, start
 from torch import distributed as torch_dist
 from torch import nn
 
@@ -77,7 +77,7 @@ def train(work_dir, launcher, batch_size):
 
 def test_two_processes_train_as_one(tmp_path):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    finish([start([*torchrun, __file__, 'train'], tmp_path)])
+    finish([start([*torchrun, __file__], tmp_path)])
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
     assert first['wrapper'] == 'MMDistributedDataParallel'
     assert first['backend'] == 'gloo'
@@ -91,6 +91,16 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(first['state'][name], value)
 
 
+def join_slurm_job(folder):
+    prepare_distributed(Config(), 'slurm')
+    rank = torch_dist.get_rank()
+    total = torch.tensor(rank + 1)
+    torch_dist.all_reduce(total)
+    (folder / f'{rank}.txt').write_text(f'{total} {os.environ["LOCAL_RANK"]} {os.environ["MASTER_PORT"]}')
+    finish_distributed()
+    assert not torch_dist.is_initialized()
+
+
 def test_slurm_variables_make_a_gloo_group(tmp_path):
     scontrol = tmp_path / 'scontrol'
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && echo 127.0.0.1\n')
@@ -102,7 +112,7 @@ def test_slurm_variables_make_a_gloo_group(tmp_path):
         'SLURM_NODELIST': 'node[1-2]',
         'SLURM_JOB_ID': str(1_000_000 + os.getpid() % 10_000),
     }
-    finish([start([__file__, 'slurm'], tmp_path, SLURM_PROCID=rank, **variables) for rank in '01'])
+    run_forks(join_slurm_job, tmp_path, variables=[dict(variables, SLURM_PROCID=rank) for rank in '01'])
     found = [(tmp_path / f'{rank}.txt').read_text().split() for rank in (0, 1)]
     # Sum of ranks + 1 over both, local rank, and a port made from the number of the job.
     port = str(20_000 + os.getpid() % 10_000)
@@ -178,26 +188,17 @@ def test_unknown_launcher_is_refused():
         prepare_distributed(Config(), 'torch')
 
 
-def main(what, folder):
-    if what == 'train':
-        runner = train(folder, 'pytorch', batch_size=4)
-        result = dict(
-            state=runner.model.module.state_dict(),
-            wrapper=type(runner.model).__name__,
-            backend=torch_dist.get_backend(),
-        )
-        torch.save(result, folder / f'{runner.rank}.pt')
-    else:
-        cfg = Config()
-        prepare_distributed(cfg, 'slurm')
-        rank = torch_dist.get_rank()
-        total = torch.tensor(rank + 1)
-        torch_dist.all_reduce(total)
-        found = f'{total} {os.environ["LOCAL_RANK"]} {os.environ["MASTER_PORT"]}'
-        (folder / f'{rank}.txt').write_text(found)
+def main(folder):
+    runner = train(folder, 'pytorch', batch_size=4)
+    result = dict(
+        state=runner.model.module.state_dict(),
+        wrapper=type(runner.model).__name__,
+        backend=torch_dist.get_backend(),
+    )
+    torch.save(result, folder / f'{runner.rank}.pt')
     finish_distributed()
     assert not torch_dist.is_initialized()
 
 
 if __name__ == '__main__':
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

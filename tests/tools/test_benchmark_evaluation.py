@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
+from tiny_models import dense_backbone
 
 from mmadvmoe.attacks import Victim, build_attack
 
@@ -29,10 +30,10 @@ def _model() -> dict:
             num_experts=2,
             include=[r'layer1.*conv\d'],
             router=dict(type='ResNetRouter', base_channels=4, num_blocks=1),
-            backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4),
+            backbone=dense_backbone(4),
         ),
         neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+        head=dict(type='LinearClsHead', num_classes=10, in_channels=8),
     )
 
 

@@ -58,9 +58,10 @@ model = dict(
         num_experts=2,
         include=[r'layer1.*conv\\d'],
         router=dict(type=ResNetRouter, base_channels=2, num_blocks=1),
-        backbone=dict(type=ResNet_CIFAR, depth=18, stem_channels=2, base_channels=2)),
+        backbone=dict(type=ResNet_CIFAR, depth=18, num_stages=2, strides=(1, 2),
+                      dilations=(1, 1), out_indices=(1,), stem_channels=2, base_channels=2)),
     neck=dict(type=GlobalAveragePooling),
-    head=dict(type=LinearClsHead, num_classes=10, in_channels=16),
+    head=dict(type=LinearClsHead, num_classes=10, in_channels=4),
     robust_loss=dict(type=TRADESLoss, beta=6.0),
     router_loss=dict(type=RouterLabelLoss))
 train_cfg = dict(by_epoch=True, max_epochs=1)

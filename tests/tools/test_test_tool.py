@@ -28,9 +28,10 @@ model = dict(
         num_experts=2,
         include=[r'layer1.*conv\\d'],
         router=dict(type='ResNetRouter', base_channels=4, num_blocks=1),
-        backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4)),
+        backbone=dict(type='ResNet_CIFAR', depth=18, num_stages=2, strides=(1, 2),
+                      dilations=(1, 1), out_indices=(1,), stem_channels=4, base_channels=4)),
     neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+    head=dict(type='LinearClsHead', num_classes=10, in_channels=8),
     data_preprocessor=dict(type='AdvDataPreprocessor'))
 test_dataloader = dict(
     batch_size=5,

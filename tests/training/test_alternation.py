@@ -420,7 +420,7 @@ def _train_in_two_processes(rank, folder):
 
 
 def test_turns_hold_in_two_processes(tmp_path):
-    multiprocessing.spawn(_train_in_two_processes, (str(tmp_path),), nprocs=2)
+    multiprocessing.start_processes(_train_in_two_processes, (str(tmp_path),), nprocs=2, start_method='fork')
     first, second = (torch.load(tmp_path / f'outcome_{rank}.pth') for rank in (0, 1))
     assert 'find_unused_parameters=True' in first['refused']
     # An epoch has two iterations in each process: as many as an update takes.

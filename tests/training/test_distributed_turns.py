@@ -1,12 +1,9 @@
-"""A reducer for each group: the same weights, and less to exchange. Run as a script, this is one of two processes."""
-
-import sys
-from pathlib import Path
+"""A reducer for each group: the same weights, and less to exchange."""
 
 import pytest
 import torch
 from mmengine.config import Config
-from processes import finish, start
+from processes import run_forks, variables_of_ranks
 from tiny_runs import build_runner, run_cfg, turns_cfg
 
 from mmadvmoe.moe import split_parameters
@@ -56,13 +53,14 @@ def train(folder):
         sizes = {turn: sum(4 * p.numel() for _, p in groups[turn]) for turn in groups}
         weights = runner.model.module.state_dict()
         results[name] = dict(weights=weights, sent={k: sum(v) for k, v in exchanged.items()}, sizes=sizes)
-    return results
+    torch.save(results, folder / f'{torch.distributed.get_rank()}.pth')
+    finish_distributed()
 
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp('turns')
-    finish([start(['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__], folder)])
+    run_forks(train, folder, variables=variables_of_ranks())
     return [torch.load(folder / f'{rank}.pth', weights_only=True) for rank in (0, 1)]
 
 
@@ -82,9 +80,3 @@ def test_a_turn_exchanges_its_own_group_alone(ranks, schedule, turns):
     groups, search = (ranks[0][f'{schedule}_{wrapper}'] for wrapper in ('groups', 'search'))
     assert groups['sent'] == {turn: turns * size for turn, size in groups['sizes'].items()}
     assert sum(search['sent'].values()) == 2 * turns * sum(search['sizes'].values())
-
-
-if __name__ == '__main__':
-    found = train(sys.argv[1])
-    torch.save(found, Path(sys.argv[1]) / f'{torch.distributed.get_rank()}.pth')
-    finish_distributed()

@@ -1,13 +1,10 @@
-"""Two processes at half the batch train the weights of one process. Run as a script, this file is one of them."""
-
-import sys
-from pathlib import Path
+"""Two processes at half the batch train the weights of one process."""
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
-from processes import finish, start
+from processes import run_forks, variables_of_ranks
 from tiny_runs import build_runner, model_cfg, run_cfg
 
 from mmadvmoe.moe import BaseRouter
@@ -111,11 +108,16 @@ def train(work_dir, launcher, batch_size):
     return results
 
 
+def train_in_one_of_two(folder):
+    results = train(folder, 'pytorch', 4)
+    torch.save(results, folder / f'rank{torch.distributed.get_rank()}.pth')
+    finish_distributed()
+
+
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp('split')
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    finish([start([*torchrun, __file__], tmp_path)])
+    run_forks(train_in_one_of_two, tmp_path, variables=variables_of_ranks())
     ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
     return train(tmp_path / 'alone', 'none', 8), *ranks
 
@@ -136,10 +138,3 @@ def test_the_cases_are_what_they_claim(runs):
     assert all(sum(counts) > 0 for counts in zip(*routers))
     assert [run['idle_on_one_new_batch']['counts'][0] for run in runs[1:]] == [(4, 0), (0, 4)]
     assert [run['idle_on_both_new_batch']['counts'][0] for run in runs[1:]] == [(4, 0), (4, 0)]
-
-
-if __name__ == '__main__':
-    results = train(sys.argv[1], 'pytorch', 4)
-    rank = torch.distributed.get_rank()
-    torch.save(results, Path(sys.argv[1]) / f'rank{rank}.pth')
-    finish_distributed()
