@@ -1,4 +1,10 @@
-"""The same random numbers for each test, and small data sets in the formats in which the official ones come."""
+"""The same random numbers for each test, and small data sets in the formats in which the official ones come.
+
+PyTorch and this package are imported inside of functions: the process that deals out the tests collects none and needs
+neither, and all others wait for it.
+"""
+
+from __future__ import annotations
 
 import gc
 import gzip
@@ -7,16 +13,22 @@ import pickle
 import random
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import pytest
-import quick_runner  # noqa: F401  (for every Runner of the tests)
-import torch
 
-from mmadvmoe.datasets import CIFAR10Split, CIFAR100Split, TinyImageNet
+if TYPE_CHECKING:
+    import torch
 
 _RNG = np.random.RandomState(0)
+
+
+def pytest_collectstart() -> None:
+    import quick_runner  # noqa: F401  (for every Runner of the tests)
+
+    import mmadvmoe  # noqa: F401
 
 
 def pytest_collection_finish() -> None:
@@ -32,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device of a test marked ``gpu``, which is skipped where there is none."""
+    import torch
+
     device = torch.device(request.config.getoption('--device'))
     if device.type == 'cuda' and not torch.cuda.is_available():
         pytest.skip('no GPU')
@@ -40,6 +54,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -48,6 +64,8 @@ def _same_random_numbers() -> None:
 @pytest.fixture
 def no_drawing_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that build networks of full size to count something: most of that time would go into random numbers."""
+    import torch
+
     for draw in ('kaiming_uniform_', 'kaiming_normal_', 'uniform_', 'normal_', 'trunc_normal_'):
         # Zeros, as memory that is left as it is may hold numbers that are none.
         monkeypatch.setattr(torch.nn.init, draw, lambda weight, *_, **__: weight.detach().zero_())
@@ -86,6 +104,8 @@ def write_cifar(root: Path, base: type, images: int) -> dict:
 
 def write_tiny_imagenet(root: Path, classes: int = 200, images: int = 2) -> Path:
     """Write the tree that the official archive unpacks to."""
+    from mmadvmoe.datasets import TinyImageNet
+
     folder = root / TinyImageNet.base_folder
     # Not in order, as in the official file.
     wnids = [f'n{number:08d}' for number in range(classes)][::-1]
@@ -138,6 +158,8 @@ def write_fashion_mnist(root: Path, images: int = 100) -> None:
 @pytest.fixture(scope='session')
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small versions of all data sets, under the names that the configs use."""
+    from mmadvmoe.datasets import CIFAR10Split, CIFAR100Split
+
     root = tmp_path_factory.mktemp('data')
     with pytest.MonkeyPatch.context() as patch:
         for name, base in (('cifar10', CIFAR10Split), ('cifar100', CIFAR100Split)):

@@ -5,6 +5,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -71,4 +72,11 @@ def _run_script(command, cwd, stdout, env):
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv, sys.path[:0] = command, [str(Path(command[0]).parent)]
-    runpy.run_path(command[0], run_name='__main__')
+    try:
+        runpy.run_path(command[0], run_name='__main__')
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    # As a fork of a process that has other tasks: nothing of these is brought to an end here.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,7 +1,6 @@
 """Every network of the paper at full size, dense, narrow and as a mixture: its parameters by hand, and its experts."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -125,11 +124,7 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _shapes_alone(no_drawing_of_weights: None) -> Iterator[None]:
-    """Counted are numbers and channels: tensors need no memory."""
-    with torch.device('meta'):
-        yield
+pytestmark = pytest.mark.usefixtures('no_drawing_of_weights')
 
 
 def parameters(module):

@@ -1,8 +1,6 @@
-"""Several processes on the CPU. Run as a script, this file is one of them."""
+"""Several processes on the CPU."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +8,13 @@ from mmengine.config import Config
 from mmengine.hooks import Hook, SyncBuffersHook
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
-from processes import finish, run_forks, start
+from processes import run_forks
 from torch import distributed as torch_dist
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mmadvmoe.runtime.launch import finish_distributed, prepare_distributed
 
-ROOT = Path(__file__).parents[2]
 IMAGES, EPOCHS = 16, 2
 
 
@@ -75,9 +73,28 @@ def train(work_dir, launcher, batch_size):
     return runner
 
 
+def train_launched(folder):
+    runner = train(folder, 'pytorch', batch_size=4)
+    result = dict(
+        state=runner.model.module.state_dict(),
+        wrapper=type(runner.model).__name__,
+        backend=torch_dist.get_backend(),
+    )
+    torch.save(result, folder / f'{runner.rank}.pt')
+    finish_distributed()
+    assert not torch_dist.is_initialized()
+
+
+def launch_two(folder):
+    """What ``torchrun --standalone --nproc-per-node 2`` does, with forks."""
+    config = LaunchConfig(
+        1, 1, 2, rdzv_backend='c10d', rdzv_endpoint='localhost:0', max_restarts=0, start_method='fork'
+    )
+    elastic_launch(config, train_launched)(folder)
+
+
 def test_two_processes_train_as_one(tmp_path):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    finish([start([*torchrun, __file__], tmp_path)])
+    run_forks(launch_two, tmp_path, variables=[{}])
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
     assert first['wrapper'] == 'MMDistributedDataParallel'
     assert first['backend'] == 'gloo'
@@ -186,19 +203,3 @@ def test_missing_variables_are_named(monkeypatch, launcher, variable, starter):
 def test_unknown_launcher_is_refused():
     with pytest.raises(ValueError, match="'torch'.*none, pytorch, slurm, mpi"):
         prepare_distributed(Config(), 'torch')
-
-
-def main(folder):
-    runner = train(folder, 'pytorch', batch_size=4)
-    result = dict(
-        state=runner.model.module.state_dict(),
-        wrapper=type(runner.model).__name__,
-        backend=torch_dist.get_backend(),
-    )
-    torch.save(result, folder / f'{runner.rank}.pt')
-    finish_distributed()
-    assert not torch_dist.is_initialized()
-
-
-if __name__ == '__main__':
-    main(Path(sys.argv[1]))
