@@ -154,12 +154,23 @@ def test_the_tables_are_those_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> No
         rows = compare.rows_of(records, [sweep.split(line)[0] for line in listed.splitlines()])
         lines = compare.table(rows, compare.columns_of(rows, columns)).splitlines()
         assert '\n'.join(lines) in results
+
+
+@pytest.mark.parametrize('name', ['fashion-mnist_table', 'digits-groups_table', 'digits_table'])
+def test_the_rows_of_the_readme_are_those_of_the_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    compare, sweep = (importlib.import_module(name) for name in ('compare', 'sweep'))
+    rows = compare.rows_of(sweep.read(ROOT / 'docs' / 'results' / f'{name}.jsonl'))
+    shown = README.replace('**', '')
+    results = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
+    lines = compare.table(rows, compare.columns_of(rows, ['clean', 'worst'])).splitlines()[2:]
+    found = 0
+    for (method, runs), line in zip(rows.items(), lines):
+        _, sa, worst, *_ = (cell.strip() for cell in line.strip('|').split('|'))
+        short = [re.sub(r' \(.*\)', '', cell) for cell in (sa, worst)]
+        cost = runs[0]['cost']
+        adds = f'{1e9 * (cost["pathway_gflops"] + cost["router_gflops"]):,.0f}'
+        found += '| ' + ' | '.join([method, *short, adds]) + ' |' in shown
         if name != 'digits_table':
-            continue
-        # The README has some columns of the same table, without ranges, and the GFLOPs of both parts together.
-        cost = {record['method']: record['cost'] for record in records}
-        for line in lines[2:7]:
-            method, sa, pgd, _, ra, ra_aa, busiest, *_, runs = (cell.strip() for cell in line.strip('|').split('|'))
-            short = (re.sub(r' \(.*\)', '', cell) for cell in (sa, pgd, ra, ra_aa, busiest))
-            gflops = cost[method]['pathway_gflops'] + cost[method]['router_gflops']
-            assert '| ' + ' | '.join([method, *short, f'{gflops:#.2g}', runs]) + ' |' in README
+            assert re.search(rf'\| {re.escape(f"{method} | {short[0]} |")}.*{re.escape(worst)}.* {adds} \| 5 \|', results)
+    assert found >= min(5, len(rows))
