@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from mmpretrain.datasets import BaseDataset
 from mmpretrain.registry import DATASETS
@@ -41,17 +43,23 @@ class Digits(BaseDataset):
 
     def load_data_list(self) -> list[dict]:
         """Give the images of the split in the order of scikit-learn, each with its label."""
-        # A slow import, and a package that nothing else here needs.
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        images = np.repeat(images[..., None], 3, axis=-1)
-        trainval, test = stratified_split(digits.target, _NUM_TEST)
-        train, val = (trainval[part] for part in stratified_split(digits.target[trainval], _NUM_VAL))
+        images, labels = _scans()
+        trainval, test = stratified_split(labels, _NUM_TEST)
+        train, val = (trainval[part] for part in stratified_split(labels[trainval], _NUM_VAL))
         chosen = {'train': train, 'val': val, 'trainval': trainval, 'test': test}[self.split]
-        return [{'img': images[i], 'gt_label': int(digits.target[i])} for i in chosen]
+        images = np.repeat(images[chosen, ..., None], 3, axis=-1)
+        return [{'img': image, 'gt_label': int(label)} for image, label in zip(images, labels[chosen])]
 
     def extra_repr(self) -> list[str]:
         """Name the split when the data set is printed."""
         return [f'Split: \t{self.split}']
+
+
+@cache
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    """Images (1797, 8, 8) uint8 and their labels, which scikit-learn would parse out of text for each split anew."""
+    # A slow import, and a package that nothing else here needs.
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target

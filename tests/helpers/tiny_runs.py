@@ -127,7 +127,8 @@ build_runner.count = 0
 
 def snapshot(model):
     """Copies of all that training may change: ``{group: {name: tensor}}``, buffers included."""
-    prefixes = tuple(name + '.' for name, module in model.named_modules() if module in router_modules(model))
+    routers = router_modules(model)
+    prefixes = tuple(name + '.' for name, module in model.named_modules() if module in routers)
     copies = {'experts': {}, 'router': {}}
     for name, tensor in model.state_dict().items():
         group = 'router' if name.startswith(prefixes) else 'experts'

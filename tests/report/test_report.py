@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from example_results import write_model
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
@@ -21,6 +22,7 @@ from mmpretrain.registry import MODELS
 from mmadvmoe.report import PARTS, DamagedFileError, describe_model, make_examples, read_results, slug, write_report
 from mmadvmoe.report.results import load_examples
 from mmadvmoe.report.sections import sections_of
+from mmadvmoe.visualization import png_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = {
@@ -43,12 +45,20 @@ def results(folder, *names, **settings):
     return [read_results(folder / slug(name)) for name in names]
 
 
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """For tests that read tables and texts of a page: most of its time would go into pixels."""
+    blank = png_bytes(Figure(figsize=(0.1, 0.1)))
+    monkeypatch.setattr('mmadvmoe.report.page.png_bytes', lambda figure: blank)
+
+
 def rows_of(page):
     """The cells of all rows of all tables."""
     rows = re.findall(r'<tr>(.*?)</tr>', page.read_text(), re.DOTALL)
     return [[html.unescape(cell) for cell in re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', row)] for row in rows]
 
 
+@pytest.mark.usefixtures('blank_figures')
 def test_the_summary_has_a_column_for_each_model(tmp_path):
     (one,) = results(tmp_path, 'AdvMoE', ra=30.0)
     (other,) = results(tmp_path, 'AT(MoE)', ra=20.0)
@@ -118,6 +128,7 @@ def test_a_curve_alone_stands_in_for_that_of_the_checks(tmp_path):
     assert '100 images' in eps.caption and '100 images' not in steps.caption
 
 
+@pytest.mark.usefixtures('blank_figures')
 def test_numbers_of_other_numbers_of_images_say_so_in_their_row(tmp_path):
     results(tmp_path, 'A', 'B')
     run, dissection = (tmp_path / 'b' / name for name in ('evaluation/run.json', 'dissection.json'))
@@ -171,6 +182,7 @@ def test_damaged_files_are_named_with_their_cure(tmp_path, harm):
         )
 
 
+@pytest.mark.usefixtures('blank_figures')
 def test_a_damaged_file_leaves_the_rest_of_the_report_whole(tmp_path):
     results(tmp_path, 'A', 'B')
     a, whole = read_results(tmp_path / 'a'), SECTIONS - {'patches'}

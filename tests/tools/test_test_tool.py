@@ -216,9 +216,9 @@ def test_what_does_not_fit_is_named(
 
 def test_a_checkpoint_of_other_classes_is_refused(test_tool: Callable) -> None:
     weights = torch.load('epoch_1.pth', weights_only=True)
-    weights['state_dict']['head.fc.weight'] = torch.zeros(7, 32)
+    weights['state_dict']['head.fc.weight'] = torch.zeros(7, 8)
     weights['state_dict']['head.fc.bias'] = torch.zeros(7)
     torch.save(weights, 'epoch_1.pth')
-    with pytest.raises(CheckpointError, match=r'head\.fc\.weight \(7, 32\) in the file, \(10, 32\) in the model'):
+    with pytest.raises(CheckpointError, match=r'head\.fc\.weight \(7, 8\) in the file, \(10, 8\) in the model'):
         test_tool('--attacks', 'fgsm', '--out', 'outcomes')
     assert not Path('outcomes').exists()
