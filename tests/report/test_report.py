@@ -326,7 +326,7 @@ def parts_in_this_process(monkeypatch):
 
 
 @pytest.mark.usefixtures('parts_in_this_process')
-def test_the_tool_measures_what_is_missing_and_keeps_what_is_there(trained, tmp_path, monkeypatch, capfd):
+def test_the_tool_measures_what_is_missing_and_keeps_what_is_there(trained, tmp_path, monkeypatch, capfd, request):
     model = ['--model', 'ViT-MoE', *trained]
     run_tool(monkeypatch, tmp_path, *model, '--attacks', 'pgd', 'routepgd', '--num-images', 8)
     found = read_results(tmp_path / 'vit_moe')
@@ -346,6 +346,7 @@ def test_the_tool_measures_what_is_missing_and_keeps_what_is_there(trained, tmp_
     parts = [tmp_path / 'vit_moe' / file for part, file in PARTS.items() if part != 'curve']
     kept = [part.stat().st_mtime_ns for part in parts]
     capfd.readouterr()
+    request.getfixturevalue('blank_figures')
     run_tool(monkeypatch, tmp_path, *model)
     assert capfd.readouterr().out.count('is there') == len(PARTS)
     assert kept == [part.stat().st_mtime_ns for part in parts]
@@ -362,6 +363,7 @@ def test_two_models_need_two_names(trained, tmp_path, monkeypatch, capfd):
     assert "they give the folders ['a', 'a']" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures('blank_figures')
 def test_the_tool_goes_on_with_the_other_models(trained, tmp_path, monkeypatch, capfd):
     write_model(tmp_path / 'a', 'A')
     config, checkpoint = trained
