@@ -57,7 +57,7 @@ def variables_of_ranks(count=2):
 
 
 def run_script_in_fork(command, cwd=None, stdout=None, env=None):
-    """``subprocess.run([sys.executable, *command])`` in a fork, what it prints written to ``stdout``: the exit status."""
+    """``subprocess.run([sys.executable, *command])`` in a fork, printing to ``stdout``: the exit status."""
     process = multiprocessing.get_context('fork').Process(target=_run_script, args=(command, cwd, stdout, env))
     process.start()
     process.join(600)
