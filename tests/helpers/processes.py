@@ -56,8 +56,8 @@ def variables_of_ranks(count=2):
     return [dict(both, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
 
 
-def run_script_in_fork(command, cwd, stdout, env):
-    """``subprocess.run([sys.executable, *command])`` in a fork, its errors printed to ``stdout``: the exit status."""
+def run_script_in_fork(command, cwd=None, stdout=None, env=None):
+    """``subprocess.run([sys.executable, *command])`` in a fork, printing to ``stdout``: the exit status."""
     process = multiprocessing.get_context('fork').Process(target=_run_script, args=(command, cwd, stdout, env))
     process.start()
     process.join(600)
@@ -65,12 +65,12 @@ def run_script_in_fork(command, cwd, stdout, env):
 
 
 def _run_script(command, cwd, stdout, env):
-    for number in (1, 2):
+    for number in (1, 2) if stdout else ():
         os.dup2(stdout.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(number, 'w', buffering=1) for number in (1, 2))
     torch.set_num_threads(1)
-    os.environ.update(env)
-    os.chdir(cwd)
+    os.environ.update(env or {})
+    os.chdir(cwd or os.curdir)
     sys.argv, sys.path[:0] = command, [str(Path(command[0]).parent)]
     try:
         runpy.run_path(command[0], run_name='__main__')

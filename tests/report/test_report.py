@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
+from processes import run_script_in_fork
 
 from mmadvmoe.report import PARTS, DamagedFileError, describe_model, make_examples, read_results, slug, write_report
 from mmadvmoe.report.results import load_examples
@@ -365,6 +366,14 @@ def test_two_models_need_two_names(trained, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.usefixtures('blank_figures')
 def test_the_tool_goes_on_with_the_other_models(trained, tmp_path, monkeypatch, capfd):
+    start = subprocess.run
+
+    def run(command, **settings):
+        if command[0] != sys.executable:
+            return start(command, **settings)
+        return subprocess.CompletedProcess(command, run_script_in_fork(command[1:]))
+
+    monkeypatch.setattr(subprocess, 'run', run)
     write_model(tmp_path / 'a', 'A')
     config, checkpoint = trained
     log = tmp_path / 'run' / '20260101_000000' / 'vis_data' / 'scalars.json'
