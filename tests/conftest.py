@@ -168,4 +168,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_tiny_imagenet(root / 'tiny-imagenet')
         write_imagenet(root / 'imagenet')
         write_fashion_mnist(root / 'fashion-mnist')
+        for number in range(80):
+            name = f'{CIFAR10Split.METAINFO["classes"][number % 10]}/{number}.png'
+            _image(root / 'cifar10_images' / ('train' if number < 60 else 'test') / name, 32)
         yield root

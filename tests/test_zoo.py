@@ -37,13 +37,15 @@ def test_the_weights_are_those_of_the_metafile(name: str) -> None:
     model, entry = get_model(name, pretrained=True), read_zoo()[name]
     assert Path(entry.weights).stat().st_size <= MAX_BYTES
     config = Config.fromfile(entry.config)
+    assert entry.metrics['worst'] <= entry.metrics['clean']
+    assert {'Revision', 'Seed'} <= entry.metadata.keys()
+    if config.test_dataloader.dataset.type != 'Digits':
+        pytest.skip('the images do not come with an installation')
     images, labels = spread_images(
         as_dataset(config.test_dataloader.dataset), model.classifier.data_preprocessor, 10**6
     )
     accuracy = 100 * (inference(model, images)[0].argmax(1) == labels).double().mean().item()
     assert accuracy == pytest.approx(entry.metrics['clean'], abs=0.3)
-    assert entry.metrics['worst'] <= entry.metrics['clean']
-    assert {'Revision', 'Seed'} <= entry.metadata.keys()
 
 
 def test_a_name_that_is_unknown_and_weights_that_are_not_there() -> None:
