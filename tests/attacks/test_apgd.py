@@ -65,9 +65,8 @@ def test_finds_the_nearest_error_of_a_linear_classifier(cfg, num_classes):
     assert nearest.isfinite().all()
     for i, distance in enumerate(nearest.tolist()):
         one, label = images[i : i + 1], labels[i : i + 1]
-        # What lies outside the ball is found by no number of steps.
-        for factor, steps, fooled in ((1.1, 100, True), (0.95, 20, False)):
-            attack = build_attack(dict(cfg, norm='L1', eps=factor * distance, steps=steps), victim)
+        for factor, fooled in ((1.1, True), (0.95, False)):
+            attack = build_attack(dict(cfg, norm='L1', eps=factor * distance, steps=100), victim)
             adversarial = attack(one, label, seed=0)
             assert (victim(adversarial).argmax(1) != label).item() == fooled
             assert (adversarial - one).abs().sum() <= factor * distance + 1e-5
