@@ -9,6 +9,7 @@ file, one a line: @FILE.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from scipy.stats import t as student
 from sweep import read
 
 from mmadvmoe.utils import choose
+from mmadvmoe.visualization.style import MARKERS
 
 SUFFIX = '/accuracy/top1'
 
@@ -90,7 +92,7 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str]) -> str:
     """The rows as a table, and below it the runs that failed."""
     header = ['method', *columns.values(), 'busiest expert']
-    header += ['pathway GFLOPs', 'router GFLOPs', 'parameters', 'active', 'runs']
+    header += ['multiply-adds with router', 'router', 'parameters', 'active', 'runs']
     lines = []
     for label, runs in rows.items():
         good = done(runs)
@@ -126,9 +128,14 @@ def busiest_share(metrics: Mapping[str, float]) -> float | None:
 
 
 def costs(cost: Mapping[str, float]) -> list[str]:
-    """The columns of cost."""
-    router = f'{cost["router_gflops"]:.2g}' if cost['router_gflops'] else ''
-    return [f'{cost["pathway_gflops"]:.2g}', router, f'{cost["params_total"]:,}', f'{cost["params_active"]:,}']
+    """The columns of cost: of one image, and parameters."""
+    router = f'{1e9 * cost["router_gflops"]:,.0f}' if cost['router_gflops'] else ''
+    return [f'{multiply_adds(cost):,.0f}', router, f'{cost["params_total"]:,}', f'{cost["params_active"]:,}']
+
+
+def multiply_adds(cost: Mapping[str, float]) -> float:
+    """Multiply-adds of one image, routers included."""
+    return 1e9 * (cost['pathway_gflops'] + cost['router_gflops'])
 
 
 def paired(first: Sequence[Mapping], second: Sequence[Mapping], metric: str) -> list[float]:
@@ -168,17 +175,15 @@ def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path) -> None
 
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
-    for label, runs in rows.items():
+    for (label, runs), mark in zip(rows.items(), itertools.cycle(MARKERS)):
         values = [record['metrics'][metric] for record in done(runs)]
         if not values:
             continue
         cost = done(runs)[0]['cost']
         mean = statistics.mean(values)
         reach = [[mean - min(values)], [max(values) - mean]]
-        axes.errorbar(
-            1e3 * (cost['pathway_gflops'] + cost['router_gflops']), mean, reach, fmt='o', capsize=3, label=label
-        )
-    axes.set_xlabel('1e6 multiply-adds of one image, routers included')
+        axes.errorbar(multiply_adds(cost), mean, reach, fmt=mark, capsize=3, label=label)
+    axes.set_xlabel('multiply-adds of one image, routers included')
     axes.set_ylabel(f'{metric.removesuffix(SUFFIX)} accuracy, %')
     axes.set_xscale('log')
     axes.legend(fontsize='small')
