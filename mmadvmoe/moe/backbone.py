@@ -205,6 +205,8 @@ class MoEBackbone(BaseBackbone):
             )
         return self.forward_routed(x)[0]
 
+    # A compiler that takes part of this frame would begin the pass twice; what it calls may be compiled.
+    @torch.compiler.disable(recursive=False)
     def forward_routed(
         self, x: Tensor, route: Optional[Route] = None, with_logits: bool = False, gated: bool = True
     ) -> tuple[Any, tuple[BaseRouting, ...]]:

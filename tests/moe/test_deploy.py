@@ -62,6 +62,20 @@ def test_a_pathway_is_one_graph_and_what_the_mixture_computes_with_its_route() -
         torch.testing.assert_close(classifier.head(features), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_attack_with_the_route_held_can_be_compiled() -> None:
+    torch.manual_seed(0)
+    victim = random_mixture('image')
+
+    def gradient(images: torch.Tensor) -> torch.Tensor:
+        images = images.clone().requires_grad_()
+        routings = victim.forward_routed(images)[1]
+        logits, _ = victim.forward_routed(images, routings, with_logits=False, gated=False)
+        return torch.autograd.grad(logits.sum(), images)[0]
+
+    compiled = torch.compile(gradient, backend='eager')
+    torch.testing.assert_close(compiled(_images(4)), gradient(_images(4)))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(('top_k', 'softmax'), [(1, 'before'), (2, 'after'), (2, 'before')])
 def test_gates_of_tokens_are_kept(top_k: int, softmax: str) -> None:
