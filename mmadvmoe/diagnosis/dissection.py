@@ -16,11 +16,14 @@ from torch import Tensor
 
 from mmadvmoe.attacks import Pathway, Victim, build_attack
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
+from mmadvmoe.moe import BaseRouting
 
 from .certified import certified_routes
 from .subject import Images, ThreatModel, percent
 
 END_TO_END = 'end_to_end'
+#: Of bins of decisions: how many at most, and how many decisions each has at least.
+_BINS, _IN_A_BIN = 10, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,7 @@ class Dissection:
         num_classes: K.
         widths: Decisions of each router for one image; they sum to D.
         certified: Whether the route of each image provably cannot change, (B,) bool; None where there are no bounds.
+        margins: By how much each clean decision was made, (B, D), see :func:`decision_margins`; None for a dense model.
     """
 
     label: Tensor
@@ -53,6 +57,7 @@ class Dissection:
     num_classes: int
     widths: Sequence[int]
     certified: Optional[Tensor] = None
+    margins: Optional[Tensor] = None
 
 
 def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
@@ -90,10 +95,32 @@ def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
         pathway, name = Pathway(victim, expert), f'expert {expert}'
         adversarial = attacked(name, 'PGD', pathway)
         pathways.append((data.classified(pathway, data.images), data.classified(pathway, adversarial, name)))
-    with torch.no_grad(), victim.frozen():
-        widths = [routing.decisions.shape[1] for routing in victim.forward_routed(data.images[:1])[1]]
     certified = certified_routes(victim, data, threat)
-    return Dissection(label, outcomes, pathways, victim.num_experts, clean.logits.shape[1], widths, certified)
+    margins, widths = decision_margins(victim, data)
+    num_classes = clean.logits.shape[1]
+    return Dissection(label, outcomes, pathways, victim.num_experts, num_classes, widths, certified, margins)
+
+
+@torch.no_grad()
+def decision_margins(victim: Victim, data: Images) -> tuple[Tensor, list[int]]:
+    """Measure by how much the routers of a mixture decide: the least liked of the chosen experts against the others.
+
+    Returns:
+        The difference of logits of each decision, (B, D), on the CPU in double precision; 0 where all experts are
+        chosen. All decisions on one token share it. And the number of decisions of each router for one image.
+    """
+    parts = []
+    with victim.frozen():
+        for chunk in data.chunks():
+            routings = victim.decide_routes(chunk.images)
+            parts.append(torch.cat([_margins(routing) for routing in routings], dim=1).cpu())
+    return torch.cat(parts), [routing.decisions.shape[1] for routing in routings]
+
+
+def _margins(routing: BaseRouting) -> Tensor:
+    """Of one router, (B, T * K)."""
+    best = routing.token_logits.double().topk(min(routing.top_k + 1, routing.num_experts)).values
+    return (best[..., routing.top_k - 1] - best[..., -1]).repeat_interleave(routing.top_k, dim=1)
 
 
 def worse_of(clean: Outcome, first: Outcome, second: Outcome, label: Tensor) -> Outcome:
@@ -117,7 +144,8 @@ def summarize(dissection: Dissection) -> dict:
         ``sa``; ``attacks`` with the :func:`attack_summary` of each; ``failures``, see :func:`failures`; for each of
         the ``experts`` its ``sa`` and ``ra`` when it computes all images, and those of the ``best_expert`` of each
         image; ``load`` with the :func:`expert_load` without an attack and under each;
-        ``routes_certified``, the share of images whose route provably cannot change, None where there are no bounds.
+        ``routes_certified``, the share of images whose route provably cannot change, None where there are no bounds;
+        ``flips_by_margin``, see :func:`flips_by_margin`, None for a dense model.
     """
     outcomes, label = dissection.outcomes, dissection.label
     clean = outcomes[CLEAN]
@@ -135,6 +163,7 @@ def summarize(dissection: Dissection) -> dict:
         # With the route held the load is that without an attack.
         load={name: expert_load(dissection, o) for name, o in outcomes.items() if name != 'experts'} if is_moe else {},
         routes_certified=None if dissection.certified is None else float(dissection.certified.double().mean()),
+        flips_by_margin=None if dissection.margins is None else flips_by_margin(dissection),
     )
 
 
@@ -179,6 +208,43 @@ def failures(dissection: Dissection) -> dict[str, int]:
         experts=int((fooled & by_experts).sum()),
         router=int((fooled & ~by_experts).sum()),
     )
+
+
+def flips_by_margin(dissection: Dissection) -> list[dict]:
+    """Count how many decisions the attack on the router changed, by the margin by which they were made without it.
+
+    A margin is one of logits, as a multiple of the mean margin of its router. Multiplying its logits by a constant
+    changes no decision of a router, so neither logits nor probabilities of two routers compare; and of a router that is
+    trained well, nearly all probabilities are so close to 1 that they tell its decisions hardly apart.
+
+    Returns:
+        Bins of the decisions in ascending order, ten or as many as leave ten decisions in each, as equal in number as
+        margins that are the same, and share a bin, allow. Of each its smallest, mean and largest margin
+        (``margin_from``, ``margin_mean``, ``margin_to``), the number of ``decisions``, and ``changed``, the share of
+        them that the attack changed.
+    """
+    of_routers = dissection.margins.double().split(list(dissection.widths), dim=1)
+    # A router that is always undecided has margins of 0, which they stay.
+    tiny = torch.finfo(torch.float64).tiny
+    # In single precision, in which margins of a constant router are the same.
+    margins = torch.cat([of_one / of_one.mean().clamp(min=tiny) for of_one in of_routers], dim=1).flatten().float()
+    changed = (dissection.outcomes['router'].expert != dissection.outcomes[CLEAN].expert).flatten()
+    count = max(min(len(margins) // _IN_A_BIN, _BINS), 1)
+    starts = margins.sort().values[torch.arange(count) * len(margins) // count].unique()
+    bins = torch.bucketize(margins, starts, right=True) - 1
+    found = []
+    for index in range(len(starts)):
+        inside, flipped = margins[bins == index].double(), changed[bins == index]
+        found.append(
+            dict(
+                margin_from=float(inside.min()),
+                margin_mean=float(inside.mean()),
+                margin_to=float(inside.max()),
+                decisions=len(inside),
+                changed=float(flipped.double().mean()),
+            )
+        )
+    return found
 
 
 def expert_load(dissection: Dissection, outcome: Outcome) -> dict[str, list]:

@@ -50,6 +50,8 @@ def dissection_tables(report: Mapping) -> str:
     if report['routing'] is None:
         parts.append('This model is dense: it has no routers and experts to attack apart, so this is all there is.')
         return '\n\n'.join(parts)
+    if report['flips_by_margin']:
+        parts.append(_flips(report))
     parts += [_failures(report), _experts(report), _loads(report, 'class', 'per_class', report['class_names'])]
     return '\n\n'.join([*parts, _loads(report, 'router', 'per_layer', report['routers'])])
 
@@ -87,6 +89,19 @@ def routes_text(certified: float, changed: float) -> str:
         f'Routes: {certified:.1%} of the images provably keep theirs whatever the perturbation, {changed:.1%} lose it '
         f'to the attack on the router, {max(1 - certified - changed, 0):.1%} are open.'
     )
+
+
+def _flips(report: Mapping) -> str:
+    rows = [
+        [
+            f'{each["margin_from"]:.2f} to {each["margin_to"]:.2f}',
+            str(each['decisions']),
+            f'{100 * each["changed"]:.1f}',
+        ]
+        for each in report['flips_by_margin']
+    ]
+    title = 'Decisions that the attack on the router changed, by their margin without it (1: the mean of a router)'
+    return f'{title}\n{text_table(["margin", "decisions", "changed %"], rows)}'
 
 
 def _failures(report: Mapping) -> str:

@@ -47,7 +47,7 @@ _TOOL = (
     'threat_model.alpha threat_model.steps class_names.* '
 )
 #: What sections read of each file, as paths of keys: ``*`` stands for all keys or items, and what is marked with ``?``
-#: may be None or empty.
+#: may be None or empty; what is marked with ``??`` may also be missing, for it is not in files of older versions.
 _CONTENT = {
     MODEL: 'name config checkpoint checkpoint_sha256 work_dir config_text class_names.* num_experts routers.* '
     'cost.params_total cost.params_active cost.pathway_gflops cost.router_gflops',
@@ -57,7 +57,8 @@ _CONTENT = {
     PARTS['dissection']: _TOOL + 'routers.* attacks.*.ra attacks.*.route_changed attacks.*.table.kept.kept '
     'attacks.*.table.kept.flipped attacks.*.table.changed.kept attacks.*.table.changed.flipped failures?.standing '
     'failures?.experts failures?.router experts.*.expert experts.*.sa experts.*.ra best_expert?.sa best_expert?.ra '
-    'load?.clean.per_class load?.clean.per_layer load?.end_to_end.per_class load?.end_to_end.per_layer',
+    'load?.clean.per_class load?.clean.per_layer load?.end_to_end.per_class load?.end_to_end.per_layer '
+    'flips_by_margin??.*.margin_mean flips_by_margin??.*.changed',
     PARTS['soundness']: _TOOL + 'checks.*.title checks.*.status checks.*.message num_warnings curves.eps.*.eps '
     'curves.eps.*.ra curves.steps.*.steps curves.steps.*.ra',
     PARTS['curve']: 'num_images threat_model.norm threat_model.eps threat_model.alpha threat_model.steps '
@@ -183,7 +184,7 @@ def _lacks(content: Any, path: Sequence[str]) -> bool:
     if name == '*' and isinstance(content, (dict, list)):
         return any(_lacks(each, rest) for each in (content.values() if isinstance(content, dict) else content))
     if not isinstance(content, dict) or name.rstrip('?') not in content:
-        return True
+        return not (isinstance(content, dict) and name.endswith('??'))
     inner = content[name.rstrip('?')]
     return bool(inner or not name.endswith('?')) and _lacks(inner, rest)
 

@@ -9,7 +9,7 @@ import torch
 
 from mmadvmoe.diagnosis.dissection_tables import ATTACKS, FAILURES, counts_of, expert_rows, routes_text
 from mmadvmoe.moe import PLACEMENTS
-from mmadvmoe.visualization import draw_image_grid, draw_loads, draw_parts, draw_patch_routes
+from mmadvmoe.visualization import Line, draw_image_grid, draw_lines, draw_loads, draw_parts, draw_patch_routes
 
 from .page import Picture, Section, Table, as_percent, share, slug
 from .results import ModelResults
@@ -34,6 +34,10 @@ def dissection(models: Sequence[ModelResults]) -> Section:
     mixtures = [model for model in known if model.dissection['failures']]
     if mixtures:
         section.items.append(_failures(mixtures))
+    # Files of older versions tell no margins.
+    measured = [model for model in mixtures if model.dissection.get('flips_by_margin')]
+    if measured:
+        section.items.append(_flips(measured))
     section.items += [_expert_table(model) for model in mixtures]
     section.items += [_attack_table(model) for model in known]
     return section
@@ -53,6 +57,22 @@ def _failures(models: Sequence[ModelResults]) -> Picture:
     )
     figure = draw_parts(parts, title, 'test images (%)')
     return Picture('failures', figure, f'{title}, under attack.', f'{title}. {said}.')
+
+
+def _flips(models: Sequence[ModelResults]) -> Picture:
+    lines = []
+    for color, model in enumerate(models):
+        bins = model.dissection['flips_by_margin']
+        changed = [100 * each['changed'] for each in bins]
+        lines.append(Line(model.name, [each['margin_mean'] for each in bins], changed, color, stroke=color))
+    title = 'Which routes can be moved'
+    said = '; '.join(
+        f'{line.label}: ' + ', '.join(f'{y:.0f} at {x:.2f}' for x, y in zip(line.x, line.y)) for line in lines
+    )
+    figure = draw_lines(lines, title, 'margin of the router (1: its mean)', 'routes changed (%)', (0, 103))
+    caption = f'{title}: decisions that the attack on the router changed, by the margin by which they were made '
+    caption += 'without it; each point is as many decisions.'
+    return Picture('flips_by_margin', figure, caption, f'Routes changed, in percent, by margin. {said}.')
 
 
 def _attack_table(model: ModelResults) -> Table:

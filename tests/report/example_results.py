@@ -144,6 +144,10 @@ def _dissection(folder, kind, ra):
             failures=dict(standing=112, experts=170, router=60),
             experts=[dict(expert=n, sa=91.0, ra=12.0) for n in experts],
             best_expert=dict(sa=96.0, ra=35.0),
+            flips_by_margin=[
+                dict(margin_from=0.0, margin_mean=0.25, margin_to=0.5, decisions=180, changed=0.5),
+                dict(margin_from=0.5, margin_mean=1.75, margin_to=3.0, decisions=180, changed=0.125),
+            ],
             routes_certified=0.61 if kind['routing'] == 'image' else None,
             load={name: load for name in ('clean', 'gate', 'end_to_end', 'router')},
         )

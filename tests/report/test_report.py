@@ -22,6 +22,7 @@ from processes import run_script_in_fork
 
 from mmadvmoe.report import PARTS, DamagedFileError, describe_model, make_examples, read_results, slug, write_report
 from mmadvmoe.report.results import load_examples
+from mmadvmoe.report.route_sections import dissection
 from mmadvmoe.report.sections import sections_of
 from mmadvmoe.visualization import png_bytes
 
@@ -118,6 +119,27 @@ def test_curves_of_a_mixture_tell_what_the_gate_alone_would_say(tmp_path):
     assert drawn['MoE'] == drawn['Dense'] == [50, 40, 34, 32, 30.4]
     assert drawn['MoE, gate alone'] == [55, 45, 39, 37, 35.4]
     assert [line.get_label() for line in eps.figure.axes[0].get_lines()] == ['MoE', 'Dense']
+
+
+def test_flips_against_margin_are_drawn_for_the_mixtures_that_know_them(tmp_path):
+    models = results(tmp_path, 'A', 'B') + results(tmp_path, 'Dense', routing=None)
+    # As older versions wrote it.
+    file = tmp_path / 'b' / 'dissection.json'
+    content = json.loads(file.read_text())
+    del content['flips_by_margin'], content['routes_certified']
+    file.write_text(json.dumps(content))
+    models[1] = read_results(tmp_path / 'b')
+    assert not models[1].damaged
+
+    def pictures(models):
+        return {item.name: item for item in dissection(models).items if hasattr(item, 'figure')}
+
+    picture = pictures(models)['flips_by_margin']
+    (line,) = picture.figure.axes[0].get_lines()
+    assert line.get_label() == 'A'
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.25, 1.75], [50, 12.5])
+    assert 'A: 50 at 0.25, 12 at 1.75.' in picture.alt
+    assert list(pictures(models[1:])) == ['failures']
 
 
 def test_a_curve_alone_stands_in_for_that_of_the_checks(tmp_path):
@@ -220,6 +242,7 @@ def test_metrics_that_are_not_those_of_their_checksum_are_damage(tmp_path):
     [
         ('dissection.json', lambda content: content['attacks']['gate']['table'].pop('kept')),
         ('dissection.json', lambda content: content['load'].pop('clean')),
+        ('dissection.json', lambda content: content['flips_by_margin'][1].pop('changed')),
         ('soundness.json', lambda content: content['curves']['eps'][1].update(ra=None)),
         ('training.json', lambda content: content.update(loss=5)),
     ],
