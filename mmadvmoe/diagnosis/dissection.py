@@ -234,16 +234,9 @@ def flips_by_margin(dissection: Dissection) -> list[dict]:
     bins = torch.bucketize(margins, starts, right=True) - 1
     found = []
     for index in range(len(starts)):
-        inside, flipped = margins[bins == index].double(), changed[bins == index]
-        found.append(
-            dict(
-                margin_from=float(inside.min()),
-                margin_mean=float(inside.mean()),
-                margin_to=float(inside.max()),
-                decisions=len(inside),
-                changed=float(flipped.double().mean()),
-            )
-        )
+        inside, flipped = margins[bins == index].double(), changed[bins == index].double()
+        ends = dict(margin_from=inside.min(), margin_mean=inside.mean(), margin_to=inside.max(), changed=flipped.mean())
+        found.append(dict(decisions=len(inside), **{key: float(value) for key, value in ends.items()}))
     return found
 
 

@@ -93,12 +93,8 @@ def routes_text(certified: float, changed: float) -> str:
 
 def _flips(report: Mapping) -> str:
     rows = [
-        [
-            f'{each["margin_from"]:.2f} to {each["margin_to"]:.2f}',
-            str(each['decisions']),
-            f'{100 * each["changed"]:.1f}',
-        ]
-        for each in report['flips_by_margin']
+        [f'{one["margin_from"]:.2f} to {one["margin_to"]:.2f}', str(one['decisions']), f'{100 * one["changed"]:.1f}']
+        for one in report['flips_by_margin']
     ]
     title = 'Decisions that the attack on the router changed, by their margin without it (1: the mean of a router)'
     return f'{title}\n{text_table(["margin", "decisions", "changed %"], rows)}'
