@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=${OUT:-work_dirs/gpu_table} PYTHON=${PYTHON:-python3} DATA=${DATA:-data/cifar10_images} SEEDS=${SEEDS:-0}
 EPOCHS=${EPOCHS:-30} SHORT=${SHORT:-0}
-if [ "$SHORT" = 1 ]; then DEVICE=${DEVICE:-cpu} EPOCHS=1; else DEVICE=${DEVICE:-cuda}; fi
+if [ "$SHORT" = 1 ]; then DEVICE=${DEVICE:-cpu} EPOCHS=2; else DEVICE=${DEVICE:-cuda}; fi
 # name of the row, config, epochs in units of EPOCHS (half of the batches of a training in turns are the router's)
 TABLE="
 at_dense:baselines/at_dense_resnet18_cifar10_fast.py:1

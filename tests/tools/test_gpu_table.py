@@ -1,5 +1,6 @@
 """What the script for a GPU machine leaves to do, and the table that it ends in."""
 
+import argparse
 import json
 import os
 import runpy
@@ -8,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config, DictAction
+
+from mmadvmoe.runtime.config_checks import check_options
+from mmadvmoe.runtime.preflight import check_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +56,22 @@ def test_what_is_done_is_not_done_again(folder):
         '== test_advmoe_0: done before',
     ]
     assert (folder / 'table.md').exists()
+
+
+@pytest.mark.parametrize('short', ['0', '1'])
+def test_every_training_that_it_starts_passes_the_checks_before_a_training(tmp_path, short):
+    assert script(tmp_path, 'table', PYTHON='echo', SHORT=short).returncode == 0
+    started = sorted(tmp_path.glob('train_*.done'))
+    assert len(started) == 6
+    for file in started:
+        words = file.read_text().splitlines()[0].split()
+        parser = argparse.ArgumentParser()
+        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+        options = parser.parse_args(words[words.index('--cfg-options') :]).cfg_options
+        cfg = Config.fromfile(ROOT / words[1])
+        check_options(options, cfg)
+        cfg.merge_from_dict(options)
+        check_config(cfg)
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(folder):
