@@ -63,10 +63,10 @@ def test_every_training_that_it_starts_passes_the_checks_before_a_training(tmp_p
     assert script(tmp_path, 'table', PYTHON='echo', SHORT=short).returncode == 0
     started = sorted(tmp_path.glob('train_*.done'))
     assert len(started) == 6
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     for file in started:
         words = file.read_text().splitlines()[0].split()
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
         options = parser.parse_args(words[words.index('--cfg-options') :]).cfg_options
         cfg = Config.fromfile(ROOT / words[1])
         check_options(options, cfg)
