@@ -17,6 +17,7 @@ from mmadvmoe.runtime.seeding import preserve_rng_state
 
 from .class_groups import Partition
 from .subject import Images, ThreatModel, percent
+from .substitute import predict
 
 #: Where more routes than this can be changed (%), a mixture was not seen to pay for its router.
 MOST_FLIPS = 5.0
@@ -91,10 +92,10 @@ def try_router(
         _fit(victim, attack, train, groups.experts_of(train.labels, num_groups), iterations, batch_size)
     expert = groups.experts_of(test.labels, num_groups)
     attack = build_attack(threat.attack('PGD'), victim)
-    clean = _chosen(victim, test.images)
+    clean = predict(victim, test.images)
     # To another expert than the clean one, and to another than that of the class.
     moved, wrong = (
-        _chosen(victim, Images(test.images, labels, test.chunk_size, test.seed).attacked('router', attack))
+        predict(victim, Images(test.images, labels, test.chunk_size, test.seed).attacked('router', attack))
         for labels in (clean, expert)
     )
     return RouterTrial(
@@ -120,12 +121,6 @@ def _fit(victim: Victim, attack: BoundAttack, train: Images, expert: Tensor, ite
         optimizer.step()
         schedule.step()
     router.eval()
-
-
-@torch.no_grad()
-def _chosen(victim: Victim, images: Tensor) -> Tensor:
-    """The expert of each image, (B,) int64."""
-    return torch.cat([victim(part).argmax(1) for part in images.split(512)])
 
 
 def config_fragment(

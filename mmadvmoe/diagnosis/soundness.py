@@ -264,7 +264,8 @@ def gradients(victim: Victim, data: Images, route: Optional[Tensor] = None) -> T
     with torch.enable_grad(), victim.frozen():
         for chunk, given in zip(data.chunks(), data.split(route)):
             points = chunk.images.detach().clone().requires_grad_()
-            loss = F.cross_entropy(_logits(victim, points, given), chunk.labels, reduction='sum')
+            logits, _ = victim.forward_routed(points, given, with_logits=False)
+            loss = F.cross_entropy(logits, chunk.labels, reduction='sum')
             parts.append(torch.autograd.grad(loss, points)[0])
     return torch.cat(parts)
 
@@ -285,7 +286,7 @@ def ascents(
     generator = torch.Generator(data.images.device).manual_seed(data.seed)
 
     def margin(points: Tensor, labels: Tensor, given: Optional[Tensor]) -> Tensor:
-        logits = _logits(victim, points, given)
+        logits, _ = victim.forward_routed(points, given, with_logits=False)
         true = logits.gather(1, labels[:, None]).squeeze(1)
         return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - true
 
@@ -300,10 +301,6 @@ def ascents(
             along.append(gains[0])
             best.append(gains[1:].amax(0))
     return torch.cat(along), torch.cat(best)
-
-
-def _logits(victim: Victim, images: Tensor, route: Optional[Tensor]) -> Tensor:
-    return victim(images) if route is None else victim.forward_routed(images, route, with_logits=False)[0]
 
 
 def ra_of_each(measured: Measured) -> dict[str, float]:
