@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import os.path as osp
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import FunctionType
@@ -59,6 +59,13 @@ def did_you_mean(name: Any, allowed: Collection[str]) -> str:
     """The hint at the nearest allowed name, for the middle of a message; empty if none is near."""
     near = get_close_matches(str(name), [str(each) for each in allowed], n=1, cutoff=0.5)
     return f' (did you mean {near[0]!r}?)' if near else ''
+
+
+def some(parts: Iterable[Any], most: int = 5, separator: str = ', ') -> str:
+    """The first few of many things, for a message, and how many more there are."""
+    parts = [str(part) for part in parts]
+    more = f'{separator.strip(", ")} and {len(parts) - most} more' if len(parts) > most else ''
+    return (separator.join(parts[:most]) or 'nothing') + more
 
 
 def type_name(kind: Union[str, type]) -> str:

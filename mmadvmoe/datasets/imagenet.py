@@ -10,12 +10,9 @@ from collections.abc import Iterable
 from mmpretrain.datasets import BaseDataset, ImageNet
 from mmpretrain.registry import DATASETS
 
-from mmadvmoe.utils import choose
+from mmadvmoe.utils import choose, some
 
 from .splits import SPLITS, part_of
-
-#: Problems that a message names.
-_SHOWN = 3
 
 
 @DATASETS.register_module()
@@ -77,7 +74,7 @@ class ImageNetSplit(ImageNet):
         return problems
 
     def _advice(self, problems: list[str]) -> str:
-        found = _summary(problems) if osp.isdir(self.img_prefix) else 'there is no such folder'
+        found = some(problems, 3, '; ') if osp.isdir(self.img_prefix) else 'there is no such folder'
         archive = f'ILSVRC2012_img_{self.official}.tar'
         return (
             f'{type(self).__name__} needs the official images in {osp.abspath(self.img_prefix)} ({found}). Download '
@@ -150,7 +147,7 @@ class TinyImageNet(BaseDataset):
         return part_of(data_list, self.part, self.num_val)
 
     def _advice(self, folder: str, problems: list[str]) -> str:
-        found = _summary(problems) if osp.isdir(folder) else 'there is no such folder'
+        found = some(problems, 3, '; ') if osp.isdir(folder) else 'there is no such folder'
         archive = osp.join(self.data_root, osp.basename(self.url))
         return (
             f'{type(self).__name__} needs the official files in {osp.abspath(folder)} ({found}). Download {self.url}, '
@@ -202,9 +199,3 @@ def _missing_files(root: str, names: Iterable[str]) -> list[str]:
         if missing:
             problems.append(f'{folder or "."}: {missing} of {len(files)} images missing')
     return problems
-
-
-def _summary(problems: list[str]) -> str:
-    """Join sentence parts, the first few of them."""
-    more = f'; and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
-    return '; '.join(problems[:_SHOWN]) + more

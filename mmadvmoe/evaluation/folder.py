@@ -14,7 +14,7 @@ import torch
 
 from mmadvmoe.runtime.lock import FolderLock
 from mmadvmoe.runtime.seal import damage_of, is_sealed, seal
-from mmadvmoe.utils import PARTIAL, as_plain, write_atomically
+from mmadvmoe.utils import PARTIAL, as_plain, some, write_atomically
 
 from .data import Chunk
 from .outcomes import CLEAN, NORMS, Outcome, RobustOutcomes
@@ -90,9 +90,8 @@ class OutcomeFolder:
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differences = _differences(*({key: run.get(key) for key in _MUST_AGREE} for run in (before, now)))
         if differences:
-            more = f'; and {len(differences) - 5} more' if len(differences) > 5 else ''
             raise ValueError(
-                f'{str(self.path)!r} holds the outcomes of another evaluation: {"; ".join(differences[:5])}{more}'
+                f'{str(self.path)!r} holds the outcomes of another evaluation: {some(differences, separator="; ")}'
                 '. To go on with that one, start it with its own settings (they are in run.json); to delete its '
                 'outcomes and begin anew, overwrite it (--overwrite, or overwrite=True); to keep both, choose another '
                 'folder.'

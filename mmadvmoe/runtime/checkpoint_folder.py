@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Optional
 
+from mmadvmoe.utils import some
+
 from .atomic import AtomicLocalBackend
 from .safe_load import CheckpointError, load_from_local
 from .seal import is_sealed
 
 POINTER = 'last_checkpoint'
-_SHOWN = 6
 
 
 class CheckpointFolder:
@@ -92,10 +93,9 @@ class CheckpointFolder:
         asides = (osp.join(self.path, f'earlier_{number}') for number in count(1))
         aside = next(path for path in asides if not osp.exists(path))
         begins = f'This training goes on after step {step}' if step else 'A new training begins'
-        more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
         warn(
-            f'{begins} in {self.path!r}, which holds checkpoints of another: {", ".join(names[:_SHOWN])}{more}. They '
-            f'are moved to {aside!r}, which you may delete. To go on with one of them, start with --resume FILE, the '
+            f'{begins} in {self.path!r}, which holds checkpoints of another: {some(names, 6)}. They are '
+            f'moved to {aside!r}, which you may delete. To go on with one of them, start with --resume FILE, the '
             'one there.'
         )
         pointer = osp.join(work_dir, POINTER)

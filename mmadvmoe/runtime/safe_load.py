@@ -26,7 +26,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as model_zoos
 from torch import nn
 
-from mmadvmoe.utils import bare_model
+from mmadvmoe.utils import bare_model, some
 
 from .lock import in_first_process
 from .seal import damage_of
@@ -40,7 +40,6 @@ MapLocation = Union[str, torch.device, Callable, None]
 
 _STATISTICS = ('min', 'max', 'current', 'mean')
 _NUMBER_KINDS = 'biufc'
-_SHOWN = 5
 _ADVICE = 'Copy or download it again, or resume from an earlier checkpoint with `--resume <work_dir>/epoch_<n>.pth`.'
 
 
@@ -136,8 +135,7 @@ def load_from_openmmlab(name: str, map_location: MapLocation = None) -> dict:
 def load_from_mmcls(name: str, map_location: MapLocation = None) -> dict:
     """Load the backbone of ``mmcls://<model>``."""
     checkpoint = load_from_http(model_zoos.get_mmcls_models()[_after_scheme(name)], map_location)
-    weights, prefix = checkpoint.get('state_dict', checkpoint), 'backbone.'
-    return dict(state_dict={key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
+    return model_zoos._process_mmcls_checkpoint(checkpoint)
 
 
 def _after_scheme(name: str) -> str:
@@ -156,7 +154,7 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
     """
     if 'state_dict' not in checkpoint:
         raise CheckpointError(
-            f'Checkpoint {filename!r} has no `state_dict`, only {_some(checkpoint)}. It is not a checkpoint of '
+            f'Checkpoint {filename!r} has no `state_dict`, only {some(checkpoint)}. It is not a checkpoint of '
             'MMEngine; convert it, or load it with `init_cfg=dict(type="Pretrained", checkpoint=...)` of the backbone.'
         )
     model = bare_model(model)
@@ -170,7 +168,7 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
         if name in given and given[name].shape != value.shape
     ]
     problems = {'missing': missing, 'unexpected': unexpected, 'of another shape': shapes}
-    problems = [f'{what} {_some(names)}' for what, names in problems.items() if names]
+    problems = [f'{what} {some(names)}' for what, names in problems.items() if names]
     if not problems:
         return
     try:
@@ -184,10 +182,9 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
 
 
 def check_can_be_loaded(state: Any, what: str, cure: str) -> None:
-    """Check that what is going to be saved, a small part of a checkpoint, will load; ``what`` names it.
+    """Raise ValueError, naming it ``what``, where a small part of a checkpoint that is going to be saved will not load.
 
-    Raises:
-        ValueError: It holds something else than numbers, text and tensors, such as a function.
+    It then holds something else than numbers, text and tensors, such as a function.
     """
     file = io.BytesIO()
     torch.save(state, file)
@@ -217,7 +214,7 @@ def _check_container(filename: str) -> None:
         with zipfile.ZipFile(filename) as archive:
             names = archive.namelist()
         if not any(name.endswith('/data.pkl') for name in names):
-            raise CheckpointError(f'{filename!r} is a zip file but not a checkpoint: it holds {_some(names)}.')
+            raise CheckpointError(f'{filename!r} is a zip file but not a checkpoint: it holds {some(names)}.')
     elif magic == b'PK\x03\x04':
         raise CheckpointError(f'Checkpoint {filename!r} is cut off: its end is missing. {_ADVICE}')
     elif magic[:1] != b'\x80':
@@ -236,7 +233,7 @@ def _check_content(filename: str, checkpoint: Any) -> None:
     nested = [value for value in weights.values() if isinstance(value, Mapping)]
     if not any(isinstance(v, torch.Tensor) for group in (weights, *nested) for v in group.values()):
         raise CheckpointError(
-            f'{filename!r} holds no weights: no `state_dict`, only {_some(checkpoint)}. Choose a file that a training '
+            f'{filename!r} holds no weights: no `state_dict`, only {some(checkpoint)}. Choose a file that a training '
             'run has saved, such as `epoch_*.pth`.'
         )
 
@@ -254,12 +251,6 @@ def _explain(filename: str, error: Exception) -> CheckpointError:
         )
     first_line = text.splitlines()[0] if text else type(error).__name__
     return CheckpointError(f'Checkpoint {filename!r} is damaged or was not written by PyTorch: {first_line} {_ADVICE}')
-
-
-def _some(names: Any) -> str:
-    names = [str(name) for name in names]
-    more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-    return (', '.join(names[:_SHOWN]) or 'nothing') + more
 
 
 def _safe_globals() -> list:
