@@ -180,12 +180,10 @@ def with_route_attack(attacks: Mapping[str, Mapping], victim: Victim, key: str =
         if built.eps is not None:
             radii[attack_norm(cfg)] = max(built.eps, radii.get(attack_norm(cfg), 0.0))
     name = f'routepgd{min(_ROUTE_STEPS, max(filter(None, lengths), default=_ROUTE_STEPS))}'
-    first, *others = attacks
-    completed = {first: attacks[first]}
-    for norm, eps in radii.items():
-        suffix = '' if len(radii) == 1 else f'-{norm.lower()}'
-        completed[f'{name}{suffix}'] = standard_attack(name, eps, norm)
-    return completed | {name: attacks[name] for name in others}
+    suffixes = {norm: '' if len(radii) == 1 else f'-{norm.lower()}' for norm in radii}
+    added = {f'{name}{suffixes[norm]}': standard_attack(name, eps, norm) for norm, eps in radii.items()}
+    first = next(iter(attacks))
+    return {first: attacks[first]} | added | attacks
 
 
 def held_name(name: str) -> str:

@@ -135,7 +135,7 @@ def read_results(folder: Path, damaged: Sequence[str] = ()) -> ModelResults:
     def part(name: str, read: Callable[[Path, str], Any] = read_json) -> Any:
         try:
             return read(folder, name) if (folder / name).is_file() else None
-        except DamagedFileError as error:
+        except (ValueError, OSError) as error:
             faults.append(str(error))
             return None
 
@@ -143,7 +143,7 @@ def read_results(folder: Path, damaged: Sequence[str] = ()) -> ModelResults:
         name=model['name'],
         model=model,
         metrics=part(PARTS['evaluation'], _read_metrics),
-        outcomes=part(OUTCOMES, _read_outcomes),
+        outcomes=part(OUTCOMES, lambda folder, name: read_evaluation((folder / name).parent).outcomes),
         run=part(RUN),
         dissection=part(PARTS['dissection']),
         soundness=part(PARTS['soundness']),
@@ -191,19 +191,8 @@ def _lacks(content: Any, path: Sequence[str]) -> bool:
 
 def _read_metrics(folder: Path, name: str) -> dict[str, float]:
     """The metrics that are single numbers; others are not shown."""
-    try:
-        read_metrics((folder / name).parent)
-    except ValueError as error:
-        raise DamagedFileError(str(error)) from None
+    read_metrics((folder / name).parent)
     return {key: value for key, value in read_json(folder, name).items() if isinstance(value, Real)}
-
-
-def _read_outcomes(folder: Path, name: str) -> RobustOutcomes:
-    """The outcomes of a finished evaluation."""
-    try:
-        return read_evaluation((folder / name).parent).outcomes
-    except (ValueError, OSError) as error:
-        raise DamagedFileError(str(error)) from None
 
 
 def save_examples(path: Path, saved: SavedExamples) -> None:
