@@ -109,27 +109,20 @@ class BatchedCropFlip:
         """Augment (B, C, H, W), of any type; the result is new."""
         batch, _, height, width = images.shape
         above, left = self.padding
-        rows = self._draw(2 * above + 1, images) + torch.arange(height, device=images.device)
-        columns = self._draw(2 * left + 1, images) + torch.arange(width, device=images.device)
+        everywhere, own = (batch * get_world_size(), 1), slice(get_rank(), None, get_world_size())
+
+        def draw(count: int) -> Tensor:
+            """(B, 1) whole numbers from 0 to ``count`` - 1."""
+            return torch.randint(count, everywhere, device=images.device)[own]
+
+        rows = draw(2 * above + 1) + torch.arange(height, device=images.device)
+        columns = draw(2 * left + 1) + torch.arange(width, device=images.device)
         if self.flip:
-            mirrored = torch.rand(self._everywhere(batch), 1, device=images.device)[self._own(batch)] < self.flip
+            mirrored = torch.rand(everywhere, device=images.device)[own] < self.flip
             columns = torch.where(mirrored, columns.flip(1), columns)
         padded = F.pad(images, (left, left, above, above)).permute(0, 2, 3, 1)
         index = torch.arange(batch, device=images.device)[:, None, None]
         return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-    def _draw(self, count: int, images: Tensor) -> Tensor:
-        """(B, 1) whole numbers from 0 to ``count`` - 1."""
-        batch = len(images)
-        return torch.randint(count, (self._everywhere(batch), 1), device=images.device)[self._own(batch)]
-
-    @staticmethod
-    def _everywhere(batch: int) -> int:
-        return batch * get_world_size()
-
-    @staticmethod
-    def _own(batch: int) -> slice:
-        return slice(get_rank(), None, get_world_size())
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(padding={self.padding}, flip={self.flip})'

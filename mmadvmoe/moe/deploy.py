@@ -7,6 +7,7 @@ exported cannot hold that. Here nothing depends on the data but values.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -49,10 +50,13 @@ def deployable(model: nn.Module) -> nn.Module:
 
 
 def _without_routes(backbone: MoEBackbone) -> nn.Module:
+    layers = backbone.expert_layers()
     if backbone.placement.one_route_per_image:
-        return _AllPathways(backbone)
-    kind = _AllFFNs if backbone.placement.reads_tokens else _AllExperts
-    return _copy_with(backbone.network, {layer: kind(layer) for layer in backbone.expert_layers()})
+        experts = range(backbone.num_experts)
+        dense = ({layer: _dense_layer(layer, expert) for layer in layers} for expert in experts)
+        return _AllPathways(backbone.router, (_copy_with(backbone.network, replaced) for replaced in dense))
+    kind = _AllFFNs if backbone.placement.reads_tokens else _all_experts
+    return _copy_with(backbone.network, {layer: kind(layer) for layer in layers})
 
 
 def _copy_with(network: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -88,33 +92,20 @@ def _select(expert: Tensor, first: Tensor, *others: Tensor) -> Tensor:
 
 
 class _AllPathways(nn.Module):
-    """A mixture with image-level routing: N whole networks."""
+    """A router of images, and the N networks or layers of which it chooses one for each image."""
 
-    def __init__(self, backbone: MoEBackbone) -> None:
+    def __init__(self, router: BaseRouter, pathways: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.router = backbone.router
-        layers = backbone.expert_layers()
-        self.pathways = nn.ModuleList(
-            _copy_with(backbone.network, {layer: _dense_layer(layer, expert) for layer in layers})
-            for expert in range(backbone.num_experts)
-        )
+        self.router = router
+        self.pathways = nn.ModuleList(pathways)
 
     def forward(self, x: Tensor) -> Any:
-        """x: (B, C, H, W) -> features, in the order of the batch."""
+        """x: (B, ...), as the dense network or layer takes it -> what that gives, in the order of the batch."""
         return map_tensors(partial(_select, self.router(x).argmax(1)), *[pathway(x) for pathway in self.pathways])
 
 
-class _AllExperts(nn.Module):
-    """A layer with a router of its own: N dense layers."""
-
-    def __init__(self, layer: ExpertLayer) -> None:
-        super().__init__()
-        self.router: BaseRouter = layer.router
-        self.experts = nn.ModuleList(_dense_layer(layer, expert) for expert in range(layer.num_experts))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, ...), as the dense layer takes it."""
-        return _select(self.router(x).argmax(1), *[expert(x) for expert in self.experts])
+def _all_experts(layer: ExpertLayer) -> nn.Module:
+    return _AllPathways(layer.router, (_dense_layer(layer, expert) for expert in range(layer.num_experts)))
 
 
 class _AllFFNs(nn.Module):

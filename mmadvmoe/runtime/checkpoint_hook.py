@@ -16,7 +16,7 @@ from mmadvmoe.utils import PARTIAL
 
 from .atomic import AtomicLocalBackend, use_atomic_files
 from .checkpoint_folder import POINTER, CheckpointFolder
-from .config_checks import built_schedules
+from .config_checks import schedules
 from .lock import FolderLock, in_first_process
 from .safe_load import CheckpointError, check_can_be_loaded, check_state_dict
 
@@ -255,7 +255,7 @@ def _trains(runner: Runner) -> bool:
 
 
 def _check_schedulers(runner: Runner) -> None:
-    for key, parts in built_schedules(runner).items():
+    for key, parts in schedules(runner.param_schedulers).items():
         for part in parts:
             check_can_be_loaded(
                 part.state_dict(),

@@ -67,20 +67,12 @@ def _paths(part: Any, key: str, path: str = '') -> Iterator[str]:
 
 
 def schedules(param_scheduler: Any) -> dict[str, Sequence[Any]]:
-    """The schedulers of a config by the key under which they stand: one for all, or one for each optimizer."""
+    """The schedulers of a config or a Runner by their key in the config: one for all, or one for each optimizer."""
     if isinstance(param_scheduler, Mapping) and 'type' not in param_scheduler:
         parts = {f'param_scheduler.{name}': part for name, part in param_scheduler.items()}
     else:
         parts = {'param_scheduler': param_scheduler}
     return {key: part if isinstance(part, (list, tuple)) else [part] for key, part in parts.items() if part is not None}
-
-
-def built_schedules(runner: Runner) -> dict[str, Sequence[Any]]:
-    """The schedulers that a Runner has built, by the key of the config under which they stand."""
-    built = runner.param_schedulers or []
-    if isinstance(built, Mapping):
-        return {f'param_scheduler.{name}': parts for name, parts in built.items()}
-    return dict(param_scheduler=built)
 
 
 def check_schedules(cfg: Mapping[str, Any]) -> None:
@@ -125,7 +117,7 @@ def check_by_epoch(runner: Runner, hook: Hook) -> None:
 
 def warn_of_ended_schedules(runner: Runner) -> None:
     """Warn where a run goes on longer than its schedules, which are those of the run that is resumed."""
-    for key, parts in built_schedules(runner).items():
+    for key, parts in schedules(runner.param_schedulers).items():
         given = schedules(runner.cfg.get('param_scheduler'))
         given = given.get(key) or given.get('param_scheduler') or [{}]
         if not parts or given[-1].get('end') is not None:
