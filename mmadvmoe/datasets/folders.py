@@ -107,16 +107,13 @@ class ImageFolders(BaseDataset):
     def _read(self, folder: str, names: list[str]) -> np.ndarray:
         """All images, (N, H, W, 3) uint8, from the cache or the files."""
         root = osp.join(self.data_root, folder)
+        if not self.cache:
+            return self._decode(root, names)
         origin = _digest_of_files(root, names, self.size)
-        path = None
-        if self.cache:
-            size = 'x'.join(map(str, self.size)) if self.size else 'as_is'
-            path = osp.join(self.cache, f'{folder}.{size}.npz')
-            images = _read_cache(path, origin)
-            if images is not None:
-                return images
-        images = self._decode(root, names)
-        if path is not None:
+        path = osp.join(self.cache, f'{folder}.{"x".join(map(str, self.size)) if self.size else "as_is"}.npz')
+        images = _read_cache(path, origin)
+        if images is None:
+            images = self._decode(root, names)
             try:
                 write_atomically(path, _as_cache(images, origin))
             except OSError as error:

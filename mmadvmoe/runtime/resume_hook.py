@@ -1,7 +1,7 @@
 """Resuming such that nobody can tell it from a run that was never interrupted."""
 
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from mmengine.dataset import worker_init_fn as mmengine_worker_init_fn
@@ -136,10 +136,8 @@ class ExactResumeHook(Hook):
         loop, done = runner.train_loop, _progress(runner)
         if runner.val_loop is None or not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
             return
-        end = loop.max_iters if isinstance(loop, IterBasedTrainLoop) else loop.max_epochs
         loop._decide_current_val_interval()
-        due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == end)
-        if due and runner.message_hub.runtime_info.get('last_validated') != done:
+        if done in validation_steps(loop) and runner.message_hub.runtime_info.get('last_validated') != done:
             runner.logger.info('The run was stopped before it had validated: validating now.')
             runner.val_loop.run()
 
@@ -166,6 +164,12 @@ class _SkippingIterator:
             self._loop.dataloader_iterator = self._iterator
         self._left -= 1
         return next(self._iterator)
+
+
+def validation_steps(loop: Union[EpochBasedTrainLoop, IterBasedTrainLoop]) -> list[int]:
+    """The epochs or iterations after which a training loop validates."""
+    end = loop.max_iters if isinstance(loop, IterBasedTrainLoop) else loop.max_epochs
+    return [step for step in range(loop.val_begin, end + 1) if step % loop.val_interval == 0 or step == end]
 
 
 def _own_state(runner: Runner) -> dict:

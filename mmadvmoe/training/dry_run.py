@@ -16,10 +16,11 @@ from uuid import uuid4
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import Runner
 
 from mmadvmoe.runtime.launch import build_runner
 from mmadvmoe.runtime.preflight import check_batches
+from mmadvmoe.runtime.resume_hook import validation_steps
 from mmadvmoe.runtime.safe_load import check_state_dict, load_from_local
 from mmadvmoe.utils import bare_model
 
@@ -100,7 +101,7 @@ def dry_run(cfg: Config) -> DryRun:
             _until_enough(runner.val_loop.run)
             share = len(runner.val_dataloader.dataset) / min(watch.val_images, len(runner.val_dataloader.dataset))
             found.val_seconds = (time.perf_counter() - start) * share
-            found.validations = _count_validations(runner)
+            found.validations = len(validation_steps(runner.train_loop))
         runner.save_checkpoint(folder, _NAME)
         path = Path(folder, _NAME)
         check_state_dict(bare_model(runner.model), load_from_local(str(path)), str(path))
@@ -167,13 +168,6 @@ def _shorten(cfg: Config) -> None:
         cfg.visualizer.vis_backends = []
     if cfg.get('val_cfg') and 'attacks' in cfg.val_cfg:
         cfg.val_cfg.chunk_size = VAL_IMAGES
-
-
-def _count_validations(runner: Runner) -> int:
-    loop = runner.train_loop
-    end = loop.max_iters if isinstance(loop, IterBasedTrainLoop) else loop.max_epochs
-    due = range(loop.val_begin, end + 1)
-    return sum(step % loop.val_interval == 0 or step == end for step in due)
 
 
 def _now() -> float:
