@@ -2,8 +2,9 @@
 
 The table is Markdown: mean, sample standard deviation and range over the seeds. With --baseline a second table gives
 the mean difference to that row over the seeds that both have, with its 95% interval (Student's t). With --plot a
-picture shows the mean of the metric against the multiply-adds of one image, routers included. Arguments can be in a
-file, one a line: @FILE.
+picture shows the mean of the metric against the multiply-adds of one image, routers included. With --training-time
+both are about what training costs: its wall time, which only means something among runs on the same idle cores.
+Arguments can be in a file, one a line: @FILE.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mmadvmoe.utils import choose
 from mmadvmoe.visualization.style import MARKERS
 
 SUFFIX = '/accuracy/top1'
+TRAINING_TIME = 'training, s'
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--baseline', metavar='LABEL', help='row that the others are compared with')
     parser.add_argument('--metric', default='worst', help='accuracy that is compared and drawn [%(default)s]')
     parser.add_argument('--plot', type=Path, help='file to draw accuracy against cost in, as in ra_over_cost.png')
+    parser.add_argument('--training-time', action='store_true', help='add a column of it, and draw against it')
     return parser.parse_args()
 
 
@@ -89,15 +92,16 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return '\n'.join(['| ' + ' | '.join(header) + ' |', ruler, *('| ' + ' | '.join(line) + ' |' for line in lines)])
 
 
-def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str]) -> str:
+def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str], training_time: bool = False) -> str:
     """The rows as a table, and below it the runs that failed."""
-    header = ['method', *columns.values(), 'busiest expert']
+    header = ['method', *columns.values(), *[TRAINING_TIME] * training_time, 'busiest expert']
     header += ['multiply-adds with router', 'router', 'parameters', 'active', 'runs']
     lines = []
     for label, runs in rows.items():
         good = done(runs)
         metrics = [[r['metrics'][name + SUFFIX] for r in good if name + SUFFIX in r['metrics']] for name in columns]
         cells = [spread(values, len(good)) for values in metrics]
+        cells += [spread([record['train_seconds'] for record in good])] * training_time
         cells.append(spread([share for record in good if (share := busiest_share(record['metrics'])) is not None]))
         cells += costs(good[0]['cost']) if good else [''] * 4
         cells.append(f'{len(good)}' if len(good) == len(runs) else f'{len(good)} of {len(runs)}')
@@ -169,8 +173,8 @@ def differences(rows: Mapping[str, Sequence[Mapping]], baseline: str, metric: st
     return markdown([f'against {baseline}', 'mean difference', '95% interval', 'pairs'], lines)
 
 
-def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path) -> None:
-    """Draw the mean of a metric against the cost of one image, with the range over seeds."""
+def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, training_time: bool = False) -> None:
+    """Draw the mean of a metric against the cost of one image or of training, with the range over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout='constrained')
@@ -179,11 +183,11 @@ def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path) -> None
         values = [record['metrics'][metric] for record in done(runs)]
         if not values:
             continue
-        cost = done(runs)[0]['cost']
+        spent = [record['train_seconds'] if training_time else multiply_adds(record['cost']) for record in done(runs)]
         mean = statistics.mean(values)
         reach = [[mean - min(values)], [max(values) - mean]]
-        axes.errorbar(multiply_adds(cost), mean, reach, fmt=mark, capsize=3, label=label)
-    axes.set_xlabel('multiply-adds of one image, routers included')
+        axes.errorbar(statistics.mean(spent), mean, reach, fmt=mark, capsize=3, label=label)
+    axes.set_xlabel(TRAINING_TIME if training_time else 'multiply-adds of one image, routers included')
     axes.set_ylabel(f'{metric.removesuffix(SUFFIX)} accuracy, %')
     axes.set_xscale('log')
     axes.legend(fontsize='small')
@@ -199,11 +203,11 @@ def main() -> None:
     records = [record for file in files for record in read(file)]
     rows = rows_of(records, args.rows)
     metric = choose(args.metric, columns_of(rows), '--metric') + SUFFIX
-    print(table(rows, columns_of(rows, args.columns)))
+    print(table(rows, columns_of(rows, args.columns), args.training_time))
     if args.baseline is not None:
         print('\n' + differences(rows, args.baseline, metric))
     if args.plot is not None:
-        plot(rows, metric, args.plot)
+        plot(rows, metric, args.plot, args.training_time)
 
 
 if __name__ == '__main__':

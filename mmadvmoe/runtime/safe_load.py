@@ -135,7 +135,8 @@ def load_from_openmmlab(name: str, map_location: MapLocation = None) -> dict:
 def load_from_mmcls(name: str, map_location: MapLocation = None) -> dict:
     """Load the backbone of ``mmcls://<model>``."""
     checkpoint = load_from_http(model_zoos.get_mmcls_models()[_after_scheme(name)], map_location)
-    return model_zoos._process_mmcls_checkpoint(checkpoint)
+    weights, prefix = checkpoint.get('state_dict', checkpoint), 'backbone.'
+    return dict(state_dict={key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
 
 
 def _after_scheme(name: str) -> str:

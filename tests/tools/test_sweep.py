@@ -74,6 +74,9 @@ def test_table_shows_spread_load_and_failures(compare: ModuleType) -> None:
     assert lines[-1] == '* MoE, seed 2: NonFiniteError: loss at iteration 3'
     chosen = compare.table(rows, compare.columns_of(rows, ['worst=RA-AA', 'clean']))
     assert chosen.startswith('| method | RA-AA | clean | busiest expert |')
+    timed = compare.table(rows, compare.columns_of(rows, ['worst']), training_time=True).splitlines()
+    assert timed[0].startswith('| method | worst | training, s | busiest expert |')
+    assert timed[2].split(' | ')[2] == '1.0 ± 0.0 (1.0 to 1.0)'
 
 
 def test_differences_are_paired_by_seed(compare: ModuleType) -> None:
@@ -98,6 +101,8 @@ def test_the_picture_is_drawn(compare: ModuleType, tmp_path: Path, monkeypatch: 
     assert points == {'MoE': [[pytest.approx(4.4e6), 25.0]], 'Dense': [[pytest.approx(3.4e6), pytest.approx(39.52)]]}
     # Less than a decade apart, and the axis tells them apart nevertheless.
     drawn[0].draw_without_rendering()
+    compare.plot(compare.rows_of(RECORDS), 'worst/accuracy/top1', tmp_path / 'ra.png', training_time=True)
+    assert {line[0].get_xdata().tolist()[0] for line in drawn[1].axes[0].containers} == {1.0}
     left, right = axes.get_xlim()
     ticks = zip(axes.get_xticks(minor=True), axes.get_xticklabels(minor=True))
     assert len({text.get_text() for at, text in ticks if left <= at <= right and text.get_text()}) > 1
