@@ -170,9 +170,17 @@ def build_runner(cfg: Config, verbose: bool = False) -> Runner:
 
     Raises:
         TypeError: A part does not take a keyword, whose place in the config is named.
+        ValueError: ``runner_type`` names MMEngine's FlexibleRunner, or another that is no Runner.
     """
     with keywords_named(cfg):
         if 'runner_type' in cfg:
+            kind = cfg.runner_type if isinstance(cfg.runner_type, type) else RUNNERS.get(cfg.runner_type)
+            if kind is not None and not issubclass(kind, Runner):
+                raise ValueError(
+                    f"runner_type={type_name(cfg.runner_type)!r} is not allowed: it must be 'Runner' or derived from "
+                    'it. The strategies of FlexibleRunner (FSDP, DeepSpeed, ColossalAI) gather the parts of a '
+                    'parameter in model.forward alone, but attacks and routers run parts of a model'
+                )
             return RUNNERS.build(cfg)
         return (Runner if verbose else ConsoleRunner).from_cfg(cfg)
 

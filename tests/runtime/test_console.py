@@ -86,6 +86,9 @@ def test_further_runners_are_as_quiet(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_named_runner_stays(tmp_path: Path) -> None:
     cfg = run_cfg(tmp_path, experiment_name='console_named', runner_type='Runner')
     assert type(build_runner(cfg)) is Runner
+    cfg.runner_type = 'FlexibleRunner'
+    with pytest.raises(ValueError, match="runner_type='FlexibleRunner' is not allowed: it must be 'Runner'"):
+        build_runner(cfg)
 
 
 def test_a_long_attack_tells_how_far_it_is(capsys: pytest.CaptureFixture) -> None:
