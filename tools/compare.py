@@ -101,7 +101,7 @@ def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str], tra
         good = done(runs)
         metrics = [[r['metrics'][name + SUFFIX] for r in good if name + SUFFIX in r['metrics']] for name in columns]
         cells = [spread(values, len(good)) for values in metrics]
-        cells += [spread([record['train_seconds'] for record in good])] * training_time
+        cells += [spread(times(good), len(good))] * training_time
         cells.append(spread([share for record in good if (share := busiest_share(record['metrics'])) is not None]))
         cells += costs(good[0]['cost']) if good else [''] * 4
         cells.append(f'{len(good)}' if len(good) == len(runs) else f'{len(good)} of {len(runs)}')
@@ -140,6 +140,11 @@ def costs(cost: Mapping[str, float]) -> list[str]:
 def multiply_adds(cost: Mapping[str, float]) -> float:
     """Multiply-adds of one image, routers included."""
     return 1e9 * (cost['pathway_gflops'] + cost['router_gflops'])
+
+
+def times(runs: Sequence[Mapping]) -> list[float]:
+    """How long trainings took, in seconds, but for those that were resumed, of which that is not known."""
+    return [record['train_seconds'] for record in runs if not record.get('resumed')]
 
 
 def paired(first: Sequence[Mapping], second: Sequence[Mapping], metric: str) -> list[float]:
@@ -183,7 +188,9 @@ def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, trainin
         values = [record['metrics'][metric] for record in done(runs)]
         if not values:
             continue
-        spent = [record['train_seconds'] if training_time else multiply_adds(record['cost']) for record in done(runs)]
+        spent = times(done(runs)) if training_time else [multiply_adds(record['cost']) for record in done(runs)]
+        if not spent:
+            continue
         mean = statistics.mean(values)
         reach = [[mean - min(values)], [max(values) - mean]]
         axes.errorbar(statistics.mean(spent), mean, reach, fmt=mark, capsize=3, label=label)

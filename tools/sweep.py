@@ -2,7 +2,8 @@
 
 Each run trains, then tests its most robust checkpoint (on the images held out of training) as the config says. Every
 finished run is one line of results.jsonl in the work directory and is not run again; a run that fails is a line, too. A
-run that was interrupted goes on from its last checkpoint. Arguments can be in a file, one a line: @FILE.
+run that was interrupted goes on from its last checkpoint, or in the midst of its test. Arguments can be in a file, one
+a line: @FILE.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ def set_aside(directory: Path) -> None:
 
 def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace) -> dict:
     """Train and test one config with one seed; what happened, as a line of results.jsonl."""
+    from mmadvmoe.evaluation.folder import read_metrics
+
     label, config = split(labelled)
     path = Path(config).resolve()
     directory = (args.work_dir / folder_of(config, settings) / f'seed_{seed}').resolve()
@@ -135,6 +138,7 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         train = ['tools/train.py', path, '--work-dir', directory]
         if (directory / 'last_checkpoint').is_file():
             train.append('--resume')
+            record['resumed'] = True  # what follows is the time since then
         call([*train, *options], directory / 'train.out', args.threads)
         record['train_seconds'] = round(time.monotonic() - started, 1)
         checkpoint = max(directory.glob(BEST), key=os.path.getmtime, default=None)
@@ -142,12 +146,11 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
             raise RunError(f'training left no {BEST}: does the config select by save_best?')
         record['checkpoint'] = checkpoint.name
         started = time.monotonic()
-        metrics = directory / 'metrics.json'
-        command = ['tools/test.py', path, checkpoint, '--work-dir', directory / 'test']
-        command += ['--out', metrics, '--out-item', 'metrics', *options]
-        call(command, directory / 'test.out', args.threads)
+        outcomes = directory / 'outcomes' / checkpoint.stem
+        command = ['tools/test.py', path, checkpoint, '--work-dir', directory / 'test', '--out', f'{outcomes}{os.sep}']
+        call([*command, *options], directory / 'test.out', args.threads)
         record['test_seconds'] = round(time.monotonic() - started, 1)
-        record['metrics'] = json.loads(metrics.read_text(encoding='utf-8'))
+        record['metrics'] = read_metrics(outcomes)
     except RunError as error:
         return dict(record, status='failed', error=str(error))
     return dict(record, status='done', cost=cost_of(directory / path.name))

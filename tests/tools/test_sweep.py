@@ -77,6 +77,10 @@ def test_table_shows_spread_load_and_failures(compare: ModuleType) -> None:
     timed = compare.table(rows, compare.columns_of(rows, ['worst']), training_time=True).splitlines()
     assert timed[0].startswith('| method | worst | training, s | busiest expert |')
     assert timed[2].split(' | ')[2] == '1.0 ± 0.0 (1.0 to 1.0)'
+    # Of a run that was resumed, only the time since then is known.
+    resumed = dict(_record('MoE', 1, (94, 60, 40, 20)), resumed=True)
+    timed = compare.table(dict(MoE=[RECORDS[0], resumed]), compare.columns_of(rows, ['worst']), training_time=True)
+    assert timed.splitlines()[2].split(' | ')[2] == '1.0, 1 of 2 runs'
 
 
 def test_differences_are_paired_by_seed(compare: ModuleType) -> None:
@@ -179,6 +183,7 @@ def test_a_run_is_trained_tested_and_written_down(
     assert good['checkpoint'] == 'best_worst_accuracy_top1_epoch_1.pth'
     assert good['cost']['params_active'] < good['cost']['params_total']
     assert 'seed=3' in next(tmp_path.glob('*eps=0.2/seed_3/advmoe_resnet18_digits.py')).read_text()
+    assert next(tmp_path.glob('*eps=0.2/seed_3/outcomes/best_worst_accuracy_top1_epoch_1/outcomes.jsonl')).is_file()
     assert bad['status'] == 'failed'
     assert 'eps=20' in bad['error'] and bad['error'] in capsys.readouterr().out
 
