@@ -27,8 +27,13 @@ _RNG = np.random.RandomState(0)
 
 def pytest_collectstart() -> None:
     import quick_runner  # noqa: F401  (for every Runner of the tests)
+    import torch
 
     import mmadvmoe  # noqa: F401
+
+    # Autograd asks once which devices there are, and PyTorch's fake tensors pretend a GPU. If it asked after them, it
+    # would start a thread for that, and then work in no fork.
+    torch.ones(1, requires_grad=True).backward()
 
 
 def pytest_collection_finish() -> None:
