@@ -3,8 +3,8 @@
 The table is Markdown: mean, sample standard deviation and range over the seeds. With --baseline a second table gives
 the mean difference to that row over the seeds that both have, with its 95% interval (Student's t). With --plot a
 picture shows the mean of the metric against the multiply-adds of one image, routers included. With --training-time
-both are about what training costs: its wall time, which only means something among runs on the same idle cores.
-Arguments can be in a file, one a line: @FILE.
+both are about what training costs: its processor time, which other jobs hardly change, or its wall time. Arguments can
+be in a file, one a line: @FILE.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmadvmoe.utils import choose
 from mmadvmoe.visualization.style import MARKERS
 
 SUFFIX = '/accuracy/top1'
-TRAINING_TIME = 'training, s'
+TIMES = dict(processor='train_processor_seconds', wall='train_seconds')
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--baseline', metavar='LABEL', help='row that the others are compared with')
     parser.add_argument('--metric', default='worst', help='accuracy that is compared and drawn [%(default)s]')
     parser.add_argument('--plot', type=Path, help='file to draw accuracy against cost in, as in ra_over_cost.png')
-    parser.add_argument('--training-time', action='store_true', help='add a column of it, and draw against it')
+    parser.add_argument('--training-time', choices=list(TIMES), help='add a column of it, and draw against it')
     return parser.parse_args()
 
 
@@ -92,16 +92,18 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return '\n'.join(['| ' + ' | '.join(header) + ' |', ruler, *('| ' + ' | '.join(line) + ' |' for line in lines)])
 
 
-def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str], training_time: bool = False) -> str:
+def table(
+    rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str], training_time: Optional[str] = None
+) -> str:
     """The rows as a table, and below it the runs that failed."""
-    header = ['method', *columns.values(), *[TRAINING_TIME] * training_time, 'busiest expert']
+    header = ['method', *columns.values(), *([title_of(training_time)] if training_time else []), 'busiest expert']
     header += ['multiply-adds with router', 'router', 'parameters', 'active', 'runs']
     lines = []
     for label, runs in rows.items():
         good = done(runs)
         metrics = [[r['metrics'][name + SUFFIX] for r in good if name + SUFFIX in r['metrics']] for name in columns]
         cells = [spread(values, len(good)) for values in metrics]
-        cells += [spread(times(good), len(good))] * training_time
+        cells += [spread(times(good, training_time), len(good))] if training_time else []
         cells.append(spread([share for record in good if (share := busiest_share(record['metrics'])) is not None]))
         cells += costs(good[0]['cost']) if good else [''] * 4
         cells.append(f'{len(good)}' if len(good) == len(runs) else f'{len(good)} of {len(runs)}')
@@ -142,9 +144,14 @@ def multiply_adds(cost: Mapping[str, float]) -> float:
     return 1e9 * (cost['pathway_gflops'] + cost['router_gflops'])
 
 
-def times(runs: Sequence[Mapping]) -> list[float]:
+def times(runs: Sequence[Mapping], kind: str) -> list[float]:
     """How long trainings took, in seconds, but for those that were resumed, of which that is not known."""
-    return [record['train_seconds'] for record in runs if not record.get('resumed')]
+    return [record[TIMES[kind]] for record in runs if TIMES[kind] in record and not record.get('resumed')]
+
+
+def title_of(kind: str) -> str:
+    """What a table and a picture call a time of :data:`TIMES`."""
+    return f'training, s ({kind})'
 
 
 def paired(first: Sequence[Mapping], second: Sequence[Mapping], metric: str) -> list[float]:
@@ -178,7 +185,7 @@ def differences(rows: Mapping[str, Sequence[Mapping]], baseline: str, metric: st
     return markdown([f'against {baseline}', 'mean difference', '95% interval', 'pairs'], lines)
 
 
-def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, training_time: bool = False) -> None:
+def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, training_time: Optional[str] = None) -> None:
     """Draw the mean of a metric against the cost of one image or of training, with the range over seeds."""
     from matplotlib.figure import Figure
 
@@ -188,13 +195,17 @@ def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, trainin
         values = [record['metrics'][metric] for record in done(runs)]
         if not values:
             continue
-        spent = times(done(runs)) if training_time else [multiply_adds(record['cost']) for record in done(runs)]
+        spent = (
+            times(done(runs), training_time)
+            if training_time
+            else [multiply_adds(record['cost']) for record in done(runs)]
+        )
         if not spent:
             continue
         mean = statistics.mean(values)
         reach = [[mean - min(values)], [max(values) - mean]]
         axes.errorbar(statistics.mean(spent), mean, reach, fmt=mark, capsize=3, label=label)
-    axes.set_xlabel(TRAINING_TIME if training_time else 'multiply-adds of one image, routers included')
+    axes.set_xlabel(title_of(training_time) if training_time else 'multiply-adds of one image, routers included')
     axes.set_ylabel(f'{metric.removesuffix(SUFFIX)} accuracy, %')
     axes.set_xscale('log')
     axes.legend(fontsize='small')

@@ -139,8 +139,9 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         if (directory / 'last_checkpoint').is_file():
             train.append('--resume')
             record['resumed'] = True  # what follows is the time since then
-        call([*train, *options], directory / 'train.out', args.threads)
+        processor = call([*train, *options], directory / 'train.out', args.threads)
         record['train_seconds'] = round(time.monotonic() - started, 1)
+        record['train_processor_seconds'] = round(processor, 1)
         checkpoint = max(directory.glob(BEST), key=os.path.getmtime, default=None)
         if checkpoint is None:
             raise RunError(f'training left no {BEST}: does the config select by save_best?')
@@ -174,20 +175,23 @@ def cost_of(config: Path) -> dict:
         return asdict(count_cost(Config.fromfile(config)))
 
 
-def call(command: Sequence, output: Path, threads: int) -> None:
-    """Run one of the tools, with what it writes at the end of a file.
+def call(command: Sequence, output: Path, threads: int) -> float:
+    """Run one of the tools, with what it writes at the end of a file; the processor time it took, in seconds.
 
     Raises:
         RunError: It failed.
     """
     env = dict(os.environ, OMP_NUM_THREADS=str(threads))
     with output.open('a') as file:
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, check=False
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT
         )
-    if done.returncode:
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         lines = [line for line in output.read_text(errors='replace').splitlines() if line.strip()]
-        raise RunError(lines[-1] if lines else f'exit status {done.returncode}')
+        raise RunError(lines[-1] if lines else f'exit status {process.returncode}')
+    return usage.ru_utime + usage.ru_stime
 
 
 def revision() -> str:

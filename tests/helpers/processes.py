@@ -56,10 +56,16 @@ def variables_of_ranks(count=2):
     return [dict(both, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
 
 
-def run_script_in_fork(command, cwd=None, stdout=None, env=None):
-    """``subprocess.run([sys.executable, *command])`` in a fork, printing to ``stdout``: the exit status."""
+def start_script_in_fork(command, cwd=None, stdout=None, env=None):
+    """``subprocess.Popen([sys.executable, *command])`` in a fork, printing to ``stdout``."""
     process = multiprocessing.get_context('fork').Process(target=_run_script, args=(command, cwd, stdout, env))
     process.start()
+    return process
+
+
+def run_script_in_fork(*arguments):
+    """As :func:`start_script_in_fork`, to its end: the exit status."""
+    process = start_script_in_fork(*arguments)
     process.join(600)
     return process.exitcode
 

@@ -2,14 +2,14 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from processes import run_script_in_fork
+from processes import start_script_in_fork
 
 ROOT = Path(__file__).resolve().parents[2]
 DENSE, MOE = 'AT(Dense):configs/baselines/at_dense_resnet18_digits.py', 'configs/advmoe_resnet18_digits.py'
@@ -74,13 +74,16 @@ def test_table_shows_spread_load_and_failures(compare: ModuleType) -> None:
     assert lines[-1] == '* MoE, seed 2: NonFiniteError: loss at iteration 3'
     chosen = compare.table(rows, compare.columns_of(rows, ['worst=RA-AA', 'clean']))
     assert chosen.startswith('| method | RA-AA | clean | busiest expert |')
-    timed = compare.table(rows, compare.columns_of(rows, ['worst']), training_time=True).splitlines()
-    assert timed[0].startswith('| method | worst | training, s | busiest expert |')
+    timed = compare.table(rows, compare.columns_of(rows, ['worst']), training_time='wall').splitlines()
+    assert timed[0].startswith('| method | worst | training, s (wall) | busiest expert |')
     assert timed[2].split(' | ')[2] == '1.0 ± 0.0 (1.0 to 1.0)'
     # Of a run that was resumed, only the time since then is known.
     resumed = dict(_record('MoE', 1, (94, 60, 40, 20)), resumed=True)
-    timed = compare.table(dict(MoE=[RECORDS[0], resumed]), compare.columns_of(rows, ['worst']), training_time=True)
+    timed = compare.table(dict(MoE=[RECORDS[0], resumed]), compare.columns_of(rows, ['worst']), training_time='wall')
     assert timed.splitlines()[2].split(' | ')[2] == '1.0, 1 of 2 runs'
+    # Older runs have no processor time.
+    timed = compare.table(rows, compare.columns_of(rows, ['worst']), training_time='processor').splitlines()
+    assert timed[2].split(' | ')[2] == ''
 
 
 def test_differences_are_paired_by_seed(compare: ModuleType) -> None:
@@ -105,7 +108,7 @@ def test_the_picture_is_drawn(compare: ModuleType, tmp_path: Path, monkeypatch: 
     assert points == {'MoE': [[pytest.approx(4.4e6), 25.0]], 'Dense': [[pytest.approx(3.4e6), pytest.approx(39.52)]]}
     # Less than a decade apart, and the axis tells them apart nevertheless.
     drawn[0].draw_without_rendering()
-    compare.plot(compare.rows_of(RECORDS), 'worst/accuracy/top1', tmp_path / 'ra.png', training_time=True)
+    compare.plot(compare.rows_of(RECORDS), 'worst/accuracy/top1', tmp_path / 'ra.png', training_time='wall')
     assert {line[0].get_xdata().tolist()[0] for line in drawn[1].axes[0].containers} == {1.0}
     left, right = axes.get_xlim()
     ticks = zip(axes.get_xticks(minor=True), axes.get_xticklabels(minor=True))
@@ -154,19 +157,18 @@ def test_the_sweeps_of_the_docs_name_configs_that_exist(sweep: ModuleType, name:
     assert {sweep.split(config) for config in configs} == {(run['method'], run['config']) for run in runs}
 
 
-def _run_in_fork(run: Callable, command: list, **settings: object) -> subprocess.CompletedProcess:
+def _start_in_fork(popen: type, command: list, **settings: object) -> object:
     """Python scripts in forks, which have imported everything already; what is no script as it is."""
     if command[0] != sys.executable:
-        return run(command, **settings)
-    status = run_script_in_fork(command[1:], settings['cwd'], settings['stdout'], settings['env'])
-    return subprocess.CompletedProcess(command, status)
+        return popen(command, **settings)
+    return start_script_in_fork(command[1:], settings['cwd'], settings['stdout'], settings['env'])
 
 
 def test_a_run_is_trained_tested_and_written_down(
     sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The smallest real run, and one whose config is refused."""
-    monkeypatch.setattr(subprocess, 'run', partial(_run_in_fork, subprocess.run))
+    monkeypatch.setattr(subprocess, 'Popen', partial(_start_in_fork, subprocess.Popen))
     options = [
         'train_cfg.max_epochs=1',
         'train_cfg.val_interval=1',
@@ -181,6 +183,7 @@ def test_a_run_is_trained_tested_and_written_down(
     assert good['status'] == 'done', good
     assert good['metrics']['worst/accuracy/top1'] <= good['metrics']['ra/accuracy/top1']
     assert good['checkpoint'] == 'best_worst_accuracy_top1_epoch_1.pth'
+    assert 0 < good['train_processor_seconds'] < 600
     assert good['cost']['params_active'] < good['cost']['params_total']
     assert 'seed=3' in next(tmp_path.glob('*eps=0.2/seed_3/advmoe_resnet18_digits.py')).read_text()
     assert next(tmp_path.glob('*eps=0.2/seed_3/outcomes/best_worst_accuracy_top1_epoch_1/outcomes.jsonl')).is_file()
@@ -189,7 +192,7 @@ def test_a_run_is_trained_tested_and_written_down(
 
 
 def test_a_run_that_was_begun_otherwise_is_set_aside(sweep: ModuleType, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sweep, 'call', lambda *_: None)
+    monkeypatch.setattr(sweep, 'call', lambda *_: 0.0)
     args = _args(tmp_path, MOE)
     begun = tmp_path / sweep.folder_of(MOE, []) / 'seed_0'
     for threads, folders in ((1, 1), (1, 1), (2, 2)):
