@@ -227,7 +227,8 @@ def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
             )
     digests = {path: digest_of(path) for path in {split(config)[1] for config in args.configs}}
     for record in records:
-        if record.get('config_sha256', digests.get(record['config'])) != digests.get(record['config']):
+        digest = digests.get(record['config'])  # None of a config that this call does not name
+        if digest is not None and record.get('config_sha256', digest) != digest:
             raise ValueError(f'{results} holds runs of {record["config"]} as it was before: choose another --work-dir')
     missing = [job for job in jobs if (split(job[0])[1], tuple(job[1]), job[2]) not in kept]
     print(f'==> {len(missing)} runs to do, {len(kept)} are in {results}; what a run writes is beside it', flush=True)

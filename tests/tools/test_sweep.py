@@ -218,6 +218,10 @@ def test_what_would_mix_runs_is_refused(sweep: ModuleType, tmp_path: Path) -> No
         return dict(record, config_sha256=sweep.digest_of(path))
 
     sweep.run_all(_args(tmp_path / 'out', configs[0]), work)
+    # Other configs may join.
+    (tmp_path / 'other.py').write_text('name = "other"')
+    sweep.run_all(_args(tmp_path / 'out', f'other:{tmp_path}/other.py'), work)
+    assert len(sweep.read(tmp_path / 'out' / 'results.jsonl')) == 4
     (tmp_path / 'a' / 'net.py').write_text('name = "changed"')
     with pytest.raises(ValueError, match=r'net.py as it was before: choose another --work-dir'):
         sweep.run_all(_args(tmp_path / 'out', configs[0]), work)
