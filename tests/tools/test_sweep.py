@@ -227,7 +227,7 @@ def test_what_would_mix_runs_is_refused(sweep: ModuleType, tmp_path: Path) -> No
         sweep.run_all(_args(tmp_path / 'out', configs[0]), work)
     with (tmp_path / 'out' / 'results.jsonl').open('a') as file:
         file.write('{"method": ')
-    with pytest.raises(ValueError, match='results.jsonl, line 3 is damaged: remove it'):
+    with pytest.raises(ValueError, match='results.jsonl, line 5 is damaged: remove it'):
         sweep.read(tmp_path / 'out' / 'results.jsonl')
 
 
