@@ -145,18 +145,26 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize(
     ('name', 'titles'),
-    [('fashion-mnist', 'study'), ('digits-groups', 'study'), ('digits', 'digits'), ('vit_digits', 'digits')],
+    [
+        ('fashion-mnist', 'study'),
+        ('digits-groups', 'study'),
+        ('digits-cost', 'study'),
+        ('digits', 'digits'),
+        ('vit_digits', 'digits'),
+    ],
 )
 def test_the_tables_are_those_of_the_runs(name: str, titles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     compare, sweep = (importlib.import_module(name) for name in ('compare', 'sweep'))
     folder = ROOT / 'docs' / 'results'
     runs = compare.rows_of(sweep.read(folder / f'{name}_table.jsonl'))
-    listed = (sweep.split(line)[0] for line in (folder / f'{name}_sweep.txt').read_text(encoding='utf-8').splitlines())
-    rows = {label: runs[label] for label in listed if label in runs}
-    assert len(rows) == len(runs)
+    order = folder / f'{name}_sweep.txt'
+    if order.is_file():
+        listed = [sweep.split(line)[0] for line in order.read_text(encoding='utf-8').splitlines()]
+        assert set(listed) >= set(runs)
+        runs = {label: runs[label] for label in listed if label in runs}
     columns = (folder / f'{titles}_columns.txt').read_text(encoding='utf-8').splitlines()[1:]
-    header, ruler, *lines = compare.table(rows, compare.columns_of(rows, columns)).splitlines()
+    header, ruler, *lines = compare.table(runs, compare.columns_of(runs, columns)).splitlines()
     shown = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
     assert '\n'.join([header, ruler, *lines]) in shown
     head, *cells = ([cell.strip() for cell in line.strip('|').split('|')] for line in (header, *lines))
@@ -166,4 +174,4 @@ def test_the_tables_are_those_of_the_runs(name: str, titles: str, monkeypatch: p
         short = [row[title].split(' (')[0] for title in ('SA', columns[-1].partition('=')[2])]
         brief = ' | '.join([row['method'], *short, row['multiply-adds with router']])
         found += f'| {brief} |' in README.replace('**', '')
-    assert name == 'vit_digits' or found >= min(5, len(rows))
+    assert name in ('vit_digits', 'digits-cost') or found >= min(5, len(runs))
