@@ -3,8 +3,8 @@
 The table is Markdown: mean, sample standard deviation and range over the seeds. With --baseline a second table gives
 the mean difference to that row over the seeds that both have, with its 95% interval (Student's t). With --plot a
 picture shows the mean of the metric against the multiply-adds of one image, routers included. With --training-time
-both are about what training costs: its processor time, which other jobs hardly change, or its wall time. Arguments can
-be in a file, one a line: @FILE.
+both are about the time that training took, on the CPU (of use where all is computed there) or by the clock. Arguments
+can be in a file, one a line: @FILE.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmadvmoe.utils import choose
 from mmadvmoe.visualization.style import MARKERS
 
 SUFFIX = '/accuracy/top1'
-TIMES = dict(processor='train_processor_seconds', wall='train_seconds')
+TIMES = dict(cpu='train_processor_seconds', wall='train_seconds')
 
 
 def parse_args() -> argparse.Namespace:
@@ -103,7 +103,7 @@ def table(
         good = done(runs)
         metrics = [[r['metrics'][name + SUFFIX] for r in good if name + SUFFIX in r['metrics']] for name in columns]
         cells = [spread(values, len(good)) for values in metrics]
-        cells += [spread(times(good, training_time), len(good))] if training_time else []
+        cells += [spread([record[TIMES[training_time]] for record in timed(good)], len(good))] if training_time else []
         cells.append(spread([share for record in good if (share := busiest_share(record['metrics'])) is not None]))
         cells += costs(good[0]['cost']) if good else [''] * 4
         cells.append(f'{len(good)}' if len(good) == len(runs) else f'{len(good)} of {len(runs)}')
@@ -144,9 +144,9 @@ def multiply_adds(cost: Mapping[str, float]) -> float:
     return 1e9 * (cost['pathway_gflops'] + cost['router_gflops'])
 
 
-def times(runs: Sequence[Mapping], kind: str) -> list[float]:
-    """How long trainings took, in seconds, but for those that were resumed, of which that is not known."""
-    return [record[TIMES[kind]] for record in runs if TIMES[kind] in record and not record.get('resumed')]
+def timed(runs: Sequence[Mapping]) -> list[Mapping]:
+    """The runs of which is known how long the whole training took: not resumed, and new enough to say so."""
+    return [record for record in runs if TIMES['cpu'] in record and not record.get('resumed')]
 
 
 def title_of(kind: str) -> str:
@@ -192,16 +192,11 @@ def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, trainin
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
     for (label, runs), mark in zip(rows.items(), itertools.cycle(MARKERS)):
-        values = [record['metrics'][metric] for record in done(runs)]
+        shown = timed(done(runs)) if training_time else done(runs)
+        values = [record['metrics'][metric] for record in shown]
         if not values:
             continue
-        spent = (
-            times(done(runs), training_time)
-            if training_time
-            else [multiply_adds(record['cost']) for record in done(runs)]
-        )
-        if not spent:
-            continue
+        spent = [record[TIMES[training_time]] if training_time else multiply_adds(record['cost']) for record in shown]
         mean = statistics.mean(values)
         reach = [[mean - min(values)], [max(values) - mean]]
         axes.errorbar(statistics.mean(spent), mean, reach, fmt=mark, capsize=3, label=label)

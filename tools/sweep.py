@@ -138,7 +138,7 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         train = ['tools/train.py', path, '--work-dir', directory]
         if (directory / 'last_checkpoint').is_file():
             train.append('--resume')
-            record['resumed'] = True  # what follows is the time since then
+            record['resumed'] = True  # the times are those since then
         processor = call([*train, *options], directory / 'train.out', args.threads)
         record['train_seconds'] = round(time.monotonic() - started, 1)
         record['train_processor_seconds'] = round(processor, 1)
@@ -149,10 +149,14 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         started = time.monotonic()
         outcomes = directory / 'outcomes' / checkpoint.stem
         command = ['tools/test.py', path, checkpoint, '--work-dir', directory / 'test', '--out', f'{outcomes}{os.sep}']
+        if outcomes.exists():
+            record['test_resumed'] = True
         call([*command, *options], directory / 'test.out', args.threads)
         record['test_seconds'] = round(time.monotonic() - started, 1)
         record['metrics'] = read_metrics(outcomes)
-    except RunError as error:
+        if record['metrics'] is None:
+            raise RunError(f'{outcomes} holds no metrics: the test did not end')
+    except (RunError, ValueError) as error:
         return dict(record, status='failed', error=str(error))
     return dict(record, status='done', cost=cost_of(directory / path.name))
 
@@ -250,7 +254,8 @@ def brief(record: Mapping) -> str:
         return record['error']
     accuracies = ((k.split('/')[0], v) for k, v in record['metrics'].items() if k.endswith('/accuracy/top1'))
     values = ', '.join(f'{name} {value:.1f}' for name, value in accuracies)
-    return f'{values} ({record["train_seconds"]} s to train, {record["test_seconds"]} s to test)'
+    since = ' since they were resumed' if record.get('resumed') or record.get('test_resumed') else ''
+    return f'{values} ({record["train_seconds"]} s to train, {record["test_seconds"]} s to test{since})'
 
 
 if __name__ == '__main__':

@@ -172,7 +172,6 @@ class Subject:
         Raises:
             ValueError: The config has no such loader.
         """
-        attacks_of_test(self.cfg, loader)
         with preserve_rng_state():
             set_random_seed(self.data.seed)
             return read_images(self.cfg, loader, self.victim, count, self.data.seed)[0]
@@ -253,7 +252,12 @@ def attacks_of_test(cfg: Config, loader: str = 'test_dataloader') -> Mapping[str
 
 
 def read_images(cfg: Config, loader: str, victim: Victim, count: int, seed: int) -> tuple[Images, Dataset]:
-    """Images spread over the data set of a loader that the config has, and the data set."""
+    """Images spread over the data set of a loader of the config, and the data set.
+
+    Raises:
+        ValueError: The config has no such loader.
+    """
+    attacks_of_test(cfg, loader)
     dataset = as_dataset(cfg[loader].dataset)
     images, labels = spread_images(dataset, victim.classifier.data_preprocessor, count)
     return Images(images, labels, cfg.test_cfg.get('chunk_size', 128), seed), dataset

@@ -78,6 +78,6 @@ def _fit(network: nn.Module, victim: Victim, pool: Tensor, answers: Tensor, thre
 
 @torch.no_grad()
 def predict(victim: Victim, images: Tensor) -> Tensor:
-    """Predicted classes, (B,) int64, on the device of the images."""
+    """Predicted classes, or of a router experts, (B,) int64, on the device of the images."""
     with victim.frozen():
         return torch.cat([victim(part).argmax(1) for part in images.split(_BATCH)])

@@ -183,9 +183,10 @@ def check_state_dict(model: nn.Module, checkpoint: Mapping[str, Any], filename: 
 
 
 def check_can_be_loaded(state: Any, what: str, cure: str) -> None:
-    """Raise ValueError, naming it ``what``, where a small part of a checkpoint that is going to be saved will not load.
+    """Check that what is going to be saved, a small part of a checkpoint, will load; ``what`` names it.
 
-    It then holds something else than numbers, text and tensors, such as a function.
+    Raises:
+        ValueError: It holds something else than numbers, text and tensors, such as a function.
     """
     file = io.BytesIO()
     torch.save(state, file)

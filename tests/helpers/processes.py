@@ -63,9 +63,9 @@ def start_script_in_fork(command, cwd=None, stdout=None, env=None):
     return process
 
 
-def run_script_in_fork(*arguments):
+def run_script_in_fork(command, cwd=None, stdout=None, env=None):
     """As :func:`start_script_in_fork`, to its end: the exit status."""
-    process = start_script_in_fork(*arguments)
+    process = start_script_in_fork(command, cwd, stdout, env)
     process.join(600)
     return process.exitcode
 

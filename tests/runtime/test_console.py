@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.logging import MMLogger
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from tiny_runs import run_cfg
 
 from mmadvmoe.attacks.progress import PassProgress
@@ -86,9 +86,10 @@ def test_further_runners_are_as_quiet(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_named_runner_stays(tmp_path: Path) -> None:
     cfg = run_cfg(tmp_path, experiment_name='console_named', runner_type='Runner')
     assert type(build_runner(cfg)) is Runner
-    cfg.runner_type = 'FlexibleRunner'
-    with pytest.raises(ValueError, match="runner_type='FlexibleRunner' is not allowed: it must be 'Runner'"):
-        build_runner(cfg)
+    for kind in ('FlexibleRunner', FlexibleRunner):
+        cfg.runner_type = kind
+        with pytest.raises(ValueError, match="runner_type='FlexibleRunner' is not allowed: it must be 'Runner'"):
+            build_runner(cfg)
 
 
 def test_a_long_attack_tells_how_far_it_is(capsys: pytest.CaptureFixture) -> None:

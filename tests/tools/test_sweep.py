@@ -38,7 +38,7 @@ def _record(method: str, seed: int, values: tuple, shares: tuple = ()) -> dict:
     metrics = {f'{name}/accuracy/top1': value for name, value in zip(NAMES, values)}
     metrics.update({f'clean/expert_share/{n}': share for n, share in enumerate(shares)})
     cost = dict(pathway_gflops=0.0034, router_gflops=0.001 * bool(shares), params_total=1234, params_active=789)
-    ran = dict(status='done', cfg_options=[], train_seconds=1, test_seconds=2)
+    ran = dict(status='done', cfg_options=[], train_seconds=1, train_processor_seconds=2, test_seconds=2)
     return dict(method=method, config=f'{method}.py', seed=seed, metrics=metrics, cost=cost, **ran)
 
 
@@ -81,8 +81,11 @@ def test_table_shows_spread_load_and_failures(compare: ModuleType) -> None:
     resumed = dict(_record('MoE', 1, (94, 60, 40, 20)), resumed=True)
     timed = compare.table(dict(MoE=[RECORDS[0], resumed]), compare.columns_of(rows, ['worst']), training_time='wall')
     assert timed.splitlines()[2].split(' | ')[2] == '1.0, 1 of 2 runs'
-    # Older runs have no processor time.
-    timed = compare.table(rows, compare.columns_of(rows, ['worst']), training_time='processor').splitlines()
+    timed = compare.table(rows, compare.columns_of(rows, ['worst']), training_time='cpu').splitlines()
+    assert timed[2].split(' | ')[2] == '2.0 ± 0.0 (2.0 to 2.0)'
+    # Older runs do not say whether they were resumed.
+    older = [{key: value for key, value in record.items() if 'processor' not in key} for record in rows['Dense']]
+    timed = compare.table(dict(Dense=older), compare.columns_of(rows, ['worst']), training_time='wall').splitlines()
     assert timed[2].split(' | ')[2] == ''
 
 
