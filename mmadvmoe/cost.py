@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.registry import DefaultScope
+from mmpretrain.datasets import build_dataset
 from mmpretrain.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
@@ -162,15 +163,16 @@ def image_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
 
 
 def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the square images that a config's training pipeline gives.
+    """(C, H, W) of the images that a config's training pipeline gives.
 
-    The size is that of the last transform that sets one, or else the ``image_shape`` of the data set's class, which
-    also tells the channels; 3 where it does not, 1 behind a ``RandomGrayscale`` that always leaves one.
+    The size is that of the last transform that sets a square one, or else the ``image_shape`` of the data set's class,
+    which also tells the channels; 3 where it does not, 1 behind a ``RandomGrayscale`` that always leaves one. Where
+    nothing tells it, the data set is read and its first image asked.
 
     Raises:
-        ValueError: Neither tells the size, or images are not square.
+        ValueError: Neither tells the size, and there is no data set that could.
     """
-    dataset = (cfg.get('train_dataloader') or cfg.get('test_dataloader') or {}).get('dataset') or {}
+    whole = dataset = (cfg.get('train_dataloader') or cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset['dataset']
     kind = dataset.get('type')
@@ -190,17 +192,22 @@ def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
             # Transforms disagree about whether the height or the width comes first.
-            raise ValueError(
-                f'the input shape is not clear from {type_name(transform["type"])} with size {size!r}; give it'
-            )
+            return _shape_of_first(whole)
         side = sides.pop()
         return (channels, side, side)
-    if shape:
-        return (channels, *shape[1:])
-    raise ValueError(
-        'the input shape is unknown: no transform of train_dataloader.dataset.pipeline has a crop_size or a scale; '
-        'give it'
-    )
+    return (channels, *shape[1:]) if shape else _shape_of_first(whole)
+
+
+def _shape_of_first(dataset: Mapping[str, Any]) -> tuple[int, int, int]:
+    while 'dataset' in dataset:  # what wraps a data set repeats, keeps or mixes its images
+        dataset = dataset['dataset']
+    try:
+        return tuple(build_dataset(dataset)[0]['inputs'].shape)
+    except Exception as error:  # anything that a data set of the user may do
+        raise ValueError(
+            'the input shape is unknown: no transform of train_dataloader.dataset.pipeline has a square crop_size or '
+            f'scale, and its data set gives no image ({type(error).__name__}: {error})'
+        ) from error
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

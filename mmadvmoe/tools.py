@@ -1,7 +1,7 @@
 """The command line tools of an installation: ``python -m mmadvmoe.tools train advmoe_resnet18_digits.py``.
 
-A config can be named as in the model index, with or without ``.py``, and weights that come along by their file name;
-paths are taken as they are.
+A config can be named as in the model index, with or without ``.py`` (right behind an option with it), and weights that
+come along by their file name; paths are taken as they are.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any, Union
 
 import numpy as np
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseAveragedModel, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,8 +23,14 @@ PARTIAL = '.mmadvmoe-partial'
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model itself, where a distributed wrapper may stand around it."""
-    return model.module if is_model_wrapper(model) else model
+    """The model itself, where distributed wrappers, weight averages or an ``nn.Sequential`` of one stand around it."""
+    while True:
+        if is_model_wrapper(model) or isinstance(model, BaseAveragedModel):
+            model = model.module
+        elif type(model) is nn.Sequential and len(model) == 1:
+            model = model[0]
+        else:
+            return model
 
 
 def checkpointing(model: nn.Module) -> list[tuple[nn.Module, str]]:

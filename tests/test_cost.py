@@ -11,6 +11,7 @@ from config_files import find_dense_config
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
+from PIL import Image
 
 import mmadvmoe  # noqa: F401
 from mmadvmoe.cost import count_cost, input_shape_of
@@ -127,8 +128,19 @@ def test_shape_comes_from_the_training_pipeline():
     assert input_shape_of(_with_pipeline(dict(type='RandomResizedCrop', scale=(40, 40)))) == (3, 40, 40)
     with pytest.raises(ValueError, match='input shape is unknown'):
         input_shape_of(_with_pipeline())
-    with pytest.raises(ValueError, match='Resize with size'):
+    with pytest.raises(ValueError, match='has a square crop_size'):
         input_shape_of(_with_pipeline(dict(type='Resize', scale=(40, 30))))
+
+
+def test_shape_that_no_transform_tells_is_that_of_the_first_image(tmp_path):
+    for name in 'ab':
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new('RGB', (6, 5)).save(tmp_path / 'train' / name / f'{number}.png')
+    folders = dict(type='ImageFolders', data_root=str(tmp_path), split='trainval', pipeline=[dict(type='PackInputs')])
+    assert input_shape_of(dict(train_dataloader=dict(dataset=folders))) == (3, 5, 6)
+    held = dict(type='InMemory', dataset=dict(folders, size=(8, 12)))
+    assert input_shape_of(dict(train_dataloader=dict(dataset=held))) == (3, 8, 12)
 
 
 @pytest.mark.parametrize('network', ['resnet18', 'wrn-28-10', 'vgg16-bn', 'densenet-bc-40-12'])

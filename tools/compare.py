@@ -61,6 +61,11 @@ def rows_of(records: Sequence[Mapping], wanted: Optional[Sequence[str]] = None) 
             raise ValueError(
                 f'{record["method"]!r} names runs of {what(runs[0])} and of {what(record)}: compare them apart'
             )
+        digests = {run['config_sha256'] for run in (*runs, record) if run.get('config_sha256')}
+        if len(digests) > 1:
+            raise ValueError(
+                f'{record["method"]!r} names runs of {record["config"]} as it was and as it is: compare them apart'
+            )
         if record['seed'] in [other['seed'] for other in runs]:
             raise ValueError(f'{record["method"]!r} has two runs with seed {record["seed"]} that differ')
         runs.append(record)
@@ -82,9 +87,9 @@ def columns_of(rows: Mapping[str, Sequence[Mapping]], wanted: Optional[Sequence[
     return {name: 'SA' if name == 'clean' else name for name in sorted(names, key=lambda name: name == 'worst')}
 
 
-def done(runs: Sequence[Mapping]) -> list[Mapping]:
-    """The runs that did not fail."""
-    return [record for record in runs if record['status'] == 'done']
+def done(runs: Sequence[Mapping], metric: Optional[str] = None) -> list[Mapping]:
+    """The runs that did not fail and, if one is named, have a metric: dense networks have no held routes."""
+    return [r for r in runs if r['status'] == 'done' and (metric is None or metric in r['metrics'])]
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -156,8 +161,8 @@ def title_of(kind: str) -> str:
 
 def paired(first: Sequence[Mapping], second: Sequence[Mapping], metric: str) -> list[float]:
     """Differences of a metric, first minus second, seed by seed."""
-    by_seed = {record['seed']: record['metrics'][metric] for record in done(second)}
-    return [r['metrics'][metric] - by_seed[r['seed']] for r in done(first) if r['seed'] in by_seed]
+    by_seed = {record['seed']: record['metrics'][metric] for record in done(second, metric)}
+    return [r['metrics'][metric] - by_seed[r['seed']] for r in done(first, metric) if r['seed'] in by_seed]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -173,9 +178,10 @@ def differences(rows: Mapping[str, Sequence[Mapping]], baseline: str, metric: st
     """Paired differences of every row to the baseline.
 
     Raises:
-        ValueError: There is no such row.
+        ValueError: There is no such row, or it does not have the metric.
     """
-    choose(baseline, rows, '--baseline')
+    if not done(rows[choose(baseline, rows, '--baseline')], metric):
+        raise ValueError(f'--baseline: {baseline!r} has no {metric.removesuffix(SUFFIX)!r}; choose another --metric')
     lines = []
     for label, runs in rows.items():
         values = paired(runs, rows[baseline], metric) if label != baseline else []
@@ -192,7 +198,7 @@ def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, trainin
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
     for (label, runs), mark in zip(rows.items(), itertools.cycle(MARKERS)):
-        shown = timed(done(runs)) if training_time else done(runs)
+        shown = timed(done(runs, metric)) if training_time else done(runs, metric)
         values = [record['metrics'][metric] for record in shown]
         if not values:
             continue

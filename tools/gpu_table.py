@@ -17,6 +17,7 @@ NAMES = dict(
     at_moe='AT (MoE)',
     advmoe_paper='AdvMoE (paper)',
     advmoe_reference='AdvMoE (reference)',
+    advmoe_stabilised='AdvMoE (stabilised)',
     advmoe='AdvMoE',
 )
 

@@ -20,7 +20,8 @@ at_dense:baselines/at_dense_resnet18_cifar10_fast.py:1
 at_sdense:baselines/at_sdense_resnet18_cifar10_fast.py:1
 at_moe:baselines/at_moe_resnet18_cifar10_fast.py:1
 advmoe_paper:advmoe_resnet18_cifar10_fast_paper.py:2
-advmoe_reference:advmoe_resnet18_cifar10_fast_stabilised.py:1
+advmoe_reference:advmoe_resnet18_cifar10_fast_reference.py:1
+advmoe_stabilised:advmoe_resnet18_cifar10_fast_stabilised.py:1
 advmoe:advmoe_resnet18_cifar10_fast.py:2
 "
 ROWS=${ROWS:-$(echo "$TABLE" | cut -d: -f1 | xargs)}

@@ -101,7 +101,16 @@ def folder_of(config: str, settings: Sequence[str]) -> str:
 
 
 def set_aside(directory: Path) -> None:
-    """Move a folder out of the way, and say so."""
+    """Move a folder out of the way, and say so.
+
+    Raises:
+        FolderInUseError: A training writes to it.
+    """
+    from mmadvmoe.runtime.lock import FolderLock
+
+    lock = FolderLock(directory, 'Wait until that training ends, or choose another --work-dir.')
+    lock.acquire()
+    lock.release()
     aside = directory.with_name(f'{directory.name}_until_{time.strftime("%Y%m%d_%H%M%S")}')
     directory.rename(aside)
     print(f'{directory} was begun otherwise, as its run.json says: it is {aside} now')
@@ -134,6 +143,10 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         begun.write_text(json.dumps(record), encoding='utf-8')
     options = ['--cfg-options', f'randomness.seed={seed}', *args.cfg_options, *settings]
     try:
+        try:
+            cost = cost_of(config, options)
+        except Exception as error:  # whatever building a network of the user may raise
+            raise RunError(f'{type(error).__name__}: {error}') from error
         started = time.monotonic()
         train = ['tools/train.py', path, '--work-dir', directory]
         if (directory / 'last_checkpoint').is_file():
@@ -158,7 +171,7 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
             raise RunError(f'{outcomes} holds no metrics: the test did not end')
     except (RunError, ValueError) as error:
         return dict(record, status='failed', error=str(error))
-    return dict(record, status='done', cost=cost_of(directory / path.name))
+    return dict(record, status='done', cost=cost)
 
 
 def digest_of(config: str) -> str:
@@ -169,14 +182,19 @@ def digest_of(config: str) -> str:
         return hashlib.sha256(repr(Config.fromfile(config).to_dict()).encode()).hexdigest()
 
 
-def cost_of(config: Path) -> dict:
-    """What one image costs, from the config as a run has written it down; one run at a time."""
-    from mmengine.config import Config
+def cost_of(config: str, options: Sequence[str]) -> dict:
+    """What one image costs, by a config and the options of a run; one run at a time."""
+    from mmengine.config import DictAction
 
     from mmadvmoe.cost import count_cost
+    from mmadvmoe.runtime.launch import load_config
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     with LOCK:
-        return asdict(count_cost(Config.fromfile(config)))
+        cfg = load_config(config)
+        cfg.merge_from_dict(parser.parse_args(options).cfg_options)
+        return asdict(count_cost(cfg))
 
 
 def call(command: Sequence, output: Path, threads: int) -> float:
@@ -209,8 +227,23 @@ def revision() -> str:
 
 
 def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
-    """Do the runs that are missing, several at a time, and write each down as it ends."""
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    """Do the runs that are missing, several at a time, and write each down as it ends; one sweep at a time in a folder.
+
+    Raises:
+        FolderInUseError: Another sweep runs in the folder.
+        ValueError: The folder holds runs of another kind, or two runs would be the same.
+    """
+    from mmadvmoe.runtime.lock import FolderLock
+
+    lock = FolderLock(args.work_dir, 'Wait until that sweep ends, or choose another --work-dir.')
+    lock.acquire()
+    try:
+        _run_missing(args, work)
+    finally:
+        lock.release()
+
+
+def _run_missing(args: argparse.Namespace, work: Callable[..., dict]) -> None:
     results = args.work_dir / 'results.jsonl'
     records = read(results)
     if any(record['cfg_options'] != args.cfg_options for record in records):
@@ -222,6 +255,8 @@ def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
         for config in args.configs
         for settings in grid(args.set)
     ]
+    if len({(split(config)[1], tuple(settings), seed) for config, settings, seed in jobs}) < len(jobs):
+        raise ValueError('a config is named twice, or a setting: each run would be done twice in one folder')
     folders: dict[str, tuple] = {}
     for config, settings, _ in jobs:
         job = split(config)[1], tuple(settings)

@@ -13,7 +13,7 @@ from mmengine.evaluator import DumpResults
 from mmadvmoe.attacks import STANDARD_ATTACKS
 from mmadvmoe.evaluation.named_attacks import choose_attacks
 from mmadvmoe.runtime.atomic import check_writable
-from mmadvmoe.runtime.config_checks import keywords_named
+from mmadvmoe.runtime.config_checks import check_options, keywords_named
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
@@ -126,6 +126,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.resume = False
     if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise ValueError('the config must set test_dataloader, test_cfg and test_evaluator')
+    if args.attacks is not None and args.cfg_options:
+        _merge_options_of_attacks(cfg, args)
     _merge_attacks(cfg, args)
     if args.amp:
         cfg.test_cfg.fp16 = True
@@ -134,6 +136,18 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     if args.tta:
         _enable_tta(cfg)
     merge_common_arguments(cfg, args, ('test_dataloader',))
+
+
+def _merge_options_of_attacks(cfg: Config, args: argparse.Namespace) -> None:
+    """Let --attacks choose among the attacks of the config as the options make them; to name one chooses nothing."""
+    attack_of = {key: key.split('.')[2] if key.startswith('test_cfg.attacks.') else None for key in args.cfg_options}
+    known = cfg.test_cfg.get('attacks', {})
+    options = {key: value for key, value in args.cfg_options.items() if attack_of[key] in known}
+    check_options(options, cfg)
+    cfg.merge_from_dict(options)
+    args.cfg_options = {
+        key: value for key, value in args.cfg_options.items() if attack_of[key] in (None, *args.attacks)
+    }
 
 
 def _merge_attacks(cfg: Config, args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-# So small that capacity decides: 107,000 multiply-adds for an image.
+# So small that capacity decides: 117,648 multiply-adds for an image.
 model = dict(
     type='RobustClassifier',
     data_preprocessor=dict(type='AdvDataPreprocessor', attack=_base_.train_attack, augment=_base_.train_augment),

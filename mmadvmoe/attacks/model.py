@@ -11,7 +11,7 @@ import torch
 from mmpretrain.models.classifiers import BaseClassifier
 from torch import Tensor, nn
 
-from mmadvmoe.moe import Route, Routing, forward_routed
+from mmadvmoe.moe import BaseRouter, Route, Routing, forward_routed, router_modules
 from mmadvmoe.utils import bare_model, checkpointing
 
 from .images import as_unit, check_unit
@@ -28,7 +28,8 @@ class NormalizedClassifier(nn.Module):
     Args:
         classifier (nn.Module): ``classifier(inputs)`` gives logits (B, K), as MMPretrain's ``ImageClassifier`` does. If
             its ``backbone`` has ``forward_routed``, as :class:`mmadvmoe.moe.MoEBackbone` has, routes can be read and
-            given. A distributed wrapper is taken off: an attack must not go through its gradient hooks.
+            given. Distributed wrappers, weight averages and an ``nn.Sequential`` of one are taken off: they compute
+            nothing, and hide routes.
         preprocessor (nn.Module, optional): Normalises images: by ``normalize(images)`` on [0, 1] if it has that method,
             else as MMPretrain's ``ClsDataPreprocessor`` does, by ``mean`` and ``std`` in units of 0..255. Channel order
             and padding are left as they are. Defaults to the classifier's own ``data_preprocessor``, which stays a part
@@ -38,6 +39,7 @@ class NormalizedClassifier(nn.Module):
     Raises:
         TypeError: An MMPretrain classifier, or one with routers, has no head, or the preprocessor does not tell its
             scale.
+        ValueError: A mixture of experts is further inside, where its routes would not be seen.
     """
 
     def __init__(
@@ -62,6 +64,12 @@ class NormalizedClassifier(nn.Module):
                 'ClsDataPreprocessor or AdvDataPreprocessor'
             )
         self.classifier = classifier
+        if not self.num_routers and not isinstance(classifier, BaseRouter) and router_modules(classifier):
+            raise ValueError(
+                f'a mixture of experts lies inside of {type(classifier).__name__}, where attacks would not see its '
+                'routes and take it for a dense network: give the classifier whose backbone is the MoEBackbone, and '
+                'wrap other networks by it (backbone=dict(type="MoEBackbone", backbone=...)), not around it'
+            )
         self._normalized_by_itself = preprocessor is not None and preprocessor is own
         self.preprocessor = None if self._normalized_by_itself else preprocessor
         self._given_classes = self._num_classes = num_classes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmadvmoe.registry import ATTACKS
 
-from .steps import BallAttack
+from .steps import BallAttack, by_largest_entry
 from .views import Victim, decisions, in_spreads
 
 
@@ -155,9 +155,5 @@ def _margins(routings: tuple, route: Tensor) -> Tensor:
 
 def _unit(grad: Tensor) -> Tensor:
     """Each image's gradient at L1 norm 1; zero stays zero."""
-    flat = grad.flatten(1)
-    # By the largest entry first: the sum of many could overflow, or its reciprocal.
-    peak = flat.abs().amax(1, keepdim=True)
-    flat = flat / torch.where(peak > 0, peak, torch.ones_like(peak))
-    norm = flat.abs().sum(1, keepdim=True)
-    return (flat / norm.clamp(min=1)).view_as(grad)
+    flat = by_largest_entry(grad).flatten(1)
+    return (flat / flat.abs().sum(1, keepdim=True).clamp(min=1)).view_as(grad)

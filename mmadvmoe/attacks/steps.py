@@ -137,15 +137,20 @@ def ascend(points: Tensor, grad: Tensor, alpha: float, norm: str) -> Tensor:
     this length that move no coordinate further (Tramer & Boneh, arXiv:1904.13000, algorithm 1). Coordinates that are
     at 0 or 1 and would have to leave [0, 1] are passed over.
 
-    A zero gradient leaves its image where it is.
+    A zero gradient leaves its image where it is, however small another is it makes a whole step, and NaN stays NaN.
     """
     if norm == 'Linf':
-        return points + alpha * grad.sign()
-    if norm == 'L1':
-        grad = _largest_free(points, grad).sign()
+        return points + alpha * _sign(grad)
+    grad = _sign(_largest_free(points, grad)) if norm == 'L1' else by_largest_entry(grad)
     length = _length(grad, norm)
     scale = torch.where(length > 0, alpha / length, torch.zeros_like(length))
     return points + _per_image(scale, grad) * grad
+
+
+def by_largest_entry(grad: Tensor) -> Tensor:
+    """Each image's gradient with a largest entry of 1, whose norm neither overflows nor vanishes; zero stays zero."""
+    peak = grad.flatten(1).abs().amax(1)
+    return grad / _per_image(torch.where(peak > 0, peak, torch.ones_like(peak)), grad)
 
 
 def project(points: Tensor, images: Tensor, eps: float, norm: str) -> Tensor:
@@ -168,6 +173,11 @@ def _largest_free(points: Tensor, grad: Tensor) -> Tensor:
     count = max(1, round(_L1_SHARE * flat.shape[1]))
     where = flat.abs().topk(count, dim=1).indices
     return torch.zeros_like(flat).scatter(1, where, flat.gather(1, where)).view_as(grad)
+
+
+def _sign(grad: Tensor) -> Tensor:
+    # PyTorch's sign of NaN is 0, and an attack that stands still passes for a robust network.
+    return torch.where(grad.isnan(), grad, grad.sign())
 
 
 def _length(x: Tensor, norm: str) -> Tensor:

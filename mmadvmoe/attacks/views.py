@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadvmoe.moe import BaseRouting, Route, Routing
+from mmadvmoe.utils import bare_model
 
 from .model import NormalizedClassifier
 
@@ -44,6 +45,7 @@ class Victim:
         preprocessor: Optional[nn.Module] = None,
         num_classes: Optional[int] = None,
     ) -> None:
+        model = model if isinstance(model, Victim) else bare_model(model)
         if not isinstance(model, (NormalizedClassifier, Victim)):
             model = NormalizedClassifier(model, preprocessor, num_classes)
         elif preprocessor is not None:

@@ -81,10 +81,15 @@ class ImageFolders(BaseDataset):
         given = tuple(self._metainfo.setdefault('classes', classes))
         if sorted(given) != sorted(classes):
             raise ValueError(f'metainfo.classes={given} are not the folders of {self.data_root}: {classes}')
-        numbers = {name: number for number, name in enumerate(given)}
+        numbers = {name: number for number, name in enumerate(classes)}
         images = self._read(folder, names)
+        # Split by folders, so that a class of another number does not move images from one part to the other.
         data_list = [dict(img=img, gt_label=numbers[name.split('/')[0]]) for img, name in zip(images, names)]
-        return part_of(data_list, self.part, self.num_val)
+        data_list = part_of(data_list, self.part, self.num_val)
+        wanted = [given.index(name) for name in classes]
+        for info in data_list:
+            info['gt_label'] = wanted[info['gt_label']]
+        return data_list
 
     def _list_files(self, folder: str) -> list[str]:
         root = osp.join(self.data_root, folder)

@@ -67,7 +67,7 @@ def _fit(network: nn.Module, victim: Victim, pool: Tensor, answers: Tensor, thre
     for _ in range(_STEPS):
         rows = torch.randint(len(pool), (min(_BATCH, len(pool)),), device=pool.device)
         images, target = pool[rows], answers[rows]
-        moved = ball.random_start(images[: len(rows) // 2], threat.eps, threat.norm)
+        moved = ball.random_start(images[: -(-len(rows) // 2)], threat.eps, threat.norm)
         images, target = torch.cat([images, moved]), torch.cat([target, predict(victim, moved)])
         loss = F.cross_entropy(network(images), target)
         optimizer.zero_grad()

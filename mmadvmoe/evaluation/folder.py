@@ -67,8 +67,9 @@ class OutcomeFolder:
         self._lock.release()
 
     def _prepare(self, run: dict, overwrite: bool) -> None:
-        for partial in self.path.glob(f'**/.*{PARTIAL}'):
-            partial.unlink()
+        for folder in (self.path, self.path / PARTS):  # not below: a training may write there
+            for partial in folder.glob(f'.*{PARTIAL}'):
+                partial.unlink()
         results = [path for path in (self.path / name for name in (METRICS, SUMS, OUTCOMES)) if path.exists()]
         results += sorted(self.path.glob(f'{PARTS}/*.pt'))
         if not overwrite:
@@ -141,7 +142,7 @@ class OutcomeFolder:
             damage = f'{type(error).__name__}: {str(error).split("WeightsUnpickler error:")[-1].strip()}'
         if damage is None and not _is_part(part):
             damage = 'it holds something else than an outcome'
-        cure = 'Delete it, and the evaluation, started again, computes it anew.'
+        cure = f'Delete it and {METRICS}, and the evaluation, started again, computes it anew.'
         if damage is not None:
             raise ValueError(f'{str(path)!r} is damaged ({damage}). {cure}')
         identity = _identity(run)
@@ -208,7 +209,7 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
 
     Raises:
         FileNotFoundError: The folder holds no evaluation.
-        ValueError: No image is done under all attacks, or a file is damaged.
+        ValueError: No image is done under all attacks, a file is damaged, or the metrics are of more images.
     """
     path = Path(path)
     run = _existing_run(path)
@@ -224,7 +225,14 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
             parts.append(RobustOutcomes(read[CLEAN]['place'], read[CLEAN]['label'], by_name))
     if not parts:
         raise ValueError(f'{str(path)!r} holds no chunk that is done under all of {", ".join(names)} yet')
-    return SavedEvaluation(run['settings'], run['versions'], read_metrics(path), RobustOutcomes.merge(parts))
+    metrics, outcomes = read_metrics(path), RobustOutcomes.merge(parts)
+    expected = run['settings'].get('data', {}).get('num_images')
+    if metrics is not None and expected is not None and len(outcomes.index) != expected:
+        raise ValueError(
+            f'{str(path)!r} holds the outcomes of {len(outcomes.index)} images, and {METRICS} is of {expected}: parts '
+            f'were deleted. Delete {METRICS} and start the same evaluation again, which computes them anew.'
+        )
+    return SavedEvaluation(run['settings'], run['versions'], metrics, outcomes)
 
 
 def read_metrics(path: Path) -> Optional[dict]:

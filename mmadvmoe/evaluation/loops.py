@@ -111,6 +111,9 @@ class _RobustLoop:
             )
             part = self.evaluation.evaluate(chunk)
             samples = as_data_samples(part.by_name[CLEAN], part.index, part.label)
+            for index, sample, given in zip(indices, samples, batch['data_samples']):
+                # What hooks call the image; MMPretrain's would count chunks, as if they were of one size.
+                sample.set_metainfo(dict(img_path=given.get('img_path', str(index))))
             self.runner.call_hook(f'after_{self.mode}_iter', batch_idx=idx, data_batch=batch, outputs=samples)
         return self.evaluation.finish(self.evaluator)
 

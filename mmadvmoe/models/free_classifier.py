@@ -81,10 +81,12 @@ class FreeClassifier(ImageClassifier):
         with optim_wrapper.optim_context(self):
             batch = self.data_preprocessor(data, True)
         images = self.data_preprocessor.to_unit(batch['inputs'])
-        offset = self._offset
-        if offset is None or offset.shape != images.shape:
-            offset = torch.zeros_like(images)
-        offset = offset.to(images.device)
+        # A last batch of fewer images uses the first rows of the perturbation, and leaves the others as they are.
+        offset, rest = torch.zeros_like(images), images[:0]
+        if self._offset is not None and self._offset.shape[1:] == images.shape[1:]:
+            before = self._offset.to(images.device)
+            rest = before[len(images) :]
+            offset[: len(before)] = before[: len(images)]
         self._in_step = True
         try:
             for _ in range(self.replays):
@@ -97,7 +99,7 @@ class FreeClassifier(ImageClassifier):
                 offset = (offset + self.eps * points.grad.sign()).clamp(-self.eps, self.eps)
         finally:
             self._in_step = False
-        self._offset = offset.detach()
+        self._offset = torch.cat([offset.detach(), rest])
         return log_vars
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
+from mmengine.model import PretrainedInit
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
@@ -46,11 +47,11 @@ class MoEBackbone(BaseBackbone):
             Token routers have settings of their own. Defaults to ``'softmax'``.
         share_stem (bool): Whether a pattern that takes in the first layer is refused, as the paper's pathways share
             it. Defaults to True.
-        init_cfg (dict, optional): As in MMEngine.
+        init_cfg (dict, optional): A whole checkpoint (``type='Pretrained'``); with one expert as in MMEngine.
 
     Raises:
-        ValueError: ``num_experts``, ``routing``, ``gate`` or a pattern is not allowed, or the router is set to give a
-            number of logits other than ``num_experts``.
+        ValueError: ``num_experts``, ``routing``, ``gate``, ``init_cfg`` or a pattern is not allowed, or the router is
+            set to give a number of logits other than ``num_experts``.
 
     Example:
         >>> model = dict(type='ImageClassifier', backbone=dict(
@@ -95,6 +96,12 @@ class MoEBackbone(BaseBackbone):
             raise ValueError(
                 f'backbone.backbone: {type(self.network).__name__} computes its layers anew in a backward pass of its '
                 'own, when the routes of the forward pass are gone; set backbone.backbone.no_custom_backward=True'
+            )
+        inits = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []
+        if num_experts > 1 and any(init['type'] not in ('Pretrained', PretrainedInit) for init in inits):
+            raise ValueError(
+                f'backbone.init_cfg={init_cfg!r}: initialisers go by the type of a layer and pass over experts, so '
+                "type='Pretrained' alone is allowed here; backbone.backbone.init_cfg is that of each expert"
             )
         self.context = RouteContext(num_experts, gate)
         self.router: Optional[BaseRouter] = None

@@ -263,6 +263,7 @@ class TokenRouter(BaseRouter):
             ValueError: ``given`` has another shape, or names an expert that does not exist.
         """
         logits = self(x)
+        capacity_factor = self.capacity_factor if training else self.eval_capacity_factor
         if given is None:
             return TokenRouting.decide(
                 logits,
@@ -270,14 +271,17 @@ class TokenRouter(BaseRouter):
                 self.softmax,
                 noise=torch.randn_like(logits) * self.noise_std if self.training and self.noise_std else None,
                 noise_std=self.noise_std,
-                capacity_factor=self.capacity_factor if training else self.eval_capacity_factor,
+                capacity_factor=capacity_factor,
                 per_image=not training,
                 straight_through=gated,
             )
         if isinstance(given, TokenRouting):
-            return given.again(logits, self.softmax)
-        expert = self._forced(logits, given) if given.dim() == 1 else self._held(logits, given)
-        return TokenRouting.fixed(expert, logits, self.softmax, self.noise_std)
+            if capacity_factor is None and given.kept is None:
+                return given.again(logits, self.softmax)
+            expert = given.expert
+        else:
+            expert = self._forced(logits, given) if given.dim() == 1 else self._held(logits, given)
+        return TokenRouting.fixed(expert, logits, self.softmax, self.noise_std, capacity_factor, per_image=not training)
 
     def _forced(self, logits: Tensor, expert: Tensor) -> Tensor:
         if len(expert) != len(logits) or ((expert < 0) | (expert >= self.num_experts)).any():

@@ -86,7 +86,15 @@ class TokenRouting(BaseRouting):
         return routing._limited(capacity_factor, per_image)
 
     @classmethod
-    def fixed(cls, expert: Tensor, logits: Tensor, softmax: str = 'after', noise_std: float = 0.0) -> TokenRouting:
+    def fixed(
+        cls,
+        expert: Tensor,
+        logits: Tensor,
+        softmax: str = 'after',
+        noise_std: float = 0.0,
+        capacity_factor: Optional[float] = None,
+        per_image: bool = False,
+    ) -> TokenRouting:
         """Route by a given choice. The gates are those that the router gives to that choice.
 
         Gates are part of what the network computes, so their gradient is kept, but for the straight-through one.
@@ -94,7 +102,8 @@ class TokenRouting(BaseRouting):
         Args:
             expert (Tensor): (B, T, K) int64, K different experts for each token.
             logits (Tensor): (B, T, N) of the router that is overruled.
-            softmax, noise_std: See :meth:`decide`.
+            softmax, noise_std, capacity_factor, per_image: See :meth:`decide`. What the router likes best of a choice
+                counts as first.
 
         Raises:
             ValueError: ``expert`` names an expert that does not exist, or one twice for a token.
@@ -106,7 +115,10 @@ class TokenRouting(BaseRouting):
             named = expert.unique().tolist()
             raise ValueError(f'a route must name different experts in [0, {num_experts}) for each token, got {named}')
         threshold = logits.gather(-1, expert).amin(-1)
-        return cls._of(expert, gate_of(logits, expert, softmax, straight_through=False), logits, threshold, noise_std)
+        if capacity_factor is not None:
+            expert = expert.gather(-1, logits.gather(-1, expert).argsort(dim=-1, descending=True, stable=True))
+        gate = gate_of(logits, expert, softmax, straight_through=False)
+        return cls._of(expert, gate, logits, threshold, noise_std)._limited(capacity_factor, per_image)
 
     @classmethod
     def _of(cls, expert: Tensor, gate: Tensor, logits: Tensor, threshold: Tensor, noise_std: float) -> TokenRouting:
@@ -116,9 +128,7 @@ class TokenRouting(BaseRouting):
         return cls(expert, gate, logits, load, GroupSizes(load), order, inverse_of(order), None, threshold, noise_std)
 
     def again(self, logits: Tensor, softmax: str = 'after') -> TokenRouting:
-        """Route the tokens of a further pass likewise, as :meth:`fixed` does; arguments as there."""
-        if self.kept is not None:
-            return self.fixed(self.expert, logits, softmax, self.noise_std)
+        """Route the tokens of a further pass likewise, as :meth:`fixed` does where nothing is dropped."""
         gate = gate_of(logits, self.expert, softmax, straight_through=False)
         return replace(self, gate=gate, logits=logits, threshold=logits.gather(-1, self.expert).amin(-1))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 from .expert_layers import ExpertLayer
 
-# Where the weights of a backbone stand: in a checkpoint of it alone, and in that of a classifier.
-_PREFIXES = (None, 'backbone.')
+# Where the weights of a backbone stand: in a checkpoint of it alone, and in that of a classifier; of DDP, too.
+_PREFIXES = (None, 'backbone.', 'module.', 'module.backbone.')
 _CURE = (
     'set backbone.backbone.init_cfg=dict(type="Pretrained", checkpoint=..., prefix=...) to a checkpoint of the same '
     'dense network with the same widths, and prefix to what stands in front of its names'
@@ -39,7 +38,7 @@ def with_found_prefix(
         return init_cfg
     file = init_cfg['checkpoint']
     content = CheckpointLoader.load_checkpoint(file, map_location='cpu', logger='silent')
-    found = {re.sub(r'^module\.', '', name): value for name, value in content.get('state_dict', content).items()}
+    found = content.get('state_dict', content)
     given = init_cfg.get('prefix')
     for prefix in dict.fromkeys((given, *_PREFIXES)):
         before = '' if prefix is None else prefix if prefix.endswith('.') else f'{prefix}.'

@@ -13,10 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.config.config import DELETE_KEY
 from mmengine.device import get_device, is_cuda_available
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -69,12 +70,27 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(path: str) -> Config:
-    """Read a config file; the FileNotFoundError of one that is not there names the nearest one beside it."""
+    """Read a config file.
+
+    A ``_delete_=True`` that had nothing to delete, which MMEngine would leave for a constructor, is taken out.
+
+    Raises:
+        FileNotFoundError: It is not there; the message names the nearest one beside it.
+    """
     file = Path(path)
     if not file.is_file():
         beside = [each.name for each in file.parent.glob('*.py')] if file.parent.is_dir() else []
         raise FileNotFoundError(f'config {path!r} does not exist{did_you_mean(file.name, beside)}')
-    return Config.fromfile(path)
+    cfg = Config.fromfile(path)
+    _drop_delete(cfg._cfg_dict)
+    return cfg
+
+
+def _drop_delete(value: Any) -> None:
+    if isinstance(value, dict):
+        value.pop(DELETE_KEY, None)
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        _drop_delete(each)
 
 
 def check_checkpoint(path: str, argument: str) -> None:

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel
 from mmpretrain.registry import MODELS
 from torch import nn
 
@@ -187,6 +187,13 @@ def test_refuses_what_gives_no_logits(make_tiny, make_moe):
         Victim(headless)
     with pytest.raises(TypeError, match='type Linear does not tell'):
         Victim(nn.Flatten(), nn.Linear(1, 1))
+
+
+def test_a_mixture_whose_routes_would_not_be_seen_is_refused(make_moe):
+    for wrapped in (nn.Sequential(make_moe()), ExponentialMovingAverage(make_moe())):
+        assert Victim(wrapped).num_routers == 1
+    with pytest.raises(ValueError, match='inside of Sequential, where attacks would not see its routes'):
+        Victim(nn.Sequential(nn.Identity(), make_moe()))
 
 
 @pytest.fixture

@@ -100,3 +100,19 @@ def test_l1_step_passes_over_coordinates_that_cannot_move():
 def test_zero_gradient_stays(norm):
     points = torch.rand(2, 3, 8, 8)
     assert torch.equal(ascend(points, torch.zeros_like(points), 0.1, norm), points)
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_what_is_not_a_number_does_not_stand_still(norm):
+    points = torch.rand(2, 3, 8, 8)
+    grad = torch.randn_like(points)
+    grad[1, :, :4] = torch.nan
+    step = ascend(points, grad, 0.1, norm) - points
+    assert step[0].isfinite().all() and step[1].isnan().any()
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
+@pytest.mark.parametrize('norm', NORMS)
+def test_a_step_does_not_depend_on_the_scale_of_the_gradient(norm, scale):
+    points, grad = torch.full((2, 3, 8, 8), 0.5), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(ascend(points, scale * grad, 0.1, norm), ascend(points, grad, 0.1, norm))

@@ -122,6 +122,6 @@ def test_commands_of_the_readme_name_files_and_checkpoints_that_there_are() -> N
     }
     for command in commands:
         assert all((ROOT / word).is_file() for word in command[1:] if word.startswith(('tools/', 'configs/')))
-    (checkpoint,) = re.findall(r'work_dirs/(\w[\w-]*)/epoch_(\d+)\.pth', TEXT)
-    cfg = Config.fromfile(ROOT / 'configs' / f'{checkpoint[0]}.py')
-    assert int(checkpoint[1]) == cfg.train_cfg.max_epochs
+    (folder,) = re.findall(r'work_dirs/(\w[\w-]*)/best_\*\.pth', TEXT)
+    cfg = Config.fromfile(ROOT / 'configs' / f'{folder}.py')
+    assert cfg.default_hooks.checkpoint.save_best

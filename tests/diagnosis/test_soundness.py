@@ -248,6 +248,7 @@ def test_a_substitute_is_a_function_of_its_seed(trained, data, monkeypatch):
     assert agreement == 100 * (predict(substitute, images) == predict(victim, images)).double().mean()
     again, _ = train_substitute(victim, images, THREAT)
     assert torch.equal(substitute(images), again(images))
+    train_substitute(victim, images[:1], THREAT)
 
 
 def test_gains_of_a_linear_model():

@@ -1,5 +1,6 @@
 """An output folder stays complete whatever happens to it."""
 
+import itertools
 import json
 import resource
 from collections.abc import Iterator
@@ -114,9 +115,12 @@ def test_only_what_is_its_own_is_deleted(tmp_path: Path) -> None:
     folder.prepare(RUN)
     (tmp_path / 'parts').mkdir()
     (tmp_path / 'parts' / f'.000000.00-clean.pt.1{PARTIAL}').write_text('cut off')
+    (tmp_path / 'training').mkdir()
+    (tmp_path / 'training' / f'.epoch_1.pth.1{PARTIAL}').write_text('being written')
     folder.prepare(RUN, overwrite=True)
     folder.close()
-    assert sorted(path.name for path in tmp_path.rglob('*')) == ['notes.txt', 'parts', 'run.json']
+    names = sorted(path.name for path in tmp_path.rglob('*'))
+    assert names == [f'.epoch_1.pth.1{PARTIAL}', 'notes.txt', 'parts', 'run.json', 'training']
 
 
 def test_results_of_nobody_knows_what_are_refused(tmp_path: Path) -> None:
@@ -153,6 +157,19 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path: Path) -> None
     folder.finish(outcomes, {'clean/accuracy/top1': 50.0})
     assert len((tmp_path / 'outcomes.jsonl').read_text().splitlines()) == 4
     assert json.loads((tmp_path / 'metrics.json').read_text()) == {'clean/accuracy/top1': 50.0}
+
+
+def test_metrics_of_more_images_than_there_are_outcomes_are_not_believed(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    run = dict(RUN, settings=dict(RUN['settings'], data=dict(type='Digits', num_images=8)))
+    folder.prepare(run)
+    for number, name in itertools.product((0, 1), ('clean', 'a', 'b')):
+        folder.write(_chunk(number), name, _outcome(number))
+    folder.finish(read_evaluation(tmp_path).outcomes, {'clean/accuracy/top1': 50.0})
+    assert read_evaluation(tmp_path).metrics is not None
+    folder.part(1, 'a').unlink()
+    with pytest.raises(ValueError, match=r'outcomes of 4 images, and metrics\.json is of 8: .*Delete metrics\.json'):
+        read_evaluation(tmp_path)
 
 
 @pytest.mark.parametrize('content', [b'', b'PK', None])

@@ -259,7 +259,7 @@ class _Journal(Hook):
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: list) -> None:
         assert not runner.model.training
         assert len(outputs) == len(data_batch['inputs'])
-        self.entries.append(f'after {batch_idx} {outputs[0].sample_idx}')
+        self.entries.append(f'after {batch_idx} {outputs[0].sample_idx} {outputs[-1].img_path}')
 
     def after_test_epoch(self, runner: Runner, metrics: dict) -> None:
         assert {f'{name}/accuracy/top1' for name in NAMES} <= metrics.keys()
@@ -278,7 +278,7 @@ def test_hooks_and_progress_count_chunks(tmp_path: Path, caplog: pytest.LogCaptu
     assert journal.entries == [
         'before_test',
         'before_test_epoch',
-        *(f'{when}' for i in range(4) for when in (f'before {i}', f'after {i} {8 * i}')),
+        *(f'{when}' for i in range(4) for when in (f'before {i}', f'after {i} {8 * i} {min(8 * i + 7, 29)}')),
         'after_test_epoch',
         'after_test',
     ]

@@ -178,7 +178,10 @@ def pretrained(tmp_path, before, prefix, channels=4):
     return dense, dict(RESNET, backbone=dict(RESNET['backbone'], init_cfg=source))
 
 
-@pytest.mark.parametrize(('before', 'prefix'), [('backbone.', 'backbone.'), ('backbone.', None), ('', 'backbone.')])
+@pytest.mark.parametrize(
+    ('before', 'prefix'),
+    [('backbone.', 'backbone.'), ('backbone.', None), ('', 'backbone.'), ('module.backbone.', None)],
+)
 def test_a_dense_checkpoint_is_upcycled_into_every_expert_with_the_prefix_that_it_has(tmp_path, before, prefix):
     dense, network = pretrained(tmp_path, before, prefix)
     plain = MODELS.build(dict(type='MoEBackbone', num_experts=1, **copy.deepcopy(network)))
@@ -265,6 +268,10 @@ def test_expert_layers_of_convnext_are_convolutions_and_linear_layers():
         (dict(routing='layer', router=dict(type='MLPRouter', image_size=8)), 'MLPRouter reads images'),
         (dict(routing='layer', router=dict(type='ConvRouter', image_size=8)), 'ConvRouter reads images'),
         (dict(router=dict(type='ResNetRouter', num_experts=2)), 'router.num_experts=2.*num_experts=3'),
+        (
+            dict(init_cfg=dict(type='Kaiming', layer='Conv2d')),
+            r'backbone.init_cfg=.*Kaiming.*backbone.backbone.init_cfg',
+        ),
     ],
 )
 def test_mistakes_are_named(change, message):

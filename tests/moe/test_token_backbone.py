@@ -187,15 +187,21 @@ def test_noise_is_drawn_in_training_mode_of_the_router_alone():
     assert torch.equal(model(images())[0], model(images())[0])
 
 
+@pytest.mark.parametrize('drops', [{}, DROPS], ids=['all', 'drops'])
 @pytest.mark.parametrize('softmax', ['before', 'after'])
 @pytest.mark.parametrize('top_k', [1, 2])
-def test_holding_the_own_route_changes_nothing(top_k, softmax):
-    model = build(top_k=top_k, softmax=softmax)
+def test_holding_the_own_route_changes_nothing(top_k, softmax, drops):
+    model = build(top_k=top_k, softmax=softmax, **drops)
     features, routings = model.forward_routed(images())
+    assert any(routing.dropped for routing in routings) == bool(drops)
     held = torch.cat([routing.decisions for routing in routings], dim=1)
     assert held.shape == (3, 2 * 5 * top_k)
     again, held_routings = model.forward_routed(images(), held)
     torch.testing.assert_close(again[0], features[0])
+    # The decisions of an earlier pass, and of some of its images.
+    torch.testing.assert_close(model.forward_routed(images(), routings)[0][0], features[0])
+    some = tuple(routing.take(torch.tensor([2, 0])) for routing in routings)
+    torch.testing.assert_close(model.forward_routed(images()[[2, 0]], some)[0][0], features[0][[2, 0]])
     assert all(routing.followed.all() for routing in held_routings)
 
 

@@ -91,6 +91,9 @@ def test_amp_refuses_what_it_would_lose():
 def test_missing_files_are_named(tmp_path):
     (tmp_path / 'advmoe_digits.py').write_text('seed = 3')
     assert load_config(str(tmp_path / 'advmoe_digits.py')).seed == 3
+    # With nothing below it to delete, MMEngine would hand it to a constructor.
+    (tmp_path / 'child.py').write_text("_base_ = 'advmoe_digits.py'\nhook = [dict(a=dict(_delete_=True, type='A'))]\n")
+    assert load_config(str(tmp_path / 'child.py')).hook == [dict(a=dict(type='A'))]
     with pytest.raises(FileNotFoundError, match=r'advmo_digits.py.*mean .advmoe_digits.py.\?'):
         load_config(str(tmp_path / 'advmo_digits.py'))
     with pytest.raises(FileNotFoundError, match='nowhere/a.py'):

@@ -62,7 +62,7 @@ def test_what_is_done_is_not_done_again(folder):
 def test_every_training_that_it_starts_passes_the_checks_before_a_training(tmp_path, short):
     assert script(tmp_path, 'table', PYTHON='echo', SHORT=short).returncode == 0
     started = sorted(tmp_path.glob('train_*.done'))
-    assert len(started) == 6
+    assert len(started) == 7
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     for file in started:

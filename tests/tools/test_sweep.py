@@ -5,11 +5,14 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
+from multiprocessing import Event, Process
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from processes import start_script_in_fork
+
+from mmadvmoe.runtime.lock import FolderInUseError, FolderLock
 
 ROOT = Path(__file__).resolve().parents[2]
 DENSE, MOE = 'AT(Dense):configs/baselines/at_dense_resnet18_digits.py', 'configs/advmoe_resnet18_digits.py'
@@ -245,3 +248,43 @@ def test_runs_are_counted_once_and_rows_not_mixed(compare: ModuleType) -> None:
     assert '40.0, 1 of 2 runs' in compare.table(rows, compare.columns_of(rows))
     with pytest.raises(ValueError, match="--columns='wrost' is unknown .did you mean 'worst'"):
         compare.columns_of(rows, ['wrost'])
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(sweep: ModuleType, tmp_path: Path) -> None:
+    begun = tmp_path / sweep.folder_of(MOE, []) / 'seed_0'
+    begun.mkdir(parents=True)
+    ready, ended = Event(), Event()
+
+    def training() -> None:
+        lock = FolderLock(begun, '')
+        lock.acquire()
+        ready.set()
+        ended.wait(60)
+
+    process = Process(target=training)
+    process.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(FolderInUseError, match='Wait until that training ends'):
+            sweep.run(MOE, [], 0, _args(tmp_path, MOE))
+        assert begun.is_dir() and len(list(begun.parent.iterdir())) == 1
+    finally:
+        ended.set()
+        process.join()
+
+
+def test_a_config_whose_cost_cannot_be_counted_fails_before_it_trains(sweep: ModuleType, tmp_path: Path) -> None:
+    record = sweep.run(MOE, ['model.backbone.backbone.widths=3'], 0, _args(tmp_path, MOE))
+    assert record['status'] == 'failed' and 'widths' in record['error']
+
+
+def test_rows_without_the_metric_are_left_out(compare: ModuleType) -> None:
+    held = {'held/accuracy/top1': 30.0}
+    mixture = [dict(r, metrics={**r['metrics'], **held}) for r in (_record('M', s, (90, 50, 45, 40)) for s in (0, 1))]
+    rows = dict(A=[_record('A', 0, (90, 50, 45, 40))], M=mixture)
+    with pytest.raises(ValueError, match="--baseline: 'A' has no 'held'"):
+        compare.differences(rows, 'A', 'held/accuracy/top1')
+    assert 'A' not in compare.differences(rows, 'M', 'held/accuracy/top1').splitlines()[-1]
+    old, new = (dict(mixture[seed], config_sha256=sha) for seed, sha in enumerate(('old', 'new')))
+    with pytest.raises(ValueError, match="'M' names runs of .* as it was and as it is"):
+        compare.rows_of([old, new])

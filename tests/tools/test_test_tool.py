@@ -125,6 +125,14 @@ def test_another_radius_needs_another_folder_or_overwrite(test_tool: Callable) -
     assert json.loads(Path('outcomes/run.json').read_text())['settings']['attacks']['route']['eps'] == 0.1
 
 
+def test_options_of_attacks_are_those_of_the_named_ones(test_tool: Callable) -> None:
+    radii = [f'test_cfg.attacks.{name}.eps=0.05' for name in ('pgd2', 'route')]
+    test_tool('--attacks', 'pgd2', 'fgsm', '--out', 'outcomes', '--cfg-options', *radii)
+    attacks = json.loads(Path('outcomes/run.json').read_text())['settings']['attacks']
+    assert list(attacks) == ['pgd2', 'routepgd2', 'pgd2-held', 'fgsm', 'fgsm-held']
+    assert {attack['eps'] for attack in attacks.values()} == {0.05}
+
+
 def test_a_config_without_attacks_needs_a_radius(test_tool: Callable) -> None:
     Path('config.py').write_text(CONFIG + 'test_cfg = dict()\n')
     with pytest.raises(ValueError, match=r'--out is for tests under attacks, .* add --attacks'):

@@ -129,6 +129,15 @@ def test_free_training_of_a_mixture_and_of_batches_of_two_sizes():
     assert any('router' in name for name in changed) and any('network' in name for name in changed)
 
 
+def test_a_smaller_last_batch_leaves_the_perturbation_of_the_others():
+    model = free_classifier(replays=2).train()
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), 0.05))
+    model.train_step(make_data(4), wrapper)
+    before = model._offset
+    model.train_step(make_data(3), wrapper)
+    assert torch.equal(model._offset[3], before[3]) and not torch.equal(model._offset[:3], before[:3])
+
+
 def test_mistakes_of_free_training_are_named():
     with pytest.raises(ValueError, match='replays=0'):
         free_classifier(replays=0)

@@ -51,7 +51,9 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config)
     init_default_scope('mmpretrain')
-    shape = (3, args.shape[0], args.shape[-1]) if args.shape else input_shape_of(cfg)
+    shape = input_shape_of(cfg)
+    if args.shape:
+        shape = (shape[0], args.shape[0], args.shape[-1])
     cost = count_cost(cfg, shape)
     print(f'{Path(args.config).name}, one image of {" x ".join(map(str, shape))}; 1 GFLOP = 1e9 multiply-adds')
     for name, value in rows(cost):

@@ -73,15 +73,16 @@ def measure(part: str, folder: Path, config: str, checkpoint: str, args: argpars
     """Measure one part of a model.
 
     Raises:
-        MeasurementError: The tool failed.
+        MeasurementError: It failed.
     """
     out = folder / PARTS[part]
-    if part == 'examples':
-        make_examples(folder, args.device)
-        return
-    if part == 'curve':
-        make_curve(folder, args.device, args.num_images)
-        return
+    try:
+        if part == 'examples':
+            return make_examples(folder, args.device)
+        if part == 'curve':
+            return make_curve(folder, args.device, args.num_images)
+    except (RuntimeError, ValueError, FloatingPointError) as error:
+        raise MeasurementError(f'{part} failed: {error}') from error
     if part == 'evaluation':
         options = ['--out', out.parent] + (['--attacks', *args.attacks] if args.attacks else [])
         command = [TOOLS / 'test.py', config, checkpoint, '--work-dir', folder / 'log', *options]
