@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import mmadvmoe  # noqa: F401  # registers the components
 from mmadvmoe.attacks import NormalizedClassifier, Victim
-from mmadvmoe.attacks.images import as_unit, check_unit
+from mmadvmoe.attacks.model import as_unit, check_unit
 from mmadvmoe.attacks.views import decisions
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.evaluation import CLEAN, WORST, RobustOutcomes

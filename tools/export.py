@@ -20,7 +20,7 @@ from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import NormalizedClassifier
 from mmadvmoe.cost import input_shape_of
 from mmadvmoe.moe import deployable
-from mmadvmoe.runtime.atomic import check_writable
+from mmadvmoe.runtime.files import check_writable
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 
 #: Endings of the files.

@@ -106,7 +106,7 @@ def set_aside(directory: Path) -> None:
     Raises:
         FolderInUseError: A training writes to it.
     """
-    from mmadvmoe.runtime.lock import FolderLock
+    from mmadvmoe.runtime.files import FolderLock
 
     lock = FolderLock(directory, 'Wait until that training ends, or choose another --work-dir.')
     lock.acquire()
@@ -233,7 +233,7 @@ def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
         FolderInUseError: Another sweep runs in the folder.
         ValueError: The folder holds runs of another kind, or two runs would be the same.
     """
-    from mmadvmoe.runtime.lock import FolderLock
+    from mmadvmoe.runtime.files import FolderLock
 
     lock = FolderLock(args.work_dir, 'Wait until that sweep ends, or choose another --work-dir.')
     lock.acquire()

@@ -12,8 +12,8 @@ from mmengine.evaluator import DumpResults
 
 from mmadvmoe.attacks import STANDARD_ATTACKS
 from mmadvmoe.evaluation.named_attacks import choose_attacks
-from mmadvmoe.runtime.atomic import check_writable
 from mmadvmoe.runtime.config_checks import check_options, keywords_named
+from mmadvmoe.runtime.files import check_writable, in_first_process
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
     build_runner,
@@ -23,7 +23,6 @@ from mmadvmoe.runtime.launch import (
     merge_common_arguments,
     prepare_distributed,
 )
-from mmadvmoe.runtime.lock import in_first_process
 from mmadvmoe.utils import as_plain, write_atomically
 
 OUT_SUFFIXES = {

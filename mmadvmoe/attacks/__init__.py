@@ -2,13 +2,12 @@
 
 from .autoattack import APGD, APGDT, AutoAttack
 from .builder import BoundAttack, NonFiniteImagesError, attack_class, build_attack
-from .library import JSMA, register_torchattacks
 from .model import NormalizedClassifier
-from .multi_attack import MultiAttack, parts_of
 from .pgd import PGD
 from .route_pgd import ForcedRoutePGD, RoutePGD
 from .router_attack import ClassGroupAttack, RouterAttack
-from .standard import STANDARD_ATTACKS, attack_norm, is_standard_attack, standard_attack
+from .settings import JSMA, register_torchattacks
+from .standard import STANDARD_ATTACKS, MultiAttack, attack_norm, is_standard_attack, parts_of, standard_attack
 from .trades import TRADESAttack, kl_divergence
 from .views import HeldVictim, Pathway, Rescaled, Victim
 

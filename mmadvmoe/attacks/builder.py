@@ -19,8 +19,8 @@ from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose, type_name
 
 from . import settings
-from .images import check_range
-from .library import NOT_FROM_CONFIGS, SOFT_LABEL_ATTACKS
+from .model import check_range
+from .settings import NOT_FROM_CONFIGS, SOFT_LABEL_ATTACKS
 from .steps import largest_distance
 from .views import ROUTES, HeldVictim, Victim, clean_route
 

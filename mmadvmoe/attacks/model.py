@@ -1,4 +1,4 @@
-"""A classifier with its normalisation inside: images in [0, 1] to class logits."""
+"""A classifier with its normalisation inside: images in [0, 1], or integers that tell their range, to class logits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from mmadvmoe.moe import BaseRouter, Route, Routing, forward_routed, router_modules
 from mmadvmoe.utils import bare_model, checkpointing
-
-from .images import as_unit, check_unit
 
 # How far noise and the steps of attacks may lead out of [0, 1]; what is normalised or in 0..255 lies further out.
 _SLACK = 0.5
@@ -265,3 +263,47 @@ class _Freeze:
 def full_precision(logits: Tensor) -> Tensor:
     """Half-precision logits as float32; wider ones as they are."""
     return logits.float() if logits.element_size() < 4 else logits
+
+
+#: The integer types of images that files hold, with the value of white.
+WHITE = {torch.uint8: 2**8 - 1, torch.uint16: 2**16 - 1}
+#: What rounding may add to images in [0, 1] that were normalised and brought back.
+ROUNDING = 1e-4
+
+
+def as_unit(images: Tensor) -> Tensor:
+    """Bring images of integers, of any shape, to [0, 1] by their type; floating point images are left as they are.
+
+    Raises:
+        TypeError: They are integers of another type than :data:`WHITE` has, whose white nobody knows.
+    """
+    if images.is_floating_point():
+        return images
+    if images.dtype not in WHITE:
+        raise TypeError(
+            f'images are {images.dtype}, which does not tell what is white; give floating point images in [0, 1], or '
+            f'{" or ".join(map(str, WHITE))}'
+        )
+    return images.float() / WHITE[images.dtype]
+
+
+def check_unit(images: Tensor, what: str = 'images', slack: float = ROUNDING) -> Tensor:
+    """Give floating point images back if they lie in [0, 1], or ``slack`` outside, at the cost of one transfer.
+
+    Raises:
+        ValueError: They do not, or a pixel is NaN; ``what`` names them.
+    """
+    if not images.numel():
+        return images
+    check_range(*torch.stack([*images.detach().aminmax()]).tolist(), what, slack)
+    return images
+
+
+def check_range(low: float, high: float, what: str = 'images', slack: float = ROUNDING) -> None:
+    """Raise ValueError unless the least and the largest value of images lie in [0, 1]; see :func:`check_unit`."""
+    # Written so that NaN fails too.
+    if not (low >= -slack and high <= 1 + slack):
+        raise ValueError(
+            f'{what} must be in [0, 1], got values from {low:.4g} to {high:.4g}; divide pixels in 0..255 by 255; '
+            'normalisation belongs inside the model (mean and std of the data_preprocessor)'
+        )

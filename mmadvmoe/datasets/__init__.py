@@ -1,14 +1,11 @@
 """Data sets that MMPretrain lacks, and the samplers of robust evaluation."""
 
-from .cifar import CIFAR10Split, CIFAR100Split
-from .digits import Digits
 from .extra import ExtraImages
-from .fashion_mnist import FashionMNISTSplit
 from .folders import ImageFolders
 from .imagenet import ImageNetSplit, TinyImageNet
 from .memory import BatchedCropFlip, InMemory, keep_batch
-from .samplers import ChunkSampler
-from .splits import stratified_split
+from .small_images import CIFAR10Split, CIFAR100Split, Digits, FashionMNISTSplit
+from .splits import ChunkSampler, stratified_split
 
 __all__ = [
     'BatchedCropFlip',

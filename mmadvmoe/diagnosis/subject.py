@@ -29,8 +29,8 @@ from mmadvmoe.evaluation.chunks import AttackFunction, chunk_seed, classify, run
 from mmadvmoe.evaluation.data import Chunk, as_dataset, class_names, spread_images
 from mmadvmoe.evaluation.outcomes import CLEAN, Outcome
 from mmadvmoe.moe import placement_of
-from mmadvmoe.runtime.atomic import check_writable
 from mmadvmoe.runtime.config_checks import check_options
+from mmadvmoe.runtime.files import check_writable
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.seeding import preserve_rng_state
 from mmadvmoe.utils import choose, write_atomically

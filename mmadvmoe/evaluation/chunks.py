@@ -1,6 +1,6 @@
 """Attack one chunk of images, so that the outcome of an image depends on nothing but the config.
 
-Dimension letters: B images, D decisions of the routers for one image (0 for a dense model).
+Dimension letters: B images, K classes, D decisions of the routers for one image (0 for a dense model).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Optional
 
 import torch
@@ -178,3 +178,59 @@ def _check_labels(chunk: Chunk, num_classes: int) -> None:
             f'image {chunk.indices[row]} of the data set has label {int(chunk.labels[row])}, but the model has classes '
             f'0 to {num_classes - 1}; set num_classes of the head to that of the data set.'
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """B images before and after an attack. All tensors are on the CPU.
+
+    Attributes:
+        images, adversarial: Clean and attacked images, (B, 3, H, W) in [0, 1].
+        label: True class, (B,) int64.
+        before, after: Class predicted for the clean and for the attacked image, (B,) int64.
+        route_before, route_after: Experts chosen for them, (B, D) int64, as :attr:`Routing.decisions` has them.
+    """
+
+    images: Tensor
+    adversarial: Tensor
+    label: Tensor
+    before: Tensor
+    after: Tensor
+    route_before: Tensor
+    route_after: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def fooled(self) -> Tensor:
+        """Images that are right without the attack and wrong under it, (B,) bool."""
+        return (self.before == self.label) & (self.after != self.label)
+
+    @property
+    def robust(self) -> Tensor:
+        """Images that are right without the attack and under it, (B,) bool."""
+        return (self.before == self.label) & (self.after == self.label)
+
+    def take(self, rows: Tensor) -> Examples:
+        """Pick images by their row."""
+        return Examples(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def telling(self, count: int) -> Examples:
+        """Choose up to ``count`` images: first those that are fooled, half of them if so many are, then robust ones.
+
+        Images that are wrong without an attack come last, and only where there are too few others.
+        """
+        masks = (self.fooled, self.robust, self.before != self.label)
+        fooled, robust, wrong = (mask.nonzero().squeeze(1) for mask in masks)
+        num_fooled = max(min(len(fooled), count // 2), min(count - len(robust), len(fooled)))
+        rows = torch.cat([fooled[:num_fooled], robust[: count - num_fooled], wrong])
+        return self.take(rows[:count])
+
+
+def attack_examples(victim: Victim, attack: AttackFunction, images: Tensor, labels: Tensor) -> Examples:
+    """Attack images (B, 3, H, W) in [0, 1], and note predictions and routes before and after."""
+    adversarial = attack(images, labels, seed=0)
+    before, after = classify(victim, images, images), classify(victim, adversarial, images)
+    parts = (images, adversarial, labels, before.prediction, after.prediction, before.expert, after.expert)
+    return Examples(*(part.cpu() for part in parts))

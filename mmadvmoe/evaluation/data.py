@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from mmadvmoe.attacks import Victim
-from mmadvmoe.attacks.images import as_unit, check_unit
+from mmadvmoe.attacks.model import as_unit, check_unit
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.models.data_preprocessor import as_pixels, check_images
 

@@ -12,8 +12,7 @@ from typing import Any, Optional, Union
 
 import torch
 
-from mmadvmoe.runtime.lock import FolderLock
-from mmadvmoe.runtime.seal import damage_of, is_sealed, seal
+from mmadvmoe.runtime.files import FolderLock, damage_of, is_sealed, seal
 from mmadvmoe.utils import PARTIAL, as_plain, some, write_atomically
 
 from .data import Chunk

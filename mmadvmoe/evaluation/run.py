@@ -23,7 +23,7 @@ from torch import nn
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.datasets import ChunkSampler
-from mmadvmoe.runtime.lock import in_first_process
+from mmadvmoe.runtime.files import in_first_process
 from mmadvmoe.version import __version__
 
 from .chunks import evaluate_chunk

@@ -1,9 +1,8 @@
 """The classifier that learns from adversarial images, its data preprocessor, its losses, and backbones."""
 
 from .backbones import AdaptiveAveragePooling, DenseNet_CIFAR, ScaledVGG, WideResNet, WideResNet_CIFAR
-from .classifier import RobustClassifier, RoutingRecord
+from .classifier import FreeClassifier, RobustClassifier, RoutingRecord
 from .data_preprocessor import AdvDataPreprocessor
-from .free_classifier import FreeClassifier
 from .losses import (
     AdversarialCrossEntropyLoss,
     MARTLoss,

@@ -11,7 +11,7 @@ from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor
 
 from mmadvmoe.attacks import BoundAttack, NonFiniteImagesError, Victim, build_attack
-from mmadvmoe.attacks.images import WHITE, as_unit
+from mmadvmoe.attacks.model import WHITE, as_unit
 from mmadvmoe.moe import GROUPS, NonFiniteRouterError
 from mmadvmoe.utils import choose
 

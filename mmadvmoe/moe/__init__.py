@@ -2,8 +2,7 @@ from .backbone import MoEBackbone, forward_routed
 from .class_groups import ClassGroups
 from .convert import convert_ffns, convert_layers, match_ffns, match_layers
 from .deploy import deployable
-from .expert_ffn import ExpertFFN
-from .expert_layers import ExpertLayer, MoEConv2d, MoELinear
+from .expert_layers import ExpertFFN, ExpertLayer, MoEConv2d, MoELinear
 from .pixel_routers import ConvRouter, MLPRouter
 from .placements import PLACEMENTS, Placement, placement_of
 from .routers import GROUPS, BaseRouter, LayerRouter, ResNetRouter, TokenRouter, router_modules, split_parameters

@@ -14,8 +14,7 @@ from mmpretrain.models.utils.attention import BEiTAttention, CrossMultiheadAtten
 from torch import nn
 
 from .context import RouteContext
-from .expert_ffn import ExpertFFN
-from .expert_layers import EXPERT_LAYERS
+from .expert_layers import EXPERT_LAYERS, ExpertFFN
 from .routers import BaseRouter, TokenRouter
 
 #: The modules that hold a feed-forward network. Exact classes: a subclass may compute something else.

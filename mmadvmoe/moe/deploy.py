@@ -16,8 +16,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
 from .backbone import MoEBackbone
-from .expert_ffn import ExpertFFN
-from .expert_layers import ExpertLayer, MoEConv2d
+from .expert_layers import ExpertFFN, ExpertLayer, MoEConv2d
 from .placements import map_tensors
 from .routers import BaseRouter, TokenRouter
 from .token_routing import gate_of

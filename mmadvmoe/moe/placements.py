@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from .context import RouteContext, RoutedPass
 from .convert import convert_ffns, convert_layers, match_ffns, match_layers
-from .expert_ffn import ExpertFFN
-from .expert_layers import ExpertLayer
+from .expert_layers import ExpertFFN, ExpertLayer
 from .routers import BaseRouter
 from .routing import BaseRouting, Route, Routing
 

@@ -11,9 +11,8 @@ from typing import Optional
 
 from mmadvmoe.utils import some
 
-from .atomic import AtomicLocalBackend
+from .files import AtomicLocalBackend, is_sealed
 from .safe_load import CheckpointError, load_from_local
-from .seal import is_sealed
 
 POINTER = 'last_checkpoint'
 

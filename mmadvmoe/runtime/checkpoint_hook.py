@@ -14,10 +14,9 @@ from mmpretrain.registry import HOOKS
 
 from mmadvmoe.utils import PARTIAL
 
-from .atomic import AtomicLocalBackend, use_atomic_files
 from .checkpoint_folder import POINTER, CheckpointFolder
 from .config_checks import schedules
-from .lock import FolderLock, in_first_process
+from .files import AtomicLocalBackend, FolderLock, in_first_process, use_atomic_files
 from .safe_load import CheckpointError, check_can_be_loaded, check_state_dict
 
 

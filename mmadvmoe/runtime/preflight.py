@@ -25,7 +25,7 @@ from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import NO_VICTIM, check_images
 from mmadvmoe.moe import GROUPS, placement_of, router_modules
-from mmadvmoe.moe.upcycling import check_has_experts
+from mmadvmoe.moe.backbone import check_has_experts
 from mmadvmoe.utils import bare_model, did_you_mean, type_name
 
 from .config_checks import check_schedules, warn_of_ended_schedules

@@ -28,8 +28,7 @@ from torch import nn
 
 from mmadvmoe.utils import bare_model, some
 
-from .lock import in_first_process
-from .seal import damage_of
+from .files import damage_of, in_first_process
 
 try:
     from numpy._core import multiarray as numpy_core

@@ -4,10 +4,8 @@ from .alternation import AlternatingOptimHook, TurnSchedule
 from .awp import AWPOptimWrapper
 from .distributed import TurnsDistributedDataParallel
 from .health_hook import RouterHealthHook
-from .images_hook import AdversarialImagesHook
+from .hooks import AdversarialImagesHook, BindVictimHook, CatastrophicOverfittingHook, SpeedHook
 from .optim_wrapper import AlternatingOptimWrapper, AlternatingOptimWrapperConstructor, CPUAmpOptimWrapper
-from .overfitting_hook import CatastrophicOverfittingHook
-from .setup_hooks import BindVictimHook, SpeedHook
 
 __all__ = [
     'AWPOptimWrapper',

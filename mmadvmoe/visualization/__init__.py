@@ -1,9 +1,8 @@
 """Figures of robustness; they know nothing of runs, files or reports."""
 
-from .charts import Line, draw_confusion, draw_lines, draw_loads, draw_parts
+from .charts import Line, draw_confusion, draw_lines, draw_loads, draw_parts, draw_training
 from .images import draw_image_grid, draw_patch_routes, patch_grid
 from .style import png_bytes, save_png
-from .training import draw_training
 
 __all__ = [
     'Line',

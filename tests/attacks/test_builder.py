@@ -12,7 +12,7 @@ from torch import nn
 from torchattacks.attack import Attack
 
 from mmadvmoe.attacks import Victim, build_attack
-from mmadvmoe.attacks.library import SOFT_LABEL_ATTACKS
+from mmadvmoe.attacks.settings import SOFT_LABEL_ATTACKS
 from mmadvmoe.registry import ATTACKS
 
 ATTACKS.get('PGD')  # fills the registry

@@ -9,7 +9,7 @@ def test_processes_share_whole_chunks(monkeypatch: pytest.MonkeyPatch, size: int
     """Every image once, over all processes, and never a chunk cut in two."""
     seen = []
     for rank in range(world_size):
-        monkeypatch.setattr('mmadvmoe.datasets.samplers.get_dist_info', lambda rank=rank: (rank, world_size))
+        monkeypatch.setattr('mmadvmoe.datasets.splits.get_dist_info', lambda rank=rank: (rank, world_size))
         sampler = ChunkSampler(range(size), chunk_size=4)
         indices = list(sampler)
         assert len(indices) == len(sampler)

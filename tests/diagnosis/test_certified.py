@@ -7,8 +7,7 @@ from small_mixtures import TinyPathway, random_mixture  # noqa: F401
 from torch import nn
 
 from mmadvmoe.attacks import Victim, build_attack
-from mmadvmoe.diagnosis.certified import certified_routes
-from mmadvmoe.diagnosis.dissection import dissect, summarize
+from mmadvmoe.diagnosis.dissection import certified_routes, dissect, summarize
 from mmadvmoe.diagnosis.dissection_tables import dissection_tables
 from mmadvmoe.diagnosis.subject import Images, ThreatModel
 

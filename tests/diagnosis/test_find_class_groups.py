@@ -6,8 +6,16 @@ import torch
 from torch import nn
 
 from mmadvmoe.attacks import Victim
-from mmadvmoe.diagnosis.class_groups import Partition, attacked_confusion, find_class_groups, modulo_partition
-from mmadvmoe.diagnosis.router_trial import RouterTrial, config_fragment, default_router, try_router
+from mmadvmoe.diagnosis.class_groups import (
+    Partition,
+    RouterTrial,
+    attacked_confusion,
+    config_fragment,
+    default_router,
+    find_class_groups,
+    modulo_partition,
+    try_router,
+)
 from mmadvmoe.diagnosis.subject import Images, ThreatModel
 
 THREAT = ThreatModel('Linf', 0.1, 0.025, 8)

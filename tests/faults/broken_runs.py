@@ -30,8 +30,8 @@ from mmadvmoe.apis import evaluate_robustness
 from mmadvmoe.attacks import Victim
 from mmadvmoe.evaluation import OutcomeFolder, read_evaluation
 from mmadvmoe.moe import router_modules
+from mmadvmoe.runtime.files import FolderInUseError
 from mmadvmoe.runtime.launch import prepare_distributed
-from mmadvmoe.runtime.lock import FolderInUseError
 from mmadvmoe.runtime.safe_load import load_from_local
 
 _FORK = multiprocessing.get_context('fork')

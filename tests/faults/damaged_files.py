@@ -24,8 +24,8 @@ from torch import nn
 from mmadvmoe.apis import evaluate_robustness, load_robust_model
 from mmadvmoe.evaluation import read_evaluation
 from mmadvmoe.runtime.checkpoint_folder import CheckpointFolder
+from mmadvmoe.runtime.files import seal
 from mmadvmoe.runtime.safe_load import CheckpointError, load_from_local
-from mmadvmoe.runtime.seal import seal
 
 CONVERTER = Path(__file__).parents[2] / 'tools/model_converters/robust_moe_cnn_to_mmadvmoe.py'
 ATTACKS = dict(fgsm=dict(type='FGSM', eps=0.1), pgd=dict(type='PGD', eps=0.1, alpha=0.05, steps=1))

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmadvmoe.moe.grouped_linear import GroupSizes, _one_product, _products, grouped_linear, take_rows
+from mmadvmoe.moe.token_routing import GroupSizes, _one_product, _products, grouped_linear, take_rows
 
 LOAD = torch.tensor([5, 0, 3, 8])
 SIZES = GroupSizes(LOAD)

@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import mmadvmoe  # noqa: F401
-from mmadvmoe.runtime.atomic import AtomicLocalBackend
 from mmadvmoe.runtime.checkpoint_hook import SafeCheckpointHook
+from mmadvmoe.runtime.files import AtomicLocalBackend
 from mmadvmoe.runtime.safe_load import CheckpointError, load_from_local
 
 SCORES = {1: 0.5, 2: 0.2, 3: 0.9, 4: 0.4}

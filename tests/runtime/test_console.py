@@ -11,7 +11,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import FlexibleRunner, Runner
 from tiny_runs import run_cfg
 
-from mmadvmoe.attacks.progress import PassProgress
+from mmadvmoe.attacks.autoattack import PassProgress
 from mmadvmoe.runtime.console import ConsoleFilter, shorten
 from mmadvmoe.runtime.launch import build_runner
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmadvmoe.runtime.lock import LOCK, FolderInUseError, FolderLock
+from mmadvmoe.runtime.files import LOCK, FolderInUseError, FolderLock
 
 _FORK = multiprocessing.get_context('fork')
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmadvmoe.runtime.seal import damage_of, is_sealed, seal
+from mmadvmoe.runtime.files import damage_of, is_sealed, seal
 
 
 def _saved(**options) -> bytes:

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from processes import start_script_in_fork
 
-from mmadvmoe.runtime.lock import FolderInUseError, FolderLock
+from mmadvmoe.runtime.files import FolderInUseError, FolderLock
 
 ROOT = Path(__file__).resolve().parents[2]
 DENSE, MOE = 'AT(Dense):configs/baselines/at_dense_resnet18_digits.py', 'configs/advmoe_resnet18_digits.py'

@@ -14,16 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from mmadvmoe.diagnosis.class_groups import Partition, attacked_confusion, find_class_groups, modulo_partition
-from mmadvmoe.diagnosis.dissection_tables import text_table, threat_text
-from mmadvmoe.diagnosis.router_trial import (
+from mmadvmoe.diagnosis.class_groups import (
     MOST_FLIPS,
+    Partition,
     RouterTrial,
     as_numbers,
+    attacked_confusion,
     config_fragment,
     default_router,
+    find_class_groups,
+    modulo_partition,
     try_router,
 )
+from mmadvmoe.diagnosis.dissection_tables import text_table, threat_text
 from mmadvmoe.diagnosis.subject import load_subject, parse_arguments, write_json
 from mmadvmoe.visualization import draw_confusion, save_png
 

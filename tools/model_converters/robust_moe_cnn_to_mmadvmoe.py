@@ -11,10 +11,9 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from mmadvmoe.runtime.atomic import check_writable
+from mmadvmoe.runtime.files import check_writable, seal
 from mmadvmoe.runtime.launch import check_checkpoint, load_config
 from mmadvmoe.runtime.safe_load import load_from_local
-from mmadvmoe.runtime.seal import seal
 from mmadvmoe.utils import write_atomically
 from mmadvmoe.version import __version__
 
