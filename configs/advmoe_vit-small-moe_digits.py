@@ -1,6 +1,6 @@
 _base_ = [
     '_base_/models/moe_vit-small.py',
-    '_base_/datasets/small_images.py',
+    '_base_/datasets/digits.py',
     '_base_/attacks/linf_digits.py',
     '_base_/schedules/advmoe_adamw_100e.py',
     '_base_/advmoe_runtime.py',

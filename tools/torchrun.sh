@@ -1,6 +1,14 @@
 # shellcheck shell=bash
 # Sourced by dist_train.sh and dist_test.sh.
 
+# What usage messages say of the environment.
+TORCHRUN_ENVIRONMENT="environment:
+  NNODES       machines [1]; start this script once on each of them
+  NODE_RANK    number of this machine, from 0 [0]
+  MASTER_ADDR  host name of machine 0 [127.0.0.1]
+  PORT         port on machine 0 [a free one on a single machine, else 29500]
+  PYTHON       interpreter [python]"
+
 # run_distributed PROCESSES SCRIPT [ARGUMENT...]: PROCESSES processes of SCRIPT on this machine.
 run_distributed() {
     local processes=$1

@@ -1,6 +1,6 @@
 _base_ = [
     '../_base_/models/vit-small.py',
-    '../_base_/datasets/small_images.py',
+    '../_base_/datasets/digits.py',
     '../_base_/attacks/linf_digits.py',
     '../_base_/schedules/at_adamw_100e.py',
     '../_base_/default_runtime.py',

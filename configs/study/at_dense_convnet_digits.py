@@ -1,5 +1,5 @@
 _base_ = [
-    '../_base_/datasets/small_images.py',
+    '../_base_/datasets/digits.py',
     '../_base_/attacks/linf_digits_small.py',
     '../_base_/schedules/at_sgd_100e.py',
     '../_base_/default_runtime.py',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -142,30 +143,6 @@ def _reads(module: nn.Module, channels: int) -> bool:
     return module.in_features % channels == 0
 
 
-class _CostModel:
-    """Multiply-adds of a network as a function of the channels that its groups keep."""
-
-    def __init__(self, classifier: nn.Module, groups: Sequence[ChannelGroup], input_shape: Sequence[int]) -> None:
-        analyzer = flop_analyzer(classifier, input_shape)
-        self.groups = groups
-        # Of each layer: its multiply-adds, and the groups that scale them.
-        scaled: dict[str, list[int]] = {}
-        for index, group in enumerate(groups):
-            for name in (*group.producers, *group.norms, *group.consumers):
-                scaled.setdefault(name, []).append(index)
-        self.layers = [(analyzer.total(f'classifier.{name}'), indices) for name, indices in scaled.items()]
-        self.rest = analyzer.total() - sum(flops for flops, _ in self.layers)
-
-    def __call__(self, counts: Sequence[int]) -> float:
-        shares = [count / group.channels for count, group in zip(counts, self.groups)]
-        total = float(self.rest)
-        for flops, indices in self.layers:
-            for index in indices:
-                flops = flops * shares[index]
-            total += flops
-        return total
-
-
 def fit_channels(
     classifier: nn.Module, groups: Sequence[ChannelGroup], input_shape: Sequence[int], target_gflops: float
 ) -> list[int]:
@@ -182,7 +159,19 @@ def fit_channels(
     Raises:
         ValueError: The target is below what one channel in each group costs, or above the dense network.
     """
-    cost = _CostModel(classifier, groups, input_shape)
+    analyzer = flop_analyzer(classifier, input_shape)
+    # Of each layer: its multiply-adds, and the groups that scale them.
+    scaled: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        for name in (*group.producers, *group.norms, *group.consumers):
+            scaled.setdefault(name, []).append(index)
+    layers = [(analyzer.total(f'classifier.{name}'), indices) for name, indices in scaled.items()]
+    rest = analyzer.total() - sum(flops for flops, _ in layers)
+
+    def cost(counts: Sequence[int]) -> float:
+        shares = [count / group.channels for count, group in zip(counts, groups)]
+        return rest + sum(math.prod([flops, *(shares[index] for index in indices)]) for flops, indices in layers)
+
     target = target_gflops * 1e9
     least, most = cost([1] * len(groups)), cost([group.channels for group in groups])
     if not least <= target <= most * (1 + 1e-9):

@@ -1,7 +1,7 @@
 """Resuming such that nobody can tell it from a run that was never interrupted."""
 
 from collections.abc import Iterator
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 from mmengine.dataset import worker_init_fn as mmengine_worker_init_fn
@@ -95,7 +95,7 @@ class ExactResumeHook(Hook):
         self._restore(runner, by_iter)
         self._make_up_validation(runner)
         if by_iter:
-            loop.dataloader_iterator = _SkippingIterator(loop, get_rng_state())
+            loop.dataloader_iterator = _skipping(loop, loop.dataloader_iterator, get_rng_state())
 
     def _restore(self, runner: Runner, by_iter: bool) -> None:
         state, self._loaded = self._loaded, None
@@ -142,28 +142,17 @@ class ExactResumeHook(Hook):
             runner.val_loop.run()
 
 
-class _SkippingIterator:
+def _skipping(loop: IterBasedTrainLoop, batches: Iterator, rng_state: dict) -> Iterator:
     """The batches of an iteration-based loop that was resumed.
 
     MMEngine draws the batches that were trained on once more, to skip them. That draws random numbers too, so the state
     is restored after it, just before the first new batch is drawn.
     """
-
-    def __init__(self, loop: IterBasedTrainLoop, rng_state: dict) -> None:
-        self._loop = loop
-        self._iterator = loop.dataloader_iterator
-        self._rng_state = rng_state
-        self._left = loop.iter
-
-    def __iter__(self) -> Iterator:
-        return self
-
-    def __next__(self) -> Any:
-        if self._left == 0:
-            set_rng_state(self._rng_state)
-            self._loop.dataloader_iterator = self._iterator
-        self._left -= 1
-        return next(self._iterator)
+    for _ in range(loop.iter):
+        yield next(batches)
+    set_rng_state(rng_state)
+    loop.dataloader_iterator = batches
+    yield next(batches)
 
 
 def validation_steps(loop: Union[EpochBasedTrainLoop, IterBasedTrainLoop]) -> list[int]:

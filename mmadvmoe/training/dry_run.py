@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -95,10 +96,12 @@ def dry_run(cfg: Config) -> DryRun:
         watch = _Watch(found, _CYCLES[found.device])
         runner.register_hook(watch, priority='LOWEST')
         check_batches(runner)
-        _until_enough(runner.train)
+        with suppress(_Enough):
+            runner.train()
         if runner.val_loop is not None:
             start = time.perf_counter()
-            _until_enough(runner.val_loop.run)
+            with suppress(_Enough):
+                runner.val_loop.run()
             share = len(runner.val_dataloader.dataset) / min(watch.val_images, len(runner.val_dataloader.dataset))
             found.val_seconds = (time.perf_counter() - start) * share
             found.validations = len(validation_steps(runner.train_loop))
@@ -114,13 +117,6 @@ def dry_run(cfg: Config) -> DryRun:
 
 class _Enough(Exception):  # noqa: N818  no error
     """Thrown to leave a loop of MMEngine's that has shown what it should."""
-
-
-def _until_enough(run) -> None:
-    try:
-        run()
-    except _Enough:
-        pass
 
 
 class _Watch(Hook):
