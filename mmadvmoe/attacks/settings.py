@@ -38,6 +38,32 @@ TARGETS = {
 #: torchattacks takes; or a function of images and labels.
 Targeted = Union[str, Mapping[str, Any], Callable]
 
+#: Attacks that hand the labels to a cross entropy and to nothing else, so that class
+#: probabilities (B, K) do as well as class indices (B,).
+SOFT_LABEL_ATTACKS = frozenset(
+    'FGSM BIM RFGSM PGD EOTPGD FFGSM MIFGSM DIFGSM TIFGSM NIFGSM SINIFGSM VMIFGSM VNIFGSM PGDL2 PIFGSM PIFGSMPP'.split()
+)
+
+#: Attacks with an eps in another norm than L-inf and no argument that says so.
+L2_ATTACKS = frozenset(['PGDL2', 'PGDRSL2'])
+
+#: Attacks of torchattacks with a choice of norms that have none for L1; there they are parts of AutoAttack.
+NO_L1 = frozenset(['FAB', 'Square'])
+
+#: Classes of torchattacks that a config cannot build, and why.
+NOT_FROM_CONFIGS = {
+    'LGV': (
+        torchattacks.LGV,
+        'trains a copy of the model on a data loader of [0, 1] images before it attacks, to make images for other '
+        'models than this; call torchattacks.LGV with what mmadvmoe.apis.load_robust_model gives',
+    ),
+    'MultiAttack of torchattacks': (
+        torchattacks.MultiAttack,
+        "takes attacks that have been built; give configs: dict(type='MultiAttack', attacks=[dict(type='PGD', ...), "
+        "dict(type='Square', ...)])",
+    ),
+}
+
 
 def with_defaults(parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of an attack: those that are given, else their defaults."""
@@ -151,33 +177,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-#: Attacks that hand the labels to a cross entropy and to nothing else, so that class
-#: probabilities (B, K) do as well as class indices (B,).
-SOFT_LABEL_ATTACKS = frozenset(
-    'FGSM BIM RFGSM PGD EOTPGD FFGSM MIFGSM DIFGSM TIFGSM NIFGSM SINIFGSM VMIFGSM VNIFGSM PGDL2 PIFGSM PIFGSMPP'.split()
-)
-
-#: Attacks with an eps in another norm than L-inf and no argument that says so.
-L2_ATTACKS = frozenset(['PGDL2', 'PGDRSL2'])
-
-#: Attacks of torchattacks with a choice of norms that have none for L1; there they are parts of AutoAttack.
-NO_L1 = frozenset(['FAB', 'Square'])
-
-#: Classes of torchattacks that a config cannot build, and why.
-NOT_FROM_CONFIGS = {
-    'LGV': (
-        torchattacks.LGV,
-        'trains a copy of the model on a data loader of [0, 1] images before it attacks, to make images for other '
-        'models than this; call torchattacks.LGV with what mmadvmoe.apis.load_robust_model gives',
-    ),
-    'MultiAttack of torchattacks': (
-        torchattacks.MultiAttack,
-        "takes attacks that have been built; give configs: dict(type='MultiAttack', attacks=[dict(type='PGD', ...), "
-        "dict(type='Square', ...)])",
-    ),
-}
 
 
 def attacks_a_model(cls: type) -> bool:
