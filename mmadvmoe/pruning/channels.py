@@ -170,7 +170,7 @@ def fit_channels(
 
     def cost(counts: Sequence[int]) -> float:
         shares = [count / group.channels for count, group in zip(counts, groups)]
-        return rest + sum(math.prod([flops, *(shares[index] for index in indices)]) for flops, indices in layers)
+        return sum((math.prod([flops, *(shares[index] for index in indices)]) for flops, indices in layers), rest)
 
     target = target_gflops * 1e9
     least, most = cost([1] * len(groups)), cost([group.channels for group in groups])
