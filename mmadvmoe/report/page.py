@@ -98,11 +98,15 @@ def slug(name: str) -> str:
 def write_page(out_dir: Path, names: Sequence[str], sections: Sequence[Section]) -> Path:
     """Write ``report.html`` on the models of these names, and its figures into ``figures/``; return the HTML file."""
     figures = out_dir / 'figures'
+    # Each picture as text, and its size in pixels of the page.
     encoded = {}
     for picture in (item for section in sections for item in section.items if isinstance(item, Picture)):
         file = figures / f'{picture.name}.png'
         write_atomically(file, png_bytes(picture.figure))
-        encoded[picture.name] = _encode(file)
+        with Image.open(file) as image:
+            width, height = (round(length / _FINENESS) for length in image.size)
+        data = base64.b64encode(file.read_bytes()).decode('ascii')
+        encoded[picture.name] = dict(data=data, width=width, height=height)
     environment = Environment(loader=PackageLoader('mmadvmoe.report', '.'), autoescape=True, undefined=StrictUndefined)
     for kind in (Heading, Table, Picture, Listing):
         environment.tests[kind.__name__.lower()] = lambda item, kind=kind: isinstance(item, kind)
@@ -112,10 +116,3 @@ def write_page(out_dir: Path, names: Sequence[str], sections: Sequence[Section])
     page = out_dir / 'report.html'
     write_atomically(page, html.encode())
     return page
-
-
-def _encode(file: Path) -> dict[str, object]:
-    """A picture as text, and its size in pixels of the page."""
-    with Image.open(file) as picture:
-        width, height = (round(length / _FINENESS) for length in picture.size)
-    return dict(data=base64.b64encode(file.read_bytes()).decode('ascii'), width=width, height=height)

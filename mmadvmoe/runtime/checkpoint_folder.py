@@ -63,14 +63,16 @@ class CheckpointFolder:
         later = saved[: saved.index(named)] if named in saved else []
         later = [path for path in later if osp.isfile(path) and is_sealed(path)]
         for candidate in dict.fromkeys([*later, *filter(None, [named]), *saved]):
-            fault = _problem_of(candidate)
-            if fault is None:
-                if candidate in later:
-                    problems.append(f'{osp.join(work_dir, POINTER)!r} names {named!r}, which is not the newest one.')
-                if problems:
-                    warn(f'{problems[0]} Resuming from {candidate!r} instead.')
-                return candidate
-            problems.append(fault)
+            try:
+                load_from_local(candidate, map_location='cpu')
+            except (CheckpointError, OSError) as error:
+                problems.append(str(error))
+                continue
+            if candidate in later:
+                problems.append(f'{osp.join(work_dir, POINTER)!r} names {named!r}, which is not the newest one.')
+            if problems:
+                warn(f'{problems[0]} Resuming from {candidate!r} instead.')
+            return candidate
         raise CheckpointError(
             f'Nothing to resume from in {work_dir!r}. {" ".join(problems[:2])} No other checkpoint there loads either. '
             'Name one with `load_from` (--resume FILE), or start anew in another `work_dir`.'
@@ -123,11 +125,3 @@ class CheckpointFolder:
         names = os.listdir(self.path) if osp.isdir(self.path) else []
         found = [(int(match[2]), match[0]) for match in map(self._pattern.fullmatch, names) if match]
         return sorted(found, reverse=True)
-
-
-def _problem_of(filename: str) -> Optional[str]:
-    try:
-        load_from_local(filename, map_location='cpu')
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None

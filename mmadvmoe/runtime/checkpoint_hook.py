@@ -142,7 +142,10 @@ class SafeCheckpointHook(CheckpointHook):
         Raises:
             ValueError: The state of a scheduler is such that no checkpoint of the run could be loaded.
         """
-        _check_schedulers(runner)
+        for key, parts in schedules(runner.param_schedulers).items():
+            for part in parts:
+                advice = 'choose other schedules, such as LinearLR up and CosineAnnealingLR down in place of OneCycleLR'
+                check_can_be_loaded(part.state_dict(), f'{key}: {type(part).__name__}', advice)
         self._training = True
         info = runner.message_hub.runtime_info
         if self._own is not None:
@@ -251,13 +254,3 @@ def _trains(runner: Runner) -> bool:
     It builds both before it runs. The loop alone is built by whoever looks at ``runner.train_loop``, too.
     """
     return isinstance(runner._train_loop, BaseLoop) and isinstance(runner.optim_wrapper, OptimWrapper)
-
-
-def _check_schedulers(runner: Runner) -> None:
-    for key, parts in schedules(runner.param_schedulers).items():
-        for part in parts:
-            check_can_be_loaded(
-                part.state_dict(),
-                f'{key}: {type(part).__name__}',
-                'choose other schedules, such as LinearLR up and CosineAnnealingLR down in place of OneCycleLR',
-            )
