@@ -23,7 +23,7 @@ from mmadvmoe.runtime.launch import (
     merge_common_arguments,
     prepare_distributed,
 )
-from mmadvmoe.utils import as_plain, write_atomically
+from mmadvmoe.utils import as_plain, choose, write_atomically
 
 OUT_SUFFIXES = {
     'pred': ('.pkl', '.pickle'),
@@ -140,7 +140,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
 def _merge_options_of_attacks(cfg: Config, args: argparse.Namespace) -> None:
     """Let --attacks choose among the attacks of the config as the options make them; to name one chooses nothing."""
     attack_of = {key: key.split('.')[2] if key.startswith('test_cfg.attacks.') else None for key in args.cfg_options}
-    known = cfg.test_cfg.get('attacks', {})
+    known = cfg.test_cfg.get('attacks') or {}
+    for key, name in attack_of.items():
+        if name is not None and name not in known:
+            choose(name, args.attacks, f'--cfg-options {key}: attack')
     options = {key: value for key, value in args.cfg_options.items() if attack_of[key] in known}
     check_options(options, cfg)
     cfg.merge_from_dict(options)

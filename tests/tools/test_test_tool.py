@@ -131,6 +131,8 @@ def test_options_of_attacks_are_those_of_the_named_ones(test_tool: Callable) -> 
     attacks = json.loads(Path('outcomes/run.json').read_text())['settings']['attacks']
     assert list(attacks) == ['pgd2', 'routepgd2', 'pgd2-held', 'fgsm', 'fgsm-held']
     assert {attack['eps'] for attack in attacks.values()} == {0.05}
+    with pytest.raises(ValueError, match=r"test_cfg\.attacks\.pgd3\.eps: attack='pgd3'.*did you mean 'pgd2'"):
+        test_tool('--attacks', 'pgd2', '--cfg-options', 'test_cfg.attacks.pgd3.eps=0.05')
 
 
 def test_a_config_without_attacks_needs_a_radius(test_tool: Callable) -> None:
