@@ -28,6 +28,7 @@ from mmadvmoe.evaluation.data import Data, as_dataset, read_chunks, spread_image
 from mmadvmoe.evaluation.named_attacks import choose_attacks, with_route_attack
 from mmadvmoe.evaluation.run import RobustEvaluation
 from mmadvmoe.runtime.console import quiet
+from mmadvmoe.runtime.launch import load_config
 from mmadvmoe.runtime.preflight import check_data
 from mmadvmoe.runtime.safe_load import check_state_dict
 from mmadvmoe.runtime.seeding import preserve_rng_state
@@ -77,7 +78,7 @@ def get_model(
     models = read_zoo()
     model = models[choose(name, sorted(models), 'name')]
     if pretrained is False:
-        classifier = _build_classifier(Config.fromfile(model.config))
+        classifier = _build_classifier(load_config(str(model.config)))
         with quiet():
             classifier.init_weights()
         return NormalizedClassifier(classifier.to(device)).eval()
@@ -112,7 +113,7 @@ def load_robust_model(
         torch.Size([4, 10])
     """
     if isinstance(config, (str, Path)):
-        config = Config.fromfile(config)
+        config = load_config(str(config))
     if not isinstance(config, Mapping) and not isinstance(config, Config):
         raise TypeError(f'config must be the path of a config file or a Config, got a {type(config).__name__}')
     classifier = _build_classifier(config)

@@ -24,13 +24,11 @@ PARTIAL = '.mmadvmoe-partial'
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The model itself, where distributed wrappers, weight averages or an ``nn.Sequential`` of one stand around it."""
-    while True:
-        if is_model_wrapper(model) or isinstance(model, BaseAveragedModel):
-            model = model.module
-        elif type(model) is nn.Sequential and len(model) == 1:
-            model = model[0]
-        else:
-            return model
+    if is_model_wrapper(model) or isinstance(model, BaseAveragedModel):
+        return bare_model(model.module)
+    if type(model) is nn.Sequential and len(model) == 1:
+        return bare_model(model[0])
+    return model
 
 
 def checkpointing(model: nn.Module) -> list[tuple[nn.Module, str]]:
