@@ -1,7 +1,7 @@
 _base_ = 'advmoe_resnet18_cifar10_fast_stabilised.py'
 
-# The reference code to the letter, as in advmoe_resnet18_cifar10_reference.py, for a short budget. Where logits of the
-# router are no longer finite the run stops.
+# The reference code's gate, attacks and learning rate of the router, as in advmoe_resnet18_cifar10_reference.py, for a
+# short budget. Where logits of the router are no longer finite the run stops.
 model = dict(
     backbone=dict(gate='logit'),
     data_preprocessor=dict(attack=dict(gated=True), router_attack=dict(gated=True)),

@@ -78,7 +78,7 @@ def get_model(
     models = read_zoo()
     model = models[choose(name, sorted(models), 'name')]
     if pretrained is False:
-        classifier = _build_classifier(load_config(str(model.config)))
+        classifier = _build_classifier(load_config(model.config))
         with quiet():
             classifier.init_weights()
         return NormalizedClassifier(classifier.to(device)).eval()
@@ -113,7 +113,7 @@ def load_robust_model(
         torch.Size([4, 10])
     """
     if isinstance(config, (str, Path)):
-        config = load_config(str(config))
+        config = load_config(config)
     if not isinstance(config, Mapping) and not isinstance(config, Config):
         raise TypeError(f'config must be the path of a config file or a Config, got a {type(config).__name__}')
     classifier = _build_classifier(config)

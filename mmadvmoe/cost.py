@@ -162,8 +162,8 @@ def image_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
         raise
 
 
-def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a config's training pipeline gives.
+def input_shape_of(cfg: Mapping[str, Any], size: Optional[tuple[int, int]] = None) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a config's training pipeline gives, or would give were their size (H, W).
 
     The size is that of the last transform that sets a square one, or else the ``image_shape`` of the data set's class,
     which also tells the channels; 3 where it does not, 1 behind a ``RandomGrayscale`` that always leaves one. Where
@@ -185,6 +185,8 @@ def input_shape_of(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
         for step in pipeline
     ):
         channels = 1
+    if size is not None:
+        return (channels, *size)
     for transform in reversed(pipeline):
         size = transform.get('crop_size', transform.get('scale'))
         if size is None:
@@ -206,7 +208,8 @@ def _shape_of_first(dataset: Mapping[str, Any]) -> tuple[int, int, int]:
     except Exception as error:  # anything that a data set of the user may do
         raise ValueError(
             'the input shape is unknown: no transform of train_dataloader.dataset.pipeline has a square crop_size or '
-            f'scale, and its data set gives no image ({type(error).__name__}: {error})'
+            f'scale, and its data set gives no image ({type(error).__name__}: {error}); give it by hand (get_flops.py: '
+            '--shape)'
         ) from error
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from mmengine.model import BaseAveragedModel, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
 
 # What MMPretrain's backbones call the setting that saves memory so.
 _CHECKPOINTING = ('with_cp', 'use_checkpoint', 'memory_efficient')
@@ -24,9 +25,10 @@ PARTIAL = '.mmadvmoe-partial'
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The model itself, where distributed wrappers, weight averages or an ``nn.Sequential`` of one stand around it."""
-    if is_model_wrapper(model) or isinstance(model, BaseAveragedModel):
+    if is_model_wrapper(model) or isinstance(model, (BaseAveragedModel, AveragedModel)):
         return bare_model(model.module)
-    if type(model) is nn.Sequential and len(model) == 1:
+    # Hooks of it may change what goes in or comes out.
+    if type(model) is nn.Sequential and len(model) == 1 and not (model._forward_hooks or model._forward_pre_hooks):
         return bare_model(model[0])
     return model
 

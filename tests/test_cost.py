@@ -128,8 +128,9 @@ def test_shape_comes_from_the_training_pipeline():
     assert input_shape_of(_with_pipeline(dict(type='RandomResizedCrop', scale=(40, 40)))) == (3, 40, 40)
     with pytest.raises(ValueError, match='input shape is unknown'):
         input_shape_of(_with_pipeline())
-    with pytest.raises(ValueError, match='has a square crop_size'):
+    with pytest.raises(ValueError, match='has a square crop_size.*give it by hand'):
         input_shape_of(_with_pipeline(dict(type='Resize', scale=(40, 30))))
+    assert input_shape_of(_with_pipeline(), (40, 30)) == (3, 40, 30)
 
 
 def test_shape_that_no_transform_tells_is_that_of_the_first_image(tmp_path):

@@ -24,7 +24,7 @@ from mmadvmoe.apis import load_robust_model
 from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.evaluation import as_dataset, attack_examples, spread_images
 from mmadvmoe.report import PARTS, slug
-from mmadvmoe.runtime.launch import complete_loaders
+from mmadvmoe.runtime.launch import complete_loaders, load_config
 from mmadvmoe.visualization import draw_image_grid, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def set_aside_other_training(cfg: Config) -> None:
     saved = WORK_DIR / CONFIG.name
     if not saved.is_file():
         return
-    before, now = Config.fromfile(saved), copy.deepcopy(cfg)
+    before, now = load_config(saved), copy.deepcopy(cfg)
     # A run writes its config down complete.
     complete_loaders(now, ['train_dataloader'])
     if any(before.get(key) != now.get(key) for key in TRAINING):
@@ -128,7 +128,7 @@ def table(metrics: Mapping[str, float]) -> str:
 
 def main() -> None:
     started = time.monotonic()
-    cfg = Config.fromfile(CONFIG)
+    cfg = load_config(CONFIG)
     cfg.merge_from_dict(OPTIONS)
     set_aside_other_training(cfg)
     folder = WORK_DIR.relative_to(ROOT)

@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 from export import SUFFIXES, compare, comparison_images, export
-from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmadvmoe.apis import get_model
 from mmadvmoe.attacks import NormalizedClassifier
 from mmadvmoe.moe import placement_of, router_modules
+from mmadvmoe.runtime.launch import load_config
 from mmadvmoe.runtime.zoo import read_zoo
 
 MODELS = (
@@ -69,7 +69,7 @@ def main() -> None:
     print('| --- | --- | --- |' + ' ---: |' * len(args.formats))
     for name in args.models:
         torch.manual_seed(0)
-        model, images = get_model(name), comparison_images(Config.fromfile(read_zoo()[name].config))
+        model, images = get_model(name), comparison_images(load_config(read_zoo()[name].config))
         liven(model, images)
         loads = [routing.counts for routing in model.decide_routes(images)]
         cells = [

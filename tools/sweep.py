@@ -100,8 +100,8 @@ def folder_of(config: str, settings: Sequence[str]) -> str:
     return '_'.join([Path(config).stem, *settings]).replace('/', '-').replace(' ', '')
 
 
-def set_aside(directory: Path) -> None:
-    """Move a folder out of the way, and say so.
+def begin(directory: Path, described: str) -> None:
+    """Make the folder of a run that is described so; one that was begun otherwise is moved aside.
 
     Raises:
         FolderInUseError: A training writes to it.
@@ -109,11 +109,18 @@ def set_aside(directory: Path) -> None:
     from mmadvmoe.runtime.files import FolderLock
 
     lock = FolderLock(directory, 'Wait until that training ends, or choose another --work-dir.')
+    new = not directory.exists()
     lock.acquire()
+    begun = directory / 'run.json'
+    # What another run left must not pass for a result of this one.
+    if not new and not (begun.is_file() and begun.read_text(encoding='utf-8') == described):
+        aside = directory.with_name(f'{directory.name}_until_{time.strftime("%Y%m%d_%H%M%S")}')
+        directory.rename(aside)
+        lock.path = aside / lock.path.name
+        print(f'{directory} was begun otherwise, as its run.json says: it is {aside} now')
+        directory.mkdir()
+    begun.write_text(described, encoding='utf-8')
     lock.release()
-    aside = directory.with_name(f'{directory.name}_until_{time.strftime("%Y%m%d_%H%M%S")}')
-    directory.rename(aside)
-    print(f'{directory} was begun otherwise, as its run.json says: it is {aside} now')
 
 
 def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace) -> dict:
@@ -134,13 +141,7 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         threads=args.threads,
         versions={package: version(package) for package in PACKAGES},
     )
-    begun = directory / 'run.json'
-    # What another run left must not pass for a result of this one.
-    if not begun.is_file() or begun.read_text(encoding='utf-8') != json.dumps(record):
-        if directory.exists():
-            set_aside(directory)
-        directory.mkdir(parents=True)
-        begun.write_text(json.dumps(record), encoding='utf-8')
+    begin(directory, json.dumps(record))
     options = ['--cfg-options', f'randomness.seed={seed}', *args.cfg_options, *settings]
     try:
         try:
@@ -148,7 +149,7 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         except Exception as error:  # whatever building a network of the user may raise
             raise RunError(f'{type(error).__name__}: {error}') from error
         started = time.monotonic()
-        train = ['tools/train.py', path, '--work-dir', directory]
+        train = ['train.py', path, '--work-dir', directory]
         if (directory / 'last_checkpoint').is_file():
             train.append('--resume')
             record['resumed'] = True  # the times are those since then
@@ -161,7 +162,7 @@ def run(labelled: str, settings: list[str], seed: int, args: argparse.Namespace)
         record['checkpoint'] = checkpoint.name
         started = time.monotonic()
         outcomes = directory / 'outcomes' / checkpoint.stem
-        command = ['tools/test.py', path, checkpoint, '--work-dir', directory / 'test', '--out', f'{outcomes}{os.sep}']
+        command = ['test.py', path, checkpoint, '--work-dir', directory / 'test', '--out', f'{outcomes}{os.sep}']
         if outcomes.exists():
             record['test_resumed'] = True
         call([*command, *options], directory / 'test.out', args.threads)
@@ -198,7 +199,7 @@ def cost_of(config: str, options: Sequence[str]) -> dict:
 
 
 def call(command: Sequence, output: Path, threads: int) -> float:
-    """Run one of the tools, with what it writes at the end of a file; the processor time it took, in seconds.
+    """Run a tool beside this one, with what it writes at the end of a file; the processor time it took, in seconds.
 
     Raises:
         RunError: It failed.
@@ -206,7 +207,10 @@ def call(command: Sequence, output: Path, threads: int) -> float:
     env = dict(os.environ, OMP_NUM_THREADS=str(threads))
     with output.open('a') as file:
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, *map(str, [ROOT / 'tools' / command[0], *command[1:]])],
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -244,6 +248,8 @@ def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
 
 
 def _run_missing(args: argparse.Namespace, work: Callable[..., dict]) -> None:
+    from mmadvmoe.runtime.files import FolderInUseError
+
     results = args.work_dir / 'results.jsonl'
     records = read(results)
     if any(record['cfg_options'] != args.cfg_options for record in records):
@@ -273,7 +279,11 @@ def _run_missing(args: argparse.Namespace, work: Callable[..., dict]) -> None:
     print(f'==> {len(missing)} runs to do, {len(kept)} are in {results}; what a run writes is beside it', flush=True)
 
     def one(job: tuple) -> None:
-        record = work(*job, args)
+        try:
+            record = work(*job, args)
+        except FolderInUseError as error:
+            print(f'{job[0]}, seed {job[2]}: {error}', flush=True)
+            return
         with LOCK, results.open('a', encoding='utf-8') as file:
             file.write(json.dumps(record) + '\n')
         print(f'{record["method"]}, seed {record["seed"]}: {brief(record)}', flush=True)

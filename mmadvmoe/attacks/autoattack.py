@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Optional
 
 import torch
@@ -238,14 +236,21 @@ class APGDT(_SparseInL1, torchattacks.APGDT):
     min_classes = 4
 
 
-# Seconds between two lines where there is no terminal, and before a bar is shown in one.
-_INTERVAL, _DELAY = 60.0, 2.0
+class _Log:
+    """A file for tqdm: what it would draw is a line of the log."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print_log(text.strip(), 'current')
+
+    def flush(self) -> None:
+        pass
 
 
 class PassProgress:
     """Shows which part of an attack runs, how many images still stand and how long it can take at most.
 
-    In a terminal as a bar, elsewhere as a line of the log every minute.
+    In a terminal as a bar of tqdm, elsewhere as a line of the log every minute.
 
     Args:
         model (Callable): Images to logits; :meth:`__call__` is it, and counts.
@@ -253,7 +258,7 @@ class PassProgress:
         num_images (int): In the batch.
         name (str): Of the attack.
         terminal (bool, optional): Whether to draw a bar. Defaults to whether stderr is a terminal.
-        clock (Callable): Seconds.
+        interval (float): Seconds between two lines of the log.
     """
 
     def __init__(
@@ -263,61 +268,25 @@ class PassProgress:
         num_images: int,
         name: str,
         terminal: Optional[bool] = None,
-        clock: Callable[[], float] = time.monotonic,
+        interval: float = 60.0,
     ) -> None:
-        self._model = model
-        self._parts = dict(parts)
-        self._num_images = num_images
-        self._name = name
-        self._clock = clock
-        self._robust = num_images
-        self._done = 0
-        self._part = ''
-        self._in_part = 0
-        self._started = self._last = clock()
+        self._model, self._left, self._num_images, self._name = model, dict(parts), num_images, name
         terminal = sys.stderr.isatty() if terminal is None else terminal
-        self._bar = (
-            tqdm(total=sum(self._parts.values()), desc=name, unit='pass', leave=False, delay=_DELAY)
-            if terminal
-            else None
-        )
+        form = dict(delay=2.0) if terminal else dict(file=_Log(), ncols=0, delay=interval, mininterval=interval)
+        self._bar = tqdm(total=sum(parts.values()), unit='pass', leave=False, miniters=1, **form)
 
     def __call__(self, images: Any) -> Any:
         """Run the model, and count it."""
-        self._in_part += 1
-        if self._bar is not None:
-            self._bar.update()
-        elif self._clock() - self._last >= _INTERVAL:
-            self._last = self._clock()
-            print_log(self.message(), 'current')
+        self._bar.update()
         return self._model(images)
 
     def begin(self, part: str, robust: int) -> None:
-        """A part begins, on ``robust`` images."""
-        self._finish_part()
-        self._part, self._robust = part, robust
-        if self._bar is not None:
-            self._bar.set_description(self._state())
+        """A part begins, on ``robust`` images; what the one before left out because images fell is not to come."""
+        self._bar.total = self._bar.n + sum(self._left.values())
+        self._left.pop(part)
+        state = f'{self._name}: {part}, {robust} of {self._num_images} images still robust'
+        self._bar.set_description(state, refresh=False)
 
     def close(self) -> None:
         """The attack is through."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def message(self) -> str:
-        """One line."""
-        passes = self._done + self._in_part
-        planned = sum(self._parts.values())
-        left = (self._clock() - self._started) * max(0, planned - passes) / max(1, passes)
-        return f'{self._state()}, at most {timedelta(seconds=round(left))} left'
-
-    def _state(self) -> str:
-        return f'{self._name}: {self._part}, {self._robust} of {self._num_images} images still robust'
-
-    def _finish_part(self) -> None:
-        # What a part left out because images fell is not to come.
-        self._parts[self._part] = self._in_part
-        self._done += self._in_part
-        self._in_part = 0
-        if self._bar is not None:
-            self._bar.total = sum(self._parts.values())
+        self._bar.close()

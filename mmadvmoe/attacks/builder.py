@@ -29,7 +29,7 @@ _RANDOM_STATE = threading.RLock()
 
 
 class NonFiniteImagesError(ValueError):
-    """An attack gave images that are not finite."""
+    """An attack gave images that are not finite, or followed gradients that are NaN."""
 
 
 def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
@@ -194,16 +194,17 @@ class BoundAttack:
             TypeError: ``images`` or ``labels`` are of a kind that no attack takes.
             ValueError: Images are outside [0, 1], ``eps`` is larger than they can differ, or labels are missing, out
                 of range or soft where the attack takes none.
-            NonFiniteImagesError: The attack gave numbers that are not finite.
+            NonFiniteImagesError: The attack gave numbers that are not finite, or a gradient at the images was NaN, by
+                which many attacks do not move.
         """
         # Inference tensors cannot be saved for a backward pass; a clone made outside can.
         with _RANDOM_STATE, torch.inference_mode(False), torch.enable_grad(), self.victim.frozen():
             images, labels = self._checked(images, labels)
-            with self._random_state(images.device, seed) as seed:
+            with self._random_state(images.device, seed) as seed, self.victim.model.watched_gradients() as nan:
                 adversarial = self._run(images, labels, seed).detach()
-        if not torch.isfinite(adversarial).all():
+        if torch.stack([~adversarial.isfinite().all(), *nan]).any():
             raise NonFiniteImagesError(
-                f'attack type={self.name!r} gave images that are not finite: '
+                f'attack type={self.name!r} met numbers that are not finite, in its images or the gradient there: '
                 'the logits of the model or their gradient are not finite'
             )
         return adversarial

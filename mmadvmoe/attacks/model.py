@@ -62,16 +62,21 @@ class NormalizedClassifier(nn.Module):
                 'ClsDataPreprocessor or AdvDataPreprocessor'
             )
         self.classifier = classifier
-        if not self.num_routers and not isinstance(classifier, BaseRouter) and router_modules(classifier):
-            raise ValueError(
-                f'a mixture of experts lies inside of {type(classifier).__name__}, where attacks would not see its '
-                'routes and take it for a dense network: give the classifier whose backbone is the MoEBackbone, and '
-                'wrap other networks by it (backbone=dict(type="MoEBackbone", backbone=...)), not around it'
-            )
+        self.check_routes_are_seen()
         self._normalized_by_itself = preprocessor is not None and preprocessor is own
         self.preprocessor = None if self._normalized_by_itself else preprocessor
         self._given_classes = self._num_classes = num_classes
         self._freeze = _Freeze()
+
+    def check_routes_are_seen(self) -> None:
+        """Raise ValueError if the classifier has routers and looks dense all the same."""
+        if not self.num_routers and not isinstance(self.classifier, BaseRouter) and router_modules(self.classifier):
+            raise ValueError(
+                f'a mixture of experts lies inside of {type(self.classifier).__name__}, where attacks would not see '
+                'its routes and take it for a dense network: give the classifier whose backbone is the MoEBackbone, '
+                'wrap other networks by it (backbone=dict(type="MoEBackbone", backbone=...)), not around it, and '
+                'instead of a deployable() copy attack the model it was made from'
+            )
 
     @property
     def training(self) -> bool:
@@ -112,6 +117,9 @@ class NormalizedClassifier(nn.Module):
         """Bring images in [0, 1] to what the network is fed, in the type of its weights."""
         # Flattened and back, because a gradient comes out of a flattening contiguous, as attacks expect it.
         images = images.flatten().view(images.shape)
+        seen = self._freeze.of_thread.seen
+        if seen is not None and images.requires_grad:
+            images.register_hook(lambda grad: seen.append(grad.isnan().any()))
         preprocessor = self.classifier.data_preprocessor if self._normalized_by_itself else self.preprocessor
         if hasattr(preprocessor, 'normalize'):
             images = preprocessor.normalize(images)
@@ -126,7 +134,7 @@ class NormalizedClassifier(nn.Module):
         """What the network is fed for ``images``: in [0, 1], or of an integer type that tells its range."""
         images = as_unit(images)
         # A thread that holds the model frozen has looked at the images, and comes back many times.
-        if not (self._freeze.entered or torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        if not (self._freeze.of_thread.depth or torch.jit.is_tracing() or torch.compiler.is_compiling()):
             check_unit(images, slack=_SLACK)
         return self.normalize(images)
 
@@ -194,6 +202,16 @@ class NormalizedClassifier(nn.Module):
         finally:
             self._freeze.leave()
 
+    @contextmanager
+    def watched_gradients(self) -> Iterator[list[Tensor]]:
+        """A list that gets, for each gradient at images which this thread computes inside, whether NaN is in it."""
+        thread = self._freeze.of_thread
+        outer, thread.seen = thread.seen, []
+        try:
+            yield thread.seen
+        finally:
+            thread.seen = outer
+
     def _checked(self, logits: Any) -> Tensor:
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -211,13 +229,20 @@ class NormalizedClassifier(nn.Module):
         return full_precision(logits)
 
 
+class _OfThread(threading.local):
+    """How often this thread holds a model frozen, and the gradients it watches, if it does; others must not decide."""
+
+    depth = 0
+    seen: Optional[list[Tensor]] = None
+
+
 class _Freeze:
     """How many hold a model frozen, and the flags to restore after the last one. A copy, or one unpickled, is new."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holders = 0
-        self._of_thread = threading.local()
+        self.of_thread = _OfThread()
         self._modes: list[tuple[nn.Module, bool]] = []
         self._gradients: list[tuple[nn.Parameter, bool]] = []
         self._checkpointing: list[tuple[nn.Module, str]] = []
@@ -225,13 +250,8 @@ class _Freeze:
     def __reduce__(self) -> tuple:
         return type(self), ()
 
-    @property
-    def entered(self) -> bool:
-        """Whether this thread holds the model frozen; what others do must not decide what it is refused."""
-        return getattr(self._of_thread, 'depth', 0) > 0
-
     def enter(self, model: nn.Module) -> None:
-        self._of_thread.depth = getattr(self._of_thread, 'depth', 0) + 1
+        self.of_thread.depth += 1
         with self._lock:
             if not self._holders:
                 self._modes = [(module, module.training) for module in model.modules()]
@@ -246,7 +266,7 @@ class _Freeze:
                 setattr(module, key, False)
 
     def leave(self) -> None:
-        self._of_thread.depth -= 1
+        self.of_thread.depth -= 1
         with self._lock:
             self._holders -= 1
             if self._holders:

@@ -56,6 +56,7 @@ class Victim:
                 'num_classes to the NormalizedClassifier, or leave it out'
             )
         self._base = model
+        self.model.check_routes_are_seen()
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({type(self.classifier).__name__})'
@@ -136,7 +137,7 @@ class _OneRoute(Victim):
     """Base of views that take one route whatever they are shown.
 
     The routings of the last pass are taken again where a batch has as many images, so that no step of an attack waits
-    for the device to count them.
+    for the device to count them, but where a capacity drops tokens.
     """
 
     def __init__(self, model: Union[nn.Module, Victim]) -> None:

@@ -15,7 +15,7 @@ from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from mmadvmoe.utils import checkpointing, choose, norms_to_eval
+from mmadvmoe.utils import checkpointing, choose, norms_to_eval, type_name
 
 from .context import RouteContext
 from .expert_layers import ExpertFFN, ExpertLayer
@@ -99,7 +99,7 @@ class MoEBackbone(BaseBackbone):
                 'own, when the routes of the forward pass are gone; set backbone.backbone.no_custom_backward=True'
             )
         inits = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []
-        if num_experts > 1 and any(init['type'] not in ('Pretrained', PretrainedInit) for init in inits):
+        if num_experts > 1 and not all(map(_is_pretrained, inits)):
             raise ValueError(
                 f'backbone.init_cfg={init_cfg!r}: initialisers go by the type of a layer and pass over experts, so '
                 "type='Pretrained' alone is allowed here; backbone.backbone.init_cfg is that of each expert"
@@ -227,7 +227,7 @@ class MoEBackbone(BaseBackbone):
                 With token-level routing, (B,) for all tokens, or the ``decisions`` of all routings side by side; the
                 weights of the experts are then those that the routers give to this choice, with their gradient. Or
                 the routings of an earlier pass on the same batch, which are taken without another transfer to the
-                host.
+                host, but where a capacity drops tokens.
             with_logits (bool): Ask the routers for their logits although a route is given; token routers are asked
                 in any case. Defaults to False.
             gated (bool): Whether the routers' choice carries the gradient of the straight-through gate. Without it,
@@ -317,6 +317,10 @@ _CURE = (
 )
 
 
+def _is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
+    return type_name(init_cfg.get('type', '')) in ('Pretrained', PretrainedInit.__name__)
+
+
 def with_found_prefix(
     init_cfg: Union[None, Mapping[str, Any], Sequence[Mapping[str, Any]]], wanted: Mapping[str, Tensor]
 ) -> Any:
@@ -330,7 +334,7 @@ def with_found_prefix(
     """
     if isinstance(init_cfg, (list, tuple)):
         return [with_found_prefix(each, wanted) for each in init_cfg]
-    if not init_cfg or init_cfg['type'] not in ('Pretrained', PretrainedInit):
+    if not init_cfg or not _is_pretrained(init_cfg):
         return init_cfg
     file = init_cfg['checkpoint']
     content = CheckpointLoader.load_checkpoint(file, map_location='cpu', logger='silent')

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from mmengine.config import Config, DictAction
@@ -69,7 +69,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(path: str) -> Config:
+def load_config(path: Union[str, Path]) -> Config:
     """Read a config file.
 
     A ``_delete_=True`` that had nothing to delete, which MMEngine would leave for a constructor, is taken out.
@@ -80,7 +80,7 @@ def load_config(path: str) -> Config:
     file = Path(path)
     if not file.is_file():
         beside = [each.name for each in file.parent.glob('*.py')] if file.parent.is_dir() else []
-        raise FileNotFoundError(f'config {path!r} does not exist{did_you_mean(file.name, beside)}')
+        raise FileNotFoundError(f'config {str(path)!r} does not exist{did_you_mean(file.name, beside)}')
     cfg = Config.fromfile(path)
     _drop_delete(cfg._cfg_dict)
     return cfg

@@ -11,7 +11,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 from torchattacks.attack import Attack
 
-from mmadvmoe.attacks import Victim, build_attack
+from mmadvmoe.attacks import NonFiniteImagesError, Victim, build_attack
 from mmadvmoe.attacks.settings import SOFT_LABEL_ATTACKS
 from mmadvmoe.registry import ATTACKS
 
@@ -347,8 +347,37 @@ def test_images_that_are_not_finite_are_named(make_tiny):
     with torch.no_grad():
         victim.classifier.head.weight.fill_(float('inf'))
     attack = build_attack(dict(type='PGDL2', steps=2), victim)
-    with pytest.raises(ValueError, match="type='PGDL2' gave images that are not finite"):
+    with pytest.raises(ValueError, match="type='PGDL2' met numbers that are not finite"):
         attack(images, labels)
+
+
+class NaNGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float('nan')
+
+
+class WithoutGradient(nn.Module):
+    """Finite logits, whose gradient at the images is NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return NaNGradient.apply(images).flatten(1)[:, :10] * self.scale
+
+
+@pytest.mark.parametrize('name', ['FGSM', 'BIM', 'MIFGSM', 'NIFGSM', 'APGD', 'PGD', 'RoutePGD', 'AutoAttack'])
+def test_gradients_that_are_nan_are_not_taken_for_robustness(name):
+    images = torch.rand(4, 1, 8, 8)
+    attack = build_attack(quick(name), Victim(WithoutGradient(), num_classes=10))
+    with pytest.raises(NonFiniteImagesError, match=f"type='{name}' met numbers that are not finite"):
+        attack(images, images.flatten(1)[:, :10].argmax(1))
 
 
 def test_zero_eps_gives_the_clean_images(make_tiny):

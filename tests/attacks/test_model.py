@@ -6,9 +6,10 @@ import torch
 from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel
 from mmpretrain.registry import MODELS
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mmadvmoe.attacks import NormalizedClassifier, Victim, build_attack
-from mmadvmoe.moe import Routing
+from mmadvmoe.moe import Routing, deployable
 
 
 def flags(model):
@@ -190,10 +191,17 @@ def test_refuses_what_gives_no_logits(make_tiny, make_moe):
 
 
 def test_a_mixture_whose_routes_would_not_be_seen_is_refused(make_moe):
-    for wrapped in (nn.Sequential(make_moe()), ExponentialMovingAverage(make_moe())):
+    for wrapped in (nn.Sequential(make_moe()), ExponentialMovingAverage(make_moe()), AveragedModel(make_moe())):
         assert Victim(wrapped).num_routers == 1
     with pytest.raises(ValueError, match='inside of Sequential, where attacks would not see its routes'):
         Victim(nn.Sequential(nn.Identity(), make_moe()))
+    hooked = nn.Sequential(make_moe())
+    hooked.register_forward_hook(lambda _, inputs, logits: -logits)
+    with pytest.raises(ValueError, match='inside of Sequential'):
+        Victim(hooked)
+    for plain in (deployable(NormalizedClassifier(make_moe())), deployable(make_moe())):
+        with pytest.raises(ValueError, match=r'instead of a deployable\(\) copy attack the model it was made from'):
+            Victim(plain)
 
 
 @pytest.fixture

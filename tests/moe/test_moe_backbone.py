@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from masked_mixture import MaskedMoE
+from mmengine.model import PretrainedInit
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmpretrain.registry import MODELS
 
@@ -197,6 +198,14 @@ def test_a_dense_checkpoint_is_upcycled_into_every_expert_with_the_prefix_that_i
         torch.testing.assert_close(features[0], dense(images())[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('kind', ['mmengine.Pretrained', PretrainedInit])
+def test_a_checkpoint_of_the_whole_mixture_is_loaded_by_whatever_name_of_its_initialiser(tmp_path, kind):
+    source = build()
+    torch.save(source.state_dict(), tmp_path / 'moe.pth')
+    model = build(init_cfg=dict(type=kind, checkpoint=str(tmp_path / 'moe.pth')))
+    assert model.expert_layers()[0].weight.equal(source.expert_layers()[0].weight)
+
+
 @pytest.mark.parametrize(
     ('before', 'channels', 'message'),
     [('model.', 4, r'there is model\.layer1\.0\.conv1'), ('', 8, r'wanted, there is .*conv1\.weight \(8, 4, 3, 3\)')],
@@ -271,6 +280,10 @@ def test_expert_layers_of_convnext_are_convolutions_and_linear_layers():
         (
             dict(init_cfg=dict(type='Kaiming', layer='Conv2d')),
             r'backbone.init_cfg=.*Kaiming.*backbone.backbone.init_cfg',
+        ),
+        (
+            dict(init_cfg=dict(checkpoint='moe.pth')),
+            'backbone.init_cfg=.*moe.pth',
         ),
     ],
 )

@@ -381,6 +381,18 @@ def test_the_tool_measures_what_is_missing_and_keeps_what_is_there(trained, tmp_
     assert alone.curve['curves']['eps'] == found.soundness['curves']['eps']
 
 
+@pytest.mark.usefixtures('blank_figures')
+def test_a_part_that_fails_in_whatever_way_is_told_and_the_report_written(trained, tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise OSError('no image there')
+
+    monkeypatch.setattr('mmadvmoe.report.collect.attack_examples', fail)
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, tmp_path, '--model', 'A', *trained, '--measure', 'examples')
+    assert 'examples failed: OSError: no image there' in capfd.readouterr().out
+    assert (tmp_path / 'report.html').is_file()
+
+
 def test_two_models_need_two_names(trained, tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit):
         run_tool(monkeypatch, tmp_path, '--model', 'A!', *trained, '--model', 'a', *trained)

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
-from multiprocessing import Event, Process
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from processes import start_script_in_fork
 
-from mmadvmoe.runtime.files import FolderInUseError, FolderLock
+from mmadvmoe.runtime.files import LOCK, FolderInUseError, FolderLock
 
 ROOT = Path(__file__).resolve().parents[2]
 DENSE, MOE = 'AT(Dense):configs/baselines/at_dense_resnet18_digits.py', 'configs/advmoe_resnet18_digits.py'
@@ -167,7 +167,7 @@ def _start_in_fork(popen: type, command: list, **settings: object) -> object:
     """Python scripts in forks, which have imported everything already; what is no script as it is."""
     if command[0] != sys.executable:
         return popen(command, **settings)
-    return start_script_in_fork(command[1:], settings['cwd'], settings['stdout'], settings['env'])
+    return start_script_in_fork(command[1:], stdout=settings['stdout'], env=settings['env'])
 
 
 def test_a_run_is_trained_tested_and_written_down(
@@ -208,6 +208,7 @@ def test_a_run_that_was_begun_otherwise_is_set_aside(sweep: ModuleType, tmp_path
         (begun / 'epoch_7.pth').touch()
         assert len(list(begun.parent.iterdir())) == folders
     assert len(list(begun.parent.glob('seed_0_until_*/epoch_7.pth'))) == 1
+    assert not list(begun.parent.rglob(LOCK)), 'a lock is left'
 
 
 def test_what_would_mix_runs_is_refused(sweep: ModuleType, tmp_path: Path) -> None:
@@ -250,10 +251,13 @@ def test_runs_are_counted_once_and_rows_not_mixed(compare: ModuleType) -> None:
         compare.columns_of(rows, ['wrost'])
 
 
-def test_a_folder_that_another_process_writes_to_is_left_alone(sweep: ModuleType, tmp_path: Path) -> None:
+def test_a_folder_that_another_process_writes_to_is_left_alone(
+    sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     begun = tmp_path / sweep.folder_of(MOE, []) / 'seed_0'
     begun.mkdir(parents=True)
-    ready, ended = Event(), Event()
+    fork = get_context('fork')
+    ready, ended = fork.Event(), fork.Event()
 
     def training() -> None:
         lock = FolderLock(begun, '')
@@ -261,12 +265,16 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(sweep: ModuleType
         ready.set()
         ended.wait(60)
 
-    process = Process(target=training)
+    process = fork.Process(target=training)
     process.start()
     try:
         assert ready.wait(60)
         with pytest.raises(FolderInUseError, match='Wait until that training ends'):
             sweep.run(MOE, [], 0, _args(tmp_path, MOE))
+        # A sweep goes on to other runs, and does this one when it is started again.
+        sweep.run_all(_args(tmp_path, MOE, seeds=[0]))
+        assert 'Wait until that training ends' in capsys.readouterr().out
+        assert not (tmp_path / 'results.jsonl').is_file()
         assert begun.is_dir() and len(list(begun.parent.iterdir())) == 1
     finally:
         ended.set()

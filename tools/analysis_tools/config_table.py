@@ -5,8 +5,9 @@ import ast
 from pathlib import Path
 
 from config_files import CONFIGS, DATA_SETS, config_files, cost_of, write
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
+
+from mmadvmoe.runtime.launch import load_config
 
 README = CONFIGS / 'README.md'
 BEGIN, END = '<!-- tables: tools/analysis_tools/config_table.py -->', '<!-- end of the tables -->'
@@ -55,8 +56,8 @@ def cost_row(network: str, data: str) -> list[str]:
     """One network on one data set, with what it costs."""
     cell = f'{network}_{data}'
     config = CONFIGS / f'advmoe_{cell}.py'
-    moe = cost_of(Config.fromfile(config))
-    dense = cost_of(Config.fromfile(CONFIGS / 'baselines' / f'at_dense_{cell}.py'))
+    moe = cost_of(load_config(config))
+    dense = cost_of(load_config(CONFIGS / 'baselines' / f'at_dense_{cell}.py'))
     return [
         NETWORKS[network],
         DATA_SETS[data],

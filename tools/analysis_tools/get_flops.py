@@ -51,9 +51,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config)
     init_default_scope('mmpretrain')
-    shape = input_shape_of(cfg)
-    if args.shape:
-        shape = (shape[0], args.shape[0], args.shape[-1])
+    shape = input_shape_of(cfg, (args.shape[0], args.shape[-1]) if args.shape else None)
     cost = count_cost(cfg, shape)
     print(f'{Path(args.config).name}, one image of {" x ".join(map(str, shape))}; 1 GFLOP = 1e9 multiply-adds')
     for name, value in rows(cost):
@@ -62,7 +60,7 @@ def main() -> None:
     if dense_config is None:
         print('  no dense network to compare with: name its config with --dense')
         return
-    dense = count_cost(load_config(str(dense_config)), shape)
+    dense = count_cost(load_config(dense_config), shape)
     print(f'dense network, {Path(dense_config).name}')
     print_row('parameters', f'{dense.params_total / 1e6:.3f} M')
     print_row('cost', f'{dense.gflops:.4g} GFLOPs')

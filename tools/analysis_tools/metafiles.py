@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 from config_files import CONFIGS, ROOT, config_files, cost_of, data_set_of, write
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmadvmoe import __version__
+from mmadvmoe.runtime.launch import load_config
 
 INDEX = ROOT / 'model-index.yml'
 #: The collection that the configs of a folder make up. Each has the paper, and one metafile.
@@ -35,7 +35,7 @@ def published() -> dict[str, dict]:
 
 def model_entry(path: Path, collection: str) -> dict:
     """What a metafile says of one config. ``Metrics`` are those of the weights in the zoo, empty without any."""
-    cfg = Config.fromfile(path)
+    cfg = load_config(path)
     cost = cost_of(cfg)
     data_set = data_set_of(path)
     metadata = {

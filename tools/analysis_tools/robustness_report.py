@@ -81,8 +81,8 @@ def measure(part: str, folder: Path, config: str, checkpoint: str, args: argpars
             return make_examples(folder, args.device)
         if part == 'curve':
             return make_curve(folder, args.device, args.num_images)
-    except (RuntimeError, ValueError, FloatingPointError) as error:
-        raise MeasurementError(f'{part} failed: {error}') from error
+    except Exception as error:  # whatever a data set or a network of the user may raise
+        raise MeasurementError(f'{part} failed: {type(error).__name__}: {error}') from error
     if part == 'evaluation':
         options = ['--out', out.parent] + (['--attacks', *args.attacks] if args.attacks else [])
         command = [TOOLS / 'test.py', config, checkpoint, '--work-dir', folder / 'log', *options]

@@ -27,7 +27,6 @@ import pyautoattack
 import timing
 import torch
 from benchmark_moe import run_attack_step
-from mmengine.config import Config
 from mmengine.logging import MMLogger
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
@@ -37,6 +36,7 @@ from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.evaluation.data import Chunk, as_dataset, read_chunks
 from mmadvmoe.evaluation.named_attacks import with_route_attack
 from mmadvmoe.evaluation.run import RobustEvaluation
+from mmadvmoe.runtime.launch import load_config
 
 STEPS = 50
 PGD_REPEATS = 3  # It takes so much less time than AutoAttack that a round has room for several.
@@ -159,7 +159,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     # What an evaluation logs is not the point here.
     MMLogger.get_instance('benchmark', log_level='ERROR')
-    config = Config.fromfile(args.config)
+    config = load_config(args.config)
     model = Victim(load_robust_model(config, args.checkpoint, device=args.device))
     dataset = as_dataset(config.test_dataloader.dataset.to_dict() | dict(indices=args.images))
     contest = Contest(model, ChunkSampler(dataset, args.batch_size), args)

@@ -27,9 +27,10 @@ from pathlib import Path
 import timing
 import torch
 import vit_family
-from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+
+from mmadvmoe.runtime.launch import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # Different batches have different loads per expert, and each load is a shape of its own to the library underneath.
@@ -216,7 +217,7 @@ def main() -> None:
     args = parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    config = Config.fromfile(args.config).model.backbone.to_dict()
+    config = load_config(args.config).model.backbone.to_dict()
     routing = dict(cnn='image', vit='token')[args.family]
     if config['type'] != 'MoEBackbone' or config.get('routing', 'image') != routing:
         raise SystemExit(

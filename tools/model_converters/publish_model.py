@@ -14,9 +14,9 @@ import subprocess
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 
 from mmadvmoe.apis import load_robust_model
+from mmadvmoe.runtime.launch import load_config
 from mmadvmoe.utils import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def publish(config: Path, checkpoint: Path, metrics: Path, revision: str, zoo: P
     entries = json.loads(index.read_text(encoding='utf-8')) if index.is_file() else {}
     old = entries.get(config.stem)
     write_atomically(path, content)
-    seed = Config.fromfile(config).randomness.seed
+    seed = load_config(config).randomness.seed
     entries[config.stem] = dict(file=path.name, sha256=sha256, revision=revision, seed=seed, metrics=accuracies)
     write_atomically(index, (json.dumps(dict(sorted(entries.items())), indent=2) + '\n').encode())
     if old is not None and old['file'] != path.name:
