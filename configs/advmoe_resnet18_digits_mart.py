@@ -1,6 +1,6 @@
 _base_ = 'advmoe_resnet18_digits.py'
 
-# MART in place of TRADES, in both turns; its attack is PGD on the cross entropy.
+# MART in place of TRADES, in both turns; the attack of the experts' turn is PGD on the cross entropy.
 model = dict(
     data_preprocessor=dict(attack=dict(_delete_=True, type='PGD', eps=0.2, alpha=0.05, steps=10)),
     robust_loss=dict(_delete_=True, type='MARTLoss', weight=5.0),

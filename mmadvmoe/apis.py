@@ -217,7 +217,7 @@ def evaluate_robustness(
     attacks: Union[Mapping[str, Mapping], Sequence[str]],
     *,
     eps: Optional[float] = None,
-    norm: str = 'Linf',
+    norm: Optional[str] = None,
     cascade: bool = False,
     chunk_size: int = 128,
     seed: int = 0,
@@ -242,7 +242,7 @@ def evaluate_robustness(
         attacks (Mapping or Sequence): Configs of attacks under names of your own; or names of standard attacks, such as
             ``['pgd50', 'autoattack']`` (:data:`mmadvmoe.attacks.STANDARD_ATTACKS`).
         eps (float, optional): Radius of the standard attacks, on [0, 1] images.
-        norm (str): Norm of the standard attacks. Defaults to ``'Linf'``.
+        norm (str, optional): Norm of the standard attacks. Defaults to ``'Linf'``.
         cascade (bool): Whether each attack gets only the images that are right so far. Accuracies are then those after
             an attack and all before it; the worst case is the same, up to what the attacks draw. Defaults to False.
         chunk_size (int): Images attacked at a time. What an attack draws depends on it. Defaults to 128.
@@ -280,7 +280,9 @@ def evaluate_robustness(
         with victim.frozen(), torch.no_grad():
             victim(image.to(next(iter(victim.parameters()), image).device))
     if not isinstance(attacks, Mapping):
-        attacks = choose_attacks(attacks, eps=eps, norm=norm)
+        attacks = choose_attacks(attacks, eps=eps, norm=norm or 'Linf')
+    elif eps is not None or norm is not None:
+        raise ValueError(f'eps={eps}, norm={norm!r} are for standard attacks by name: write them into the configs')
     attacks = with_route_attack(attacks, victim)
     check_data(dataset, 'data', victim.num_classes)
     evaluation = RobustEvaluation(

@@ -67,7 +67,9 @@ def test_published_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monke
     assert not model.training
     entry = read_zoo()[NAME]
     checkpoint, metrics = tmp_path / 'epoch_1.pth', tmp_path / 'metrics.json'
-    torch.save(dict(meta=dict(epoch=1), state_dict=model.classifier.state_dict(), optimizer=dict(state={})), checkpoint)
+    torch.save(
+        dict(meta=dict(epoch=1, seed=3), state_dict=model.classifier.state_dict(), optimizer=dict(state={})), checkpoint
+    )
     metrics.write_text(json.dumps({'clean/accuracy/top1': 12.345, 'clean/expert_share/0': 1.0}))
     for wrong in ({}, {'clean/accuracy/top1': float('nan')}, {'val': 99.9}):
         (tmp_path / 'wrong.json').write_text(json.dumps(wrong))
@@ -78,6 +80,7 @@ def test_published_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monke
     assert [each.suffix for each in sorted((tmp_path / 'zoo').iterdir())] == ['.pth', '.json']
     noted = json.loads((tmp_path / 'zoo' / 'weights.json').read_text())[NAME]
     assert noted['metrics'] == dict(clean=12.35) or noted['metrics'] == dict(clean=12.34)
+    assert noted['seed'] == 3
     assert noted['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
     zoo = {NAME: replace(entry, weights=str(path), sha256=noted['sha256'])}
     monkeypatch.setattr(apis, 'read_zoo', lambda: zoo)

@@ -109,8 +109,10 @@ def main() -> None:
     check_checkpoint(args.checkpoint, 'CHECKPOINT')
     cfg: Config = load_config(args.config)
     model = load_robust_model(cfg, args.checkpoint)
-    path = args.out or Path(args.checkpoint).with_suffix(SUFFIXES[args.format])
-    if path.exists() and path.samefile(args.checkpoint):
+    # What is at an address is exported into the current folder.
+    source = Path(args.checkpoint.rsplit('/', 1)[1] if '://' in args.checkpoint else args.checkpoint)
+    path = args.out or source.with_suffix(SUFFIXES[args.format])
+    if path.exists() and source.exists() and path.samefile(args.checkpoint):
         sys.exit(f'{path} is the checkpoint itself: give another file with --out')
     check_writable(path, '--out')
     images = comparison_images(cfg)

@@ -27,6 +27,14 @@ advmoe:advmoe_resnet18_cifar10_fast.py:2
 ROWS=${ROWS:-$(echo "$TABLE" | cut -d: -f1 | xargs)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
+case $DATA in *[[:space:]]*) echo "DATA=$DATA: a path without white space, please; make a link" >&2 && exit 2 ;; esac
+# What is there must not pass for the same with other settings.
+settings="DEVICE=$DEVICE SHORT=$SHORT EPOCHS=$EPOCHS DATA=$DATA"
+if [ -e "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+    echo "$OUT holds parts made with $(cat "$OUT/settings"), not with $settings: choose another OUT" >&2
+    exit 2
+fi
+echo "$settings" >"$OUT/settings"
 
 # run NAME COMMAND...: a part, once; what it prints goes to OUT/NAME.log, which becomes OUT/NAME.done at the end.
 run() {
@@ -38,12 +46,15 @@ run() {
     fi
     echo "== $name: $*"
     local start=$SECONDS
-    if "$@" >"$OUT/$name.log" 2>&1; then
-        echo "$((SECONDS - start)) s" >>"$OUT/$name.log"
+    local ended=0
+    "$@" >>"$OUT/$name.log" 2>&1 || ended=$?
+    # One line for each start, of which a training that goes on has several.
+    echo "$((SECONDS - start)) s" >>"$OUT/$name.log"
+    if [ "$ended" = 0 ]; then
         mv "$OUT/$name.log" "$OUT/$name.done"
     else
         echo "   failed, see $OUT/$name.log:"
-        tail -n 5 "$OUT/$name.log"
+        tail -n 6 "$OUT/$name.log"
         failed="$failed $name"
     fi
 }
@@ -52,7 +63,7 @@ failed=
 tests() {
     local some=()
     if [ "$SHORT" = 1 ]; then some=(-k "test_routes_are_those_of_the_cpu"); fi
-    run tests "$PYTHON" -m pytest -q tests/gpu --device "$DEVICE" "${some[@]}"
+    run tests "$PYTHON" -m pytest -q tests/gpu --device "$DEVICE" ${some[@]+"${some[@]}"}
 }
 
 benchmarks() {

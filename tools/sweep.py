@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,10 @@ LOCK = Lock()
 
 class RunError(RuntimeError):
     """A command of a run failed; the message is the last line it wrote."""
+
+
+class Interrupted(RuntimeError):
+    """Somebody stopped a command of a run."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -214,6 +219,10 @@ def call(command: Sequence, output: Path, threads: int) -> float:
         )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode < 0:
+        # Nothing is recorded of a run that was stopped from outside, so that the next call goes on with it.
+        stop = Interrupted if -process.returncode in (signal.SIGINT, signal.SIGTERM) else RunError
+        raise stop(f'killed by {signal.Signals(-process.returncode).name}, see {output}')
     if process.returncode:
         lines = [line for line in output.read_text(errors='replace').splitlines() if line.strip()]
         raise RunError(lines[-1] if lines else f'exit status {process.returncode}')
@@ -281,7 +290,7 @@ def _run_missing(args: argparse.Namespace, work: Callable[..., dict]) -> None:
     def one(job: tuple) -> None:
         try:
             record = work(*job, args)
-        except FolderInUseError as error:
+        except (FolderInUseError, Interrupted) as error:
             print(f'{job[0]}, seed {job[2]}: {error}', flush=True)
             return
         with LOCK, results.open('a', encoding='utf-8') as file:

@@ -120,9 +120,6 @@ def _means_folder(path: str) -> bool:
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     """Write the arguments into the config."""
     check_checkpoint(args.checkpoint, 'CHECKPOINT')
-    cfg.load_from = args.checkpoint
-    # A config made for going on with training must not turn the test into that.
-    cfg.resume = False
     if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise ValueError('the config must set test_dataloader, test_cfg and test_evaluator')
     if args.attacks is not None and args.cfg_options:
@@ -135,6 +132,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     if args.tta:
         _enable_tta(cfg)
     merge_common_arguments(cfg, args, ('test_dataloader',))
+    # What a config or an option says of where training begins must not change what is tested.
+    cfg.load_from, cfg.resume = args.checkpoint, False
 
 
 def _merge_options_of_attacks(cfg: Config, args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from mmadvmoe.runtime.launch import (
 )
 from mmadvmoe.runtime.preflight import check_batches, check_config
 from mmadvmoe.training.dry_run import dry_run
+from mmadvmoe.utils import type_name
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,11 +60,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
         enable_amp(cfg)
-    if args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-        if cfg.load_from is not None:
-            check_checkpoint(cfg.load_from, '--resume')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError(
@@ -76,6 +72,15 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         if args.no_persistent_workers and cfg.get(key) is not None:
             cfg[key].persistent_workers = False
     merge_common_arguments(cfg, args, loaders)
+    if args.resume == 'auto':
+        hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+        if type_name(hook.get('type', '')) == 'SafeCheckpointHook':
+            cfg.resume = 'auto'
+        else:  # MMEngine's takes load_from for the checkpoint to resume from
+            cfg.load_from, cfg.resume = None, True
+    elif args.resume is not None:
+        check_checkpoint(args.resume, '--resume')
+        cfg.load_from, cfg.resume = args.resume, True
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 _base_ = 'advmoe_convnet_digits.py'
 
 # Joint training: every parameter in every iteration.
+model = dict(data_preprocessor=dict(router_attack=None))
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',

@@ -155,11 +155,7 @@ class NormalizedClassifier(nn.Module):
 
         Args:
             images (Tensor): (B, C, H, W) in [0, 1].
-            route (Tensor or Sequence[BaseRouting], optional): Experts to take in place of the routers' choice: (B,)
-                int64 for all routers, or (B, L), or the routings of an earlier pass. Then no gradient flows through
-                the choice.
-            with_logits (bool): With a given route, ask the routers for their logits all the same.
-            gated (bool): Whether the routers' own choice carries the gradient of the gate.
+            route, with_logits, gated: See :meth:`mmadvmoe.moe.MoEBackbone.forward_routed`; logits are asked for.
 
         Returns:
             tuple: Logits (B, K), and a tuple of L :class:`mmadvmoe.moe.Routing`.
@@ -243,9 +239,7 @@ class _Freeze:
         self._lock = threading.Lock()
         self._holders = 0
         self.of_thread = _OfThread()
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._gradients: list[tuple[nn.Parameter, bool]] = []
-        self._checkpointing: list[tuple[nn.Module, str]] = []
+        self._flags: list[tuple[object, str, bool]] = []
 
     def __reduce__(self) -> tuple:
         return type(self), ()
@@ -254,16 +248,12 @@ class _Freeze:
         self.of_thread.depth += 1
         with self._lock:
             if not self._holders:
-                self._modes = [(module, module.training) for module in model.modules()]
-                self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-                self._checkpointing = checkpointing(model)
+                self._flags = [(module, 'training', module.training) for module in model.modules()]
+                self._flags += [(each, 'requires_grad', each.requires_grad) for each in model.parameters()]
+                self._flags += [(module, key, True) for module, key in checkpointing(model)]
             self._holders += 1
-            for module in model.modules():
-                module.training = False
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            for module, key in self._checkpointing:
-                setattr(module, key, False)
+            for owner, key, _ in self._flags:
+                setattr(owner, key, False)
 
     def leave(self) -> None:
         self.of_thread.depth -= 1
@@ -271,13 +261,9 @@ class _Freeze:
             self._holders -= 1
             if self._holders:
                 return
-            for module, training in self._modes:
-                module.training = training
-            for parameter, requires_grad in self._gradients:
-                parameter.requires_grad_(requires_grad)
-            for module, key in self._checkpointing:
-                setattr(module, key, True)
-            self._modes, self._gradients, self._checkpointing = [], [], []
+            for owner, key, value in self._flags:
+                setattr(owner, key, value)
+            self._flags = []
 
 
 def full_precision(logits: Tensor) -> Tensor:

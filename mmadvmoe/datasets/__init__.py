@@ -1,9 +1,8 @@
 """Data sets that MMPretrain lacks, and the samplers of robust evaluation."""
 
-from .extra import ExtraImages
 from .folders import ImageFolders
 from .imagenet import ImageNetSplit, TinyImageNet
-from .memory import BatchedCropFlip, InMemory, keep_batch
+from .memory import BatchedCropFlip, ExtraImages, InMemory, keep_batch
 from .small_images import CIFAR10Split, CIFAR100Split, Digits, FashionMNISTSplit
 from .splits import ChunkSampler, stratified_split
 

@@ -31,8 +31,7 @@ class ImageNetSplit(ImageNet):
         **kwargs: Other arguments of :class:`mmpretrain.datasets.ImageNet`, such as ``pipeline``.
 
     Raises:
-        ValueError: If the split is none of these, or ``num_val`` leaves a part empty.
-        FileNotFoundError: If images are missing; the message says what to download and where to put it.
+        ValueError, FileNotFoundError: As :class:`CIFAR10Split`.
     """
 
     page = 'https://image-net.org/challenges/LSVRC/2012/2012-downloads.php'
@@ -103,11 +102,7 @@ class TinyImageNet(BaseDataset):
         data_root: The folder that holds ``tiny-imagenet-200/``.
         split: ``'train'`` (95,000 images), ``'val'`` (5,000), ``'trainval'`` (all 100,000 official training images) or
             ``'test'`` (the 10,000 official validation images).
-        num_val: Images held out of the training set.
-        **kwargs: Other arguments of :class:`mmpretrain.datasets.BaseDataset`, such as ``pipeline``.
-
-    Raises:
-        ValueError, FileNotFoundError: As :class:`ImageNetSplit`.
+        num_val, **kwargs: Arguments and errors as of :class:`ImageNetSplit`.
     """
 
     base_folder = 'tiny-imagenet-200'

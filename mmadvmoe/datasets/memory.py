@@ -1,4 +1,4 @@
-"""Data sets as one tensor, and their augmentation batch by batch, on whichever device the batch is.
+"""Data sets around others: as one tensor, augmented batch by batch on whichever device; and with more images.
 
 Dimension letters: B images, C channels, H, W height and width.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import FUNCTIONS
+from mmpretrain.datasets import build_dataset
 from mmpretrain.registry import DATASETS, TRANSFORMS
 from mmpretrain.structures import DataSample
 from torch import Tensor
@@ -75,7 +77,12 @@ class InMemory(Dataset):
 
 @FUNCTIONS.register_module()
 def keep_batch(batch: dict) -> dict:
-    """Collate nothing: :class:`InMemory` gives whole batches."""
+    """Collate nothing: :class:`InMemory` gives whole batches. Raise TypeError for samples of another data set."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "collate_fn=dict(type='keep_batch') is for a data set of type InMemory, which this is not: remove it from "
+            'train_dataloader, or wrap the data set'
+        )
     return batch
 
 
@@ -126,3 +133,50 @@ class BatchedCropFlip:
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(padding={self.padding}, flip={self.flip})'
+
+
+@DATASETS.register_module()
+class ExtraImages(Dataset):
+    """A training set whose samples are, at a ratio, taken from another set: unlabelled images with labels that a model
+    gave them, or generated ones.
+
+    An epoch is as long as that of the training set; each sample is, at probability ``ratio``, a random extra one
+    in its place. Carmon et al., arXiv:1905.13736, for unlabelled images; Gowal et al., arXiv:2110.09468, for
+    generated ones.
+
+    Args:
+        dataset (dict): Config of the training set.
+        extra (dict): Config of the extra images, with the same classes; a ``CustomDataset`` of MMPretrain, for example.
+        ratio (float): Share of the extra images, in [0, 1). Defaults to 0.5.
+
+    Examples:
+        >>> train_dataloader = dict(dataset=dict(_delete_=True, type='ExtraImages', ratio=0.7,
+        ...     dataset=dict(type='CIFAR10Split', split='train', ...), extra=dict(type='CustomDataset', ...)))
+
+    Raises:
+        ValueError: ``ratio`` is out of range, there is no extra image, or the two have other classes.
+    """
+
+    def __init__(self, dataset: dict, extra: dict, ratio: float = 0.5) -> None:
+        # Written so that NaN fails too.
+        if not 0 <= ratio < 1:
+            raise ValueError(f'dataset.ratio={ratio} must lie in [0, 1)')
+        self.dataset, self.extra, self.ratio = build_dataset(dataset), build_dataset(extra), ratio
+        if not len(self.extra):
+            raise ValueError(f'dataset.extra={dict(extra)} holds no image')
+        classes = [each.metainfo.get('classes') for each in (self.dataset, self.extra)]
+        if classes[1] is not None and tuple(classes[0] or ()) != tuple(classes[1]):
+            raise ValueError(f'dataset.extra has the classes {classes[1]}, but dataset.dataset has {classes[0]}')
+
+    @property
+    def metainfo(self) -> dict:
+        """What the training set tells of itself."""
+        return self.dataset.metainfo
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        # Without workers, all processes of a distributed training draw the same numbers from NumPy's state.
+        rng = np.random.default_rng([np.random.randint(2**31), get_rank()])
+        return self.extra[rng.integers(len(self.extra))] if rng.random() < self.ratio else self.dataset[index]

@@ -158,8 +158,7 @@ class FashionMNISTSplit(FashionMNIST):
         **kwargs: Other arguments of :class:`mmpretrain.datasets.FashionMNIST`, such as ``pipeline``.
 
     Raises:
-        ValueError: If the split is none of these, or ``num_val`` leaves a part empty.
-        FileNotFoundError: If a file is missing; the message says what to download.
+        ValueError, FileNotFoundError: As :class:`CIFAR10Split`.
     """
 
     image_shape = (1, 28, 28)

@@ -100,12 +100,7 @@ def find_class_groups(
     classes = len(confusion)
     if confusion.shape != (classes, classes) or not confusion.sum() > 0:
         raise ValueError(f'confusion must be (K, K) counts, got shape {confusion.shape}')
-    if not 2 <= num_groups <= classes:
-        raise ValueError(f'num_groups={num_groups} must lie between 2 and the number of classes, {classes}')
-    if max_load is None:
-        max_load = min(2 / num_groups, 0.8)
-    if not 1 / num_groups <= max_load <= 1:
-        raise ValueError(f'max_load={max_load} must lie between 1 / num_groups = {1 / num_groups:.3g} and 1')
+    max_load = check_num_groups(num_groups, classes, max_load)
     share = confusion.sum(1) / confusion.sum()
     if stirling2(classes, num_groups, exact=True) <= _MOST_PARTITIONS:
         candidates = _all_partitions(classes, num_groups)
@@ -130,6 +125,17 @@ def find_class_groups(
             f'{share.max():.3g} of the images. Raise max_load, or ask for another number of groups'
         )
     return sorted(best.values(), key=lambda partition: -partition.kept)[:count]
+
+
+def check_num_groups(num_groups: int, classes: int, max_load: Optional[float]) -> float:
+    """The ``max_load`` of :func:`find_class_groups`, or its default; raise ValueError where one is out of range."""
+    if not 2 <= num_groups <= classes:
+        raise ValueError(f'num_groups={num_groups} must lie between 2 and the number of classes, {classes}')
+    if max_load is None:
+        max_load = min(2 / num_groups, 0.8)
+    if not 1 / num_groups <= max_load <= 1:
+        raise ValueError(f'max_load={max_load} must lie between 1 / num_groups = {1 / num_groups:.3g} and 1')
+    return max_load
 
 
 def modulo_partition(confusion: np.ndarray, num_groups: int) -> Partition:

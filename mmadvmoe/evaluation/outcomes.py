@@ -175,17 +175,21 @@ def route_metrics(outcomes: RobustOutcomes, num_experts: int) -> dict[str, float
     Returns:
         Shares in [0, 1]: ``'<name>/expert_share/<n>'`` of the decisions that went to expert n, without an attack and
         under each; ``'<attack>/route_changed'`` of the images with any decision changed by the attack;
-        ``'<attack>/decisions_changed'`` of all decisions, where an image has several. Empty for a dense model.
+        ``'<attack>/decisions_changed'`` of all decisions, where an image has several. Of an attack, on the images that
+        it was run on; nothing of one that was run on none. Empty for a dense model.
     """
     clean = outcomes.by_name[CLEAN]
     if clean.expert.shape[1] == 0:
         return {}
     metrics = {}
     for name, outcome in outcomes.by_name.items():
+        rows = outcome.attacked | (name == CLEAN)
+        if not rows.any():
+            continue
         for n in range(num_experts):
-            metrics[f'{name}/expert_share/{n}'] = float((outcome.expert == n).double().mean())
+            metrics[f'{name}/expert_share/{n}'] = float((outcome.expert[rows] == n).double().mean())
         if name != CLEAN:
-            changed = outcome.expert != clean.expert
+            changed = (outcome.expert != clean.expert)[rows]
             metrics[f'{name}/route_changed'] = float(changed.any(dim=1).double().mean())
             if changed.shape[1] > 1:
                 metrics[f'{name}/decisions_changed'] = float(changed.double().mean())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmadvmoe.attacks import ClassGroupAttack, Victim
 from mmadvmoe.attacks.views import ROUTES
 from mmadvmoe.moe import NonFiniteRouterError, Routing, forward_routed
+from mmadvmoe.moe.backbone import check_pretrained
 from mmadvmoe.moe.class_groups import MODULO
 from mmadvmoe.utils import choose
 
@@ -96,6 +97,11 @@ class RobustClassifier(ImageClassifier):
         if isinstance(self.data_preprocessor, AdvDataPreprocessor):
             self.data_preprocessor.bind_victim(Victim(self))
             self._check_attacks(self.data_preprocessor)
+
+    def init_weights(self) -> None:
+        """As MMEngine; raises ValueError where ``init_cfg`` or ``pretrained`` gives a mixture dense weights."""
+        check_pretrained(self, self)
+        super().init_weights()
 
     def _check_attacks(self, preprocessor: AdvDataPreprocessor) -> None:
         """Compare what the attacks of training are set to with what is learned from their images."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch
+from mmengine.utils.dl_utils import has_batch_norm
 from mmpretrain.models.utils import ClsDataPreprocessor
 from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor
@@ -138,12 +139,12 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         if not training or self.attack_cfg is None:
             batch['inputs'] = self.normalize(images)
             return batch
-        if len(images) < 2:
+        turn = data.get('turn')
+        if len(images) < 2 and self._attacks and has_batch_norm(self._attacks[turn].victim.classifier):
             raise ValueError(
                 'a training batch holds a single image, on which batch statistics do not exist: set '
                 'train_dataloader.batch_size to at least 2 and train_dataloader.drop_last=True'
             )
-        turn = data.get('turn')
         adversarial = self.normalize(self._attack(images, batch['data_samples'], turn))
         if self.mode == 'replace':
             return dict(batch, inputs=adversarial)

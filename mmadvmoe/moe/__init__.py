@@ -1,8 +1,8 @@
 from .backbone import MoEBackbone, forward_routed
 from .class_groups import ClassGroups
-from .convert import convert_ffns, convert_layers, match_ffns, match_layers
 from .deploy import deployable
 from .expert_layers import ExpertFFN, ExpertLayer, MoEConv2d, MoELinear
+from .matching import match_ffns
 from .pixel_routers import ConvRouter, MLPRouter
 from .placements import PLACEMENTS, Placement, placement_of
 from .routers import GROUPS, BaseRouter, LayerRouter, ResNetRouter, TokenRouter, router_modules, split_parameters
@@ -30,12 +30,9 @@ __all__ = [
     'Routing',
     'TokenRouter',
     'TokenRouting',
-    'convert_ffns',
-    'convert_layers',
     'deployable',
     'forward_routed',
     'match_ffns',
-    'match_layers',
     'placement_of',
     'router_modules',
     'split_parameters',

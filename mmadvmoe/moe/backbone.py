@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import PretrainedInit
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.runner import CheckpointLoader
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
@@ -41,7 +41,7 @@ class MoEBackbone(BaseBackbone):
         routing (str): ``'image'``: one router reads the input of the backbone and chooses for all layers.
             ``'layer'``: every expert layer has its own router on its own input. ``'token'``: for transformers, every
             feed-forward network that matches gets experts and a router that chooses for each token; see
-            :func:`~mmadvmoe.moe.convert.match_ffns`. Defaults to ``'image'``.
+            :func:`~mmadvmoe.moe.matching.match_ffns`. Defaults to ``'image'``.
         router (dict, optional): Config of the router(s). Defaults to ``dict(type='ResNetRouter')`` for image-level,
             ``dict(type='LayerRouter')`` for layer-level and ``dict(type='TokenRouter')`` for token-level routing.
         gate (str): ``'softmax'`` (bounded) or ``'logit'`` (the reference code's); see :meth:`Routing.decide`.
@@ -99,7 +99,7 @@ class MoEBackbone(BaseBackbone):
                 'own, when the routes of the forward pass are gone; set backbone.backbone.no_custom_backward=True'
             )
         inits = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []
-        if num_experts > 1 and not all(map(_is_pretrained, inits)):
+        if num_experts > 1 and not all(map(is_pretrained, inits)):
             raise ValueError(
                 f'backbone.init_cfg={init_cfg!r}: initialisers go by the type of a layer and pass over experts, so '
                 "type='Pretrained' alone is allowed here; backbone.backbone.init_cfg is that of each expert"
@@ -157,7 +157,9 @@ class MoEBackbone(BaseBackbone):
             ValueError: That checkpoint has none of the layers that get experts.
         """
         if self.num_experts == 1 or self.init_cfg:
-            if not self.init_cfg:
+            if self.init_cfg:
+                check_pretrained(self, self)
+            else:
                 own = getattr(self.network, 'init_cfg', None)
                 self.network.init_cfg = with_found_prefix(own, dict(self.network.named_parameters()))
             super().init_weights()
@@ -317,7 +319,8 @@ _CURE = (
 )
 
 
-def _is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
+def is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
+    """Whether one of the settings of an ``init_cfg`` loads a checkpoint."""
     return type_name(init_cfg.get('type', '')) in ('Pretrained', PretrainedInit.__name__)
 
 
@@ -334,7 +337,7 @@ def with_found_prefix(
     """
     if isinstance(init_cfg, (list, tuple)):
         return [with_found_prefix(each, wanted) for each in init_cfg]
-    if not init_cfg or not _is_pretrained(init_cfg):
+    if not init_cfg or not is_pretrained(init_cfg):
         return init_cfg
     file = init_cfg['checkpoint']
     content = CheckpointLoader.load_checkpoint(file, map_location='cpu', logger='silent')
@@ -358,6 +361,15 @@ def with_found_prefix(
     )
 
 
+def check_pretrained(holder: BaseModule, model: nn.Module) -> None:
+    """As :func:`check_has_experts`, of the checkpoints that ``holder.init_cfg`` loads into itself."""
+    cfgs = holder.init_cfg if isinstance(holder.init_cfg, (list, tuple)) else [holder.init_cfg or {}]
+    for cfg in filter(is_pretrained, cfgs):
+        if cfg.get('prefix') is None:
+            content = CheckpointLoader.load_checkpoint(cfg['checkpoint'], map_location='cpu', logger='silent')
+            check_has_experts(content, model, cfg['checkpoint'])
+
+
 def check_has_experts(content: Mapping[str, Any], model: nn.Module, file: str) -> None:
     """Check that what is loaded into a mixture, the content of a checkpoint file, is not that of a dense network.
 
@@ -369,6 +381,7 @@ def check_has_experts(content: Mapping[str, Any], model: nn.Module, file: str) -
     state = content.get('state_dict', content)
     if wanted and not any(name in state or f'module.{name}' in state for name in wanted):
         raise ValueError(
-            f'load_from={file!r} has no expert layer of this mixture ({wanted[0]}, ...), so that it would begin from '
-            f'scratch but for what is shared. To make experts of a dense network, leave load_from out and {_CURE}'
+            f'{file!r} has no expert layer of this mixture ({wanted[0]}, ...), so that it would begin from '
+            'scratch but for what is shared. To make experts of a dense network, do not load it here (load_from, '
+            f'init_cfg, pretrained) and {_CURE}'
         )

@@ -97,12 +97,8 @@ class ConvRouter(_PixelRouter):
     """An image-level router of strided 3x3 convolutions and a linear layer that reads every position.
 
     Args:
-        num_experts (int): N >= 2.
-        image_size (int or Sequence[int]): Height and width of the images.
-        in_channels (int): Channels of the images. Defaults to 3.
+        num_experts, image_size, in_channels, pool, init_cfg: See :class:`MLPRouter`.
         channels (Sequence[int]): Of each convolution; each halves height and width. Defaults to (4, 8).
-        pool (int): As for :class:`MLPRouter`. Defaults to 1.
-        init_cfg (dict, optional): Defaults to None: PyTorch's initialisation.
 
     Raises:
         ValueError: See :class:`MLPRouter`.

@@ -5,15 +5,17 @@ A further placement is a class here, in :data:`PLACEMENTS` under the name that c
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Optional, Union
 
 import torch
+from mmpretrain.models.backbones.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from .context import RouteContext, RoutedPass
-from .convert import convert_ffns, convert_layers, match_ffns, match_layers
-from .expert_layers import ExpertFFN, ExpertLayer
+from .expert_layers import EXPERT_LAYERS, ExpertFFN, ExpertLayer
+from .matching import match_ffns, match_layers
 from .routers import BaseRouter
 from .routing import BaseRouting, Route, Routing
 
@@ -49,10 +51,8 @@ class Placement:
         """L."""
         return len(self.router_names)
 
-    @staticmethod
-    def match(network: nn.Module, include: Sequence[str], exclude: Sequence[str], share_stem: bool) -> list[str]:
-        """Find the layers to convert; see :func:`match_layers`."""
-        return match_layers(network, include, exclude, share_stem)
+    #: Finds the layers to convert.
+    match = staticmethod(match_layers)
 
     def convert(
         self, network: nn.Module, num_experts: int, context: RouteContext, build_router: Callable[..., BaseRouter]
@@ -68,6 +68,19 @@ class Placement:
         Returns:
             BaseRouter, optional: The router of the whole network, where there is one.
         """
+
+    def _convert_layers(
+        self,
+        network: nn.Module,
+        num_experts: int,
+        context: RouteContext,
+        build_router: Callable[[nn.Module], Optional[BaseRouter]] = lambda dense: None,
+    ) -> None:
+        for name in self.layer_names:
+            dense = network.get_submodule(name)
+            layer = EXPERT_LAYERS[type(dense)](dense, num_experts, context, build_router(dense))
+            layer.name = name
+            network.set_submodule(name, layer)
 
     def expert_layers(self, network: nn.Module) -> list[Union[ExpertLayer, ExpertFFN]]:
         """The converted layers, in the order of the network."""
@@ -115,7 +128,7 @@ class ImagePlacement(Placement):
 
     def convert(self, network, num_experts, context, build_router):
         router = build_router()
-        convert_layers(network, self.layer_names, num_experts, context)
+        self._convert_layers(network, num_experts, context)
         return router
 
     def forward(self, backbone, x, routes):
@@ -141,7 +154,7 @@ class LayerPlacement(Placement):
                 return build_router(in_channels=dense.in_features, channels_last=True)
             return build_router(in_channels=dense.in_channels)
 
-        convert_layers(network, self.layer_names, num_experts, context, build)
+        self._convert_layers(network, num_experts, context, build)
 
 
 class TokenPlacement(Placement):
@@ -150,13 +163,21 @@ class TokenPlacement(Placement):
     name = 'token'
     default_router = 'TokenRouter'
     reads_tokens = True
-
-    @staticmethod
-    def match(network, include, exclude, share_stem):
-        return match_ffns(network, include, exclude)
+    match = staticmethod(match_ffns)
 
     def convert(self, network, num_experts, context, build_router):
-        convert_ffns(network, self.layer_names, num_experts, context, lambda width: build_router(in_channels=width))
+        # What surrounds the experts' layers (layer scale, stochastic depth, the residual connection) stays as it is.
+        for name in self.layer_names:
+            module = network.get_submodule(name)
+            # Names inside are those below `module`, so that the parameters of a dense network are found again.
+            inside = ('pointwise_conv1', 'act', 'pointwise_conv2') if isinstance(module, ConvNeXtBlock) else ('layers',)
+            dense = nn.Sequential(OrderedDict((part, module.get_submodule(part)) for part in inside))
+            width = next(part.in_features for part in dense.modules() if isinstance(part, nn.Linear))
+            layer = ExpertFFN(dense, num_experts, context, build_router(in_channels=width))
+            layer.name = name
+            setattr(module, inside[0], layer)
+            for part in inside[1:]:
+                setattr(module, part, nn.Identity())
 
     def expert_layers(self, network):
         return [module for module in network.modules() if isinstance(module, ExpertFFN)]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mmadvmoe.cost import count_cost
 from mmadvmoe.models import RobustClassifier
-from mmadvmoe.utils import choose, type_name
+from mmadvmoe.moe.backbone import is_pretrained
+from mmadvmoe.utils import choose
 
 from .channels import ChannelGroup, find_channel_groups, fit_channels, remove_channels
 
@@ -90,7 +91,9 @@ class SparseClassifier(RobustClassifier):
         super().__init__(**kwargs)
         scale = {key: getattr(self.data_preprocessor, key, None) for key in ('mean', 'std')}
         scale = {key: value.flatten().tolist() for key, value in scale.items() if value is not None}
-        self._plain_cfg['data_preprocessor'] = dict(type='AdvDataPreprocessor', **scale)
+        own = self.data_preprocessor
+        kept = dict(to_rgb=own.to_rgb, pad_size_divisor=own.pad_size_divisor, pad_value=own.pad_value)
+        self._plain_cfg['data_preprocessor'] = dict(type='AdvDataPreprocessor', **scale, **kept)
         self.stage = choose(stage, STAGES, 'model.stage')
         shape = (_IMAGE_CHANNELS, input_size, input_size)
         target_cfg = Config(dict(model=copy.deepcopy(self._plain_cfg)))
@@ -113,7 +116,7 @@ class SparseClassifier(RobustClassifier):
         """Initialise the network, and the scores by the weights."""
         super().init_weights()
         cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]
-        if any(type_name(cfg.get('type', '')) in ('Pretrained', 'PretrainedInit') for cfg in cfgs):
+        if any(map(is_pretrained, cfgs)):
             return  # which has set the scores, too
         state = self.state_dict()
         with torch.no_grad():

@@ -58,7 +58,8 @@ class SafeCheckpointHook(CheckpointHook):
     * The checkpoint of an epoch is saved once more after its validation, so that it holds the result.
     * ``resume=True`` without a file takes the newest checkpoint that loads, with a warning, when the one that
       ``last_checkpoint`` names, or that file itself, is lost or damaged. Every byte of a checkpoint is compared with
-      the SHA-256 at its end.
+      the SHA-256 at its end. ``resume='auto'`` (``--resume``) does so beside a ``load_from``, too, from which training
+      begins where there is no checkpoint yet.
     * One process at a time trains in a folder, and touches no file of another folder: ``last_checkpoint`` and the
       checkpoints name files without the path to them. Checkpoints of another training, which a new one would mix with
       its own, are moved into a folder ``earlier_<n>`` below it, with a warning, before training starts.
@@ -100,8 +101,11 @@ class SafeCheckpointHook(CheckpointHook):
         self._own = CheckpointFolder(folder, self.filename_tmpl) if local else None
         if _trains(runner):
             in_first_process(lambda: self._lock({runner.work_dir, folder} if local else {runner.work_dir}))
-        if runner._resume and runner._load_from is None and local:
-            runner._load_from = in_first_process(lambda: self._own.choose(runner.work_dir, runner.logger.warning))
+        if runner._resume == 'auto' or (runner._resume and runner._load_from is None):
+            choose = self._own.choose if local else lambda folder, _: find_latest_checkpoint(folder)
+            found = in_first_process(lambda: choose(runner.work_dir, runner.logger.warning))
+            runner._resume = found is not None or runner._resume is True
+            runner._load_from = found if runner._resume else runner._load_from
 
     def _lock(self, folders: set) -> None:
         for folder in sorted(folders):

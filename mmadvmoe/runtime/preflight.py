@@ -13,13 +13,16 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import has_batch_norm
 from mmpretrain.registry import HOOKS, MODELS
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks.views import ROUTES
 from mmadvmoe.cost import image_must_fit
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.backbones import check_widths
@@ -106,6 +109,8 @@ class PreflightHook(Hook):
         model = bare_model(runner.model)
         preprocessor = model.data_preprocessor
         _check_attack(model, preprocessor)
+        if isinstance(model, RobustClassifier) and not isinstance(runner.optim_wrapper, OptimWrapperDict):
+            _check_joint(model)
         check_batches(runner)
         if runner.iter:
             warn_of_ended_schedules(runner)
@@ -173,6 +178,23 @@ def _check_attack(model: Any, preprocessor: Any) -> None:
         )
 
 
+def _check_joint(model: RobustClassifier) -> None:
+    """Where no turns are taken, raise for what speaks of the router's turn, and for routers that nothing trains."""
+    turns = "train in turns (constructor='AlternatingOptimWrapperConstructor' and AlternatingOptimHook)"
+    router_attack = getattr(model.data_preprocessor, 'router_attack_cfg', None)
+    for key, value in (('router_loss', model.router_loss), ('data_preprocessor.router_attack', router_attack)):
+        if value is not None:
+            raise ValueError(
+                f"model.{key} is that of the router's turn, which joint training lacks: remove it, or {turns}"
+            )
+    taught = model.route == ROUTES[0] or any(objective.needs_routers for objective in model.robust_loss)
+    if not taught and placement_of(model).num_routers and not placement_of(model).reads_tokens:
+        raise ValueError(
+            f'model.route={model.route!r} cuts the gradient of the gate, and nothing in model.robust_loss trains '
+            f'the routers: add an objective of them, such as ClassGroupLoss, or {turns}'
+        )
+
+
 def check_batches(runner: Runner) -> None:
     """Check that training has batches; to be called before it as well, as MMEngine counts them before any hook runs.
 
@@ -183,7 +205,8 @@ def check_batches(runner: Runner) -> None:
         return
     dataloader = runner.train_loop.dataloader
     batch_size = dataloader.batch_size or getattr(dataloader.batch_sampler, 'batch_size', None)
-    if batch_size == 1:
+    single = has_batch_norm(runner.model)
+    if batch_size == 1 and single:
         raise ValueError(
             'train_dataloader.batch_size=1: batch statistics do not exist for a single image; use at least 2'
         )
@@ -197,7 +220,7 @@ def check_batches(runner: Runner) -> None:
                 f'train_dataloader.batch_size={batch_size} is more than the {count} images that a process gets of '
                 'train_dataloader.dataset, and drop_last=True leaves no batch'
             )
-    elif count % batch_size == 1:
+    elif count % batch_size == 1 and single:
         raise ValueError(
             f'train_dataloader.batch_size={batch_size} leaves a last batch of a single image out of {count}; set '
             'train_dataloader.drop_last=True or another batch size'

@@ -8,6 +8,7 @@ of numbers. They are added here in the narrowest form that loads such a checkpoi
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import os.path as osp
@@ -100,7 +101,10 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
 
 def load_from_http(url: str, map_location: MapLocation = None) -> dict:
     """Download a checkpoint into PyTorch's cache, unless it is there, and load it as :func:`load_from_local` does."""
-    filename = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(url).path))
+    name = osp.basename(urlparse(url).path)
+    if not re.search(r'-[0-9a-f]{8,}\.\w+$', name):  # the name does not tell the content, which other addresses have
+        name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}'
+    filename = osp.join(torch.hub.get_dir(), 'checkpoints', name)
 
     def fetch() -> None:
         if osp.exists(filename):

@@ -171,7 +171,8 @@ class AlternatingOptimHook(Hook):
             frozen after them. Defaults to 1.
         warmup_iters (int): Iterations at the start that belong to the experts alone. Defaults to 0.
         reuse_batch (bool): Whether the router steps on the batch that the experts have just stepped on, attacked
-            afresh, instead of waiting for its own. Defaults to False.
+            afresh, instead of waiting for its own. What ``data_preprocessor.augment`` draws is drawn afresh, too.
+            Defaults to False.
         fixed_in_eval (bool): Whether the modules of the group that is fixed are in eval mode. Without, its norm layers
             go on normalising by the batch and counting, as in the reference code, so that what is fixed are its
             weights alone. Defaults to True.

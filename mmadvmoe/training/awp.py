@@ -22,7 +22,8 @@ class AWPOptimWrapper(OptimWrapper):
     .. math:: v = \gamma \, \lVert w \rVert \, g / \lVert g \rVert, \quad g = \nabla_w L(w), \quad
               w \leftarrow w - \eta \nabla_w L(w + v)
 
-    for each weight tensor w of this optimizer that has more than one dimension, not for norm layers and biases. Wu et
+    for each weight tensor w of this optimizer that has more than one dimension, not for norm layers and biases; the
+    experts of a layer are one tensor, so the norms are those of all N together. Wu et
     al., "Adversarial Weight Perturbation Helps Robust Generalization", arXiv:2004.05884, equations 7 to 11, with one
     step of ascent.
 

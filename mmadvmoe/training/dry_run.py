@@ -17,6 +17,7 @@ from uuid import uuid4
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 
 from mmadvmoe.runtime.launch import build_runner
@@ -26,6 +27,7 @@ from mmadvmoe.runtime.safe_load import check_state_dict, load_from_local
 from mmadvmoe.utils import bare_model
 
 from .alternation import AlternatingOptimHook, TurnSchedule
+from .awp import AWPOptimWrapper
 
 #: Images that are attacked as in a validation.
 VAL_IMAGES = 32
@@ -139,6 +141,10 @@ class _Watch(Hook):
                 self.iterations = cycles + first if self.schedule.reuse_batch else 2 * cycles
                 for member in runner.optim_wrapper.values():
                     member._accumulative_counts = 1
+        wrapper = runner.optim_wrapper
+        for member in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper,):
+            if isinstance(member, AWPOptimWrapper):
+                member.warmup_iters = 0
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         self._start = _now()

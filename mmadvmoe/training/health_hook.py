@@ -11,7 +11,7 @@ import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapperDict
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from mmpretrain.registry import HOOKS
 from torch import Tensor
 
@@ -44,7 +44,8 @@ class RouterHealthHook(Hook):
     a router are left alone.
 
     Args:
-        interval (int, optional): Report every so many iterations. Defaults to None: at the end of each epoch.
+        interval (int, optional): Report every so many iterations. Defaults to None: at the end of each epoch; in
+            training by iterations, as often as it validates.
         starve_below (float): Warn when an expert gets less than this part of an equal share 1/N of all images since
             the last report, in [0, 1]. Defaults to 0.1.
 
@@ -74,6 +75,8 @@ class RouterHealthHook(Hook):
         """
         self.after_train(runner)  # of a training that failed
         self._tally = None
+        if self.interval is None and isinstance(runner.train_loop, IterBasedTrainLoop):
+            self.interval = runner.train_loop.val_interval
         model = bare_model(runner.model)
         self._watches = bool(router_modules(model))
         if self._watches and not hasattr(model, 'routing_records'):
@@ -188,8 +191,7 @@ class _Tally:
         self.softmaxes += torch.tensor([r.logits.numel() // r.num_experts for r in clean or adversarial])
         if clean and adversarial:
             self.pairs += torch.tensor([routing.decisions.numel() for routing in clean])
-            changed = [(c.decisions != a.decisions).sum() for c, a in zip(clean, adversarial)]
-            self.changed = self.changed + torch.stack(changed)
+            self.changed = self.changed + torch.stack([_changed(c, a) for c, a in zip(clean, adversarial)])
 
     def reduce(self) -> None:
         """Sum over all processes."""
@@ -226,6 +228,12 @@ class _Tally:
                 scalars['dropped'] = float(self.dropped[router] / self.counts[:, router].sum())
             measured.append(scalars)
         return measured
+
+
+def _changed(clean: Routing, adversarial: Routing) -> Tensor:
+    """Decisions of the router that an attack changes; also where its clean ones were held, and only logits tell."""
+    own = adversarial.decisions if adversarial.of_tokens else adversarial.logits.argmax(1, keepdim=True)
+    return (own != clean.decisions).sum()
 
 
 def _entropy(routing: Routing) -> Tensor:

@@ -20,9 +20,9 @@ from mmadvmoe.utils import bare_model, choose
 class AlternatingOptimWrapper(OptimWrapperDict):
     """The optimizers of the experts θ and of the router ψ, of which one is active.
 
-    All that a ``train_step`` of MMEngine calls (``optim_context``, ``update_params`` and what they use) acts on the
-    active one, so models and model wrappers train in turns without knowing it. Learning rates and gradient norms are
-    logged under the name of their group: ``experts.lr``, ``router.grad_norm``. Built by
+    What a ``train_step`` of MMEngine calls (``optim_context`` and ``update_params``) acts on the :attr:`active` one, so
+    models and model wrappers train in turns without knowing it. Learning rates and gradient norms are logged under the
+    name of their group: ``experts.lr``, ``router.grad_norm``. Built by
     :class:`AlternatingOptimWrapperConstructor`.
 
     Args:
@@ -78,40 +78,11 @@ class AlternatingOptimWrapper(OptimWrapperDict):
         with self.fixing(self.active_name):  # as backward passes may run parts of the model again
             self.active.update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
 
-    def backward(self, loss: Tensor, **kwargs) -> None:
-        """Back-propagate with the loss scaling of the active group."""
-        self.active.backward(loss, **kwargs)
-
-    def step(self, **kwargs) -> None:
-        """Step the optimizer of the active group."""
-        self.active.step(**kwargs)
-
-    def zero_grad(self, **kwargs) -> None:
-        """Drop the gradients of the active group."""
-        self.active.zero_grad(**kwargs)
-
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """The other group fixed, and the context of the active one: mixed precision, no synchronisation."""
         with self.fixing(self.active_name), self.active.optim_context(model):
             yield
-
-    def scale_loss(self, loss: Tensor) -> Tensor:
-        """Divide the loss by what the active group accumulates over."""
-        return self.active.scale_loss(loss)
-
-    def should_update(self) -> bool:
-        """Whether the active group updates its parameters after this backward pass."""
-        return self.active.should_update()
-
-    def should_sync(self) -> bool:
-        """Whether gradients are synchronised between processes in the coming backward pass."""
-        return self.active.should_sync()
-
-    @property
-    def inner_count(self) -> int:
-        """Backward passes of the active group so far."""
-        return self.active.inner_count
 
     def initialize_count_status(self, model: nn.Module, cur_iter: int, max_iters: int) -> None:
         """Tell each group how many of the iterations before ``cur_iter`` and ``max_iters`` are its own.

@@ -42,3 +42,13 @@ def test_what_does_not_fit_is_refused():
         build(ratio=1.0)
     with pytest.raises(ValueError, match='dataset.extra has the classes'):
         build(extra=dict(EXTRA, metainfo=dict(classes=list('ab'))))
+
+
+def test_processes_draw_extra_images_of_their_own(monkeypatch):
+    mixed = build(ratio=0.9)
+    drawn = []
+    for rank in range(2):
+        monkeypatch.setattr('mmadvmoe.datasets.memory.get_rank', lambda rank=rank: rank)
+        np.random.seed(0)  # as MMEngine seeds all of them
+        drawn.append([key(mixed[i]) for i in range(64)])
+    assert sum(one == other for one, other in zip(*drawn)) < 8

@@ -47,6 +47,8 @@ def test_a_loader_gives_whole_batches():
     for batch, other in zip(batches, expected):
         assert torch.equal(batch['inputs'], torch.stack(other['inputs']))
     assert keep_batch(batches[0]) is batches[0]
+    with pytest.raises(TypeError, match='is for a data set of type InMemory, which this is not: remove it'):
+        keep_batch([batches[0]])
 
 
 def test_images_that_do_not_fit_are_named():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric, Evaluator
@@ -117,3 +119,15 @@ def test_a_dense_model_has_no_route_metrics() -> None:
     outcome = Outcome(torch.eye(3), routes, torch.zeros(3, 3), attacked)
     dense = RobustOutcomes(torch.arange(3), torch.arange(3), {'clean': outcome})
     assert route_metrics(dense, 1) == {}
+
+
+def test_routes_are_those_of_the_images_that_an_attack_was_run_on() -> None:
+    outcomes = _outcomes(50)
+    b = outcomes.by_name['b']
+    outcomes.by_name['b'] = replace(b, attacked=torch.arange(50) < 10)
+    outcomes.by_name['a'] = replace(outcomes.by_name['a'], attacked=torch.zeros(50, dtype=torch.bool))
+    metrics = route_metrics(outcomes, 2)
+    changed = (b.expert[:10] != outcomes.by_name['clean'].expert[:10]).any(1).double().mean().item()
+    assert metrics['b/route_changed'] == pytest.approx(changed)
+    assert metrics['b/expert_share/1'] == pytest.approx(b.expert[:10].double().mean().item())
+    assert not any(key.startswith('a/') for key in metrics)

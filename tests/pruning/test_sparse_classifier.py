@@ -63,6 +63,9 @@ def test_deployed_network_gives_the_same_logits():
 )
 def test_deployed_network_keeps_the_scale_of_its_images(preprocessor, mean, std):
     deployed = build(data_preprocessor=preprocessor).deployed()
+    assert not deployed.data_preprocessor.to_rgb
+    if isinstance(preprocessor, dict):
+        assert build(data_preprocessor=dict(preprocessor, to_rgb=True)).deployed().data_preprocessor.to_rgb
     assert deployed.data_preprocessor.mean.item() == mean and deployed.data_preprocessor.std.item() == std
 
 

@@ -420,14 +420,16 @@ def test_the_tool_goes_on_with_the_other_models(trained, tmp_path, monkeypatch, 
     content = bytearray(Path(checkpoint).read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    run_tool(
-        monkeypatch,
-        tmp_path,
-        *('--measure', 'evaluation', '--attacks', 'pgd'),
-        *('--model', 'A', *trained),
-        *('--model', 'B', config, tmp_path / 'run' / 'epoch_1.pth'),
-        *('--model', 'C', config, damaged),
-    )
+    with pytest.raises(SystemExit):
+        run_tool(
+            monkeypatch,
+            tmp_path,
+            *('--measure', 'evaluation', '--attacks', 'pgd'),
+            *('--model', 'A', *trained),
+            *('--model', 'B', config, tmp_path / 'run' / 'epoch_1.pth'),
+            *('--model', 'C', config, damaged),
+            *('--model', 'D', tmp_path / 'no.py', checkpoint),
+        )
     # Of B alone it is known whose results these would be; those of A are from before.
     assert [(tmp_path / name / PARTS['evaluation']).is_file() for name in 'bc'] == [True, False]
     rows = rows_of(tmp_path / 'report.html')
@@ -435,4 +437,10 @@ def test_the_tool_goes_on_with_the_other_models(trained, tmp_path, monkeypatch, 
     assert 'damaged.pth' in of_c and 'CRC-32' in of_c
     assert 'a/model.json is damaged' in of_a
     assert of_b == f'{log}, line 1 is no record of scalars: []; remove the line to have the training shown'
+    assert any(row[0] == 'D' and 'no.py' in row[1] for row in rows if len(row) == 2)
+    capfd.readouterr()
+    with pytest.raises(SystemExit):  # other attacks than those which are there
+        model = ('--model', 'B', config, tmp_path / 'run' / 'epoch_1.pth')
+        run_tool(monkeypatch, tmp_path, *model, '--measure', 'evaluation', '--attacks', 'pgd', 'fgsm')
+    assert "run.json is of ['pgd', " in capfd.readouterr().out.replace(str(tmp_path), '')
     assert ['', 'B'] in rows

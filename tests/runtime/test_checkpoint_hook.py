@@ -1,8 +1,10 @@
 """Whenever a run is killed, its folder holds a checkpoint that loads and a pointer to it."""
 
+import argparse
 import errno
 import multiprocessing
 import os
+import runpy
 import signal
 from pathlib import Path
 
@@ -240,6 +242,26 @@ def test_resume_falls_back_to_what_loads(damage, finished):
     runner = resumed(finished)
     assert runner._load_from.endswith('epoch_2.pth' if 'pointer' in damage else 'epoch_1.pth')
     assert assert_resumable(finished)['meta']['epoch'] == 3
+
+
+def test_auto_goes_on_from_the_own_latest_and_begins_from_load_from(finished, tmp_path_factory):
+    start = str(finished / 'epoch_1.pth')
+    folder = tmp_path_factory.mktemp('second')
+    for begun in (False, True):
+        runner = resumed(folder, epochs=2 if begun else 1, resume='auto', load_from=start)
+        assert runner._load_from == (str(folder / 'epoch_1.pth') if begun else start)
+        assert runner._resume is begun and runner.epoch == 1 + begun
+    # The tool says so, and names a file that no option changes.
+    tool = runpy.run_path(str(Path(__file__).parents[2] / 'tools' / 'train.py'))
+    args = dict(no_validate=False, amp=False, auto_scale_lr=False, no_persistent_workers=False, no_pin_memory=False)
+    args |= dict(work_dir=None, cfg_options=dict(load_from=start), local_rank=0, config='x.py')
+    for resume, expected in (('auto', ('auto', start)), (str(finished / 'epoch_2.pth'), (True, 'epoch_2.pth'))):
+        cfg = cfg_of(folder)
+        tool['merge_args'](cfg, argparse.Namespace(**args, resume=resume))
+        assert cfg.resume == expected[0] and cfg.load_from.endswith(expected[1])
+    cfg.default_hooks.checkpoint.type = 'CheckpointHook'
+    tool['merge_args'](cfg, argparse.Namespace(**args, resume='auto'))
+    assert cfg.resume is True and cfg.load_from is None
 
 
 def test_resume_with_nothing_that_loads(finished):

@@ -433,6 +433,42 @@ def test_a_dense_checkpoint_is_not_loaded_into_a_mixture_as_if_it_were_one(tmp_p
     assert re.search(r"dense\.pth' has no expert layer of this mixture \(backbone\.network.*init_cfg=dict", message)
 
 
+@pytest.mark.parametrize('how', ['pretrained', 'init_cfg', 'backbone'])
+def test_a_dense_checkpoint_is_no_start_of_a_mixture_by_whatever_name(tmp_path, how):
+    dense, file = model_cfg(), str(tmp_path / 'dense.pth')
+    dense['backbone'] = dense['backbone']['backbone']
+    dense = MODELS.build(dense)
+    torch.save((dense.backbone if how == 'backbone' else dense).state_dict(), file)
+    source = dict(type='Pretrained', checkpoint=file)
+    cfg = model_cfg(**{} if how == 'backbone' else {how: file if how == 'pretrained' else source})
+    if how == 'backbone':
+        cfg['backbone'] = dict(cfg['backbone'], init_cfg=source)
+    with pytest.raises(ValueError, match=r"dense\.pth' has no expert layer of this mixture"):
+        MODELS.build(cfg).init_weights()
+
+
+@pytest.mark.parametrize(
+    ('model', 'message'),
+    [
+        (dict(router_loss=dict(type='TRADESLoss')), "model.router_loss is that of the router's turn, which joint"),
+        (dict(data_preprocessor=dict(PAIR, router_attack=PAIR['attack'])), 'model.data_preprocessor.router_attack is'),
+        (
+            dict(route='held', data_preprocessor=dict(PAIR, attack=dict(PAIR['attack'], route='held'))),
+            "model.route='held' cuts the gradient of the gate, and nothing in model.robust_loss trains the routers",
+        ),
+    ],
+)
+def test_what_joint_training_would_pass_over_is_refused(tmp_path, model, message):
+    assert message in stopped(joint_cfg(tmp_path, model_cfg(**model)))
+
+
+def test_single_images_are_refused_where_norms_are_of_the_batch_alone(tmp_path):
+    model = model_cfg()
+    model['backbone']['backbone']['norm_cfg'] = dict(type='GN', num_groups=1)
+    model['backbone']['router']['norm_cfg'] = dict(type='GN', num_groups=1)
+    build_runner(joint_cfg(tmp_path, model, epochs=1, train_dataloader=loader(dict(type='RandomImages'), 1))).train()
+
+
 def test_what_routing_costs_is_logged_beside_the_pathway(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr('mmadvmoe.runtime.preflight.print_log', lambda text, **_: lines.append(text))

@@ -202,6 +202,11 @@ def test_url_is_loaded_safely(checkpoint, tmp_path, monkeypatch):
         url = f'http://127.0.0.1:{server.server_port}'
         loaded = CheckpointLoader.load_checkpoint(f'{url}/good.pth', map_location='cpu')
         assert torch.equal(loaded['state_dict']['bias'], torch.ones(2))
+        # Files of one name at other addresses are other files.
+        (served / 'run').mkdir()
+        torch.save(dict(state_dict=dict(bias=torch.zeros(2))), served / 'run' / 'good.pth')
+        other = CheckpointLoader.load_checkpoint(f'{url}/run/good.pth', map_location='cpu')
+        assert torch.equal(other['state_dict']['bias'], torch.zeros(2))
         with pytest.raises(CheckpointError, match='refused'):
             CheckpointLoader.load_checkpoint(f'{url}/evil.pth')
         with pytest.raises(OSError, match=r'/gone\.pth could not be downloaded: .*404'):

@@ -81,3 +81,11 @@ def test_what_fails_is_named_and_the_rest_goes_on(folder):
     assert done.returncode == 1
     assert 'failed: benchmark_moe benchmark_training benchmark_experts' in done.stdout and 'broken' in done.stdout
     assert script(folder, 'speed').returncode == 2
+
+
+def test_parts_made_with_other_settings_are_not_taken_for_these(tmp_path):
+    assert script(tmp_path, 'table', PYTHON='echo', ROWS='advmoe').returncode == 0
+    again = script(tmp_path, 'table', PYTHON='echo', ROWS='advmoe', SHORT='0', DEVICE='cpu')
+    assert again.returncode == 2 and 'holds parts made with DEVICE=cpu SHORT=1' in again.stderr
+    spaced = script(tmp_path / 'other', 'table', PYTHON='echo', DATA='my images')
+    assert spaced.returncode == 2 and 'without white space' in spaced.stderr

@@ -1,5 +1,6 @@
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -279,6 +280,23 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(
     finally:
         ended.set()
         process.join()
+
+
+def test_a_run_that_is_stopped_from_outside_is_not_recorded(sweep: ModuleType, tmp_path: Path, capsys) -> None:
+    stop = tmp_path / 'stop.py'
+    for name, is_error in (('SIGINT', False), ('SIGTERM', False), ('SIGKILL', True)):
+        stop.write_text(
+            f'import os, signal\nsignal.signal({signal.SIGINT}, signal.SIG_DFL)\nos.kill(os.getpid(), signal.{name})'
+        )
+        with pytest.raises(sweep.RunError if is_error else sweep.Interrupted, match=f'killed by {name}'):
+            sweep.call([stop], tmp_path / 'out', 1)
+
+    def work(*_: object) -> dict:
+        raise sweep.Interrupted('killed by SIGINT')
+
+    sweep.run_all(_args(tmp_path / 'runs', MOE, seeds=[0]), work)
+    assert 'killed by SIGINT' in capsys.readouterr().out
+    assert not (tmp_path / 'runs' / 'results.jsonl').exists()
 
 
 def test_a_config_whose_cost_cannot_be_counted_fails_before_it_trains(sweep: ModuleType, tmp_path: Path) -> None:

@@ -90,6 +90,17 @@ def _attacks(folder: str) -> list[str]:
     return list(json.loads((Path(folder) / 'outcomes.jsonl').read_text().splitlines()[0])['attacks'])
 
 
+def test_the_checkpoint_that_is_named_is_tested_whatever_options_say_of_training(test_tool: Callable) -> None:
+    other = torch.load('epoch_1.pth', weights_only=True)
+    other['state_dict'] = {key: torch.zeros_like(value) for key, value in other['state_dict'].items()}
+    torch.save(other, 'start.pth')
+    test_tool('--attacks', 'fgsm', '--out', 'a')
+    test_tool('--attacks', 'fgsm', '--out', 'b', '--cfg-options', 'load_from=start.pth', 'resume=True')
+    assert Path('a/outcomes.jsonl').read_text() == Path('b/outcomes.jsonl').read_text()
+    sha256 = [json.loads(Path(f'{name}/run.json').read_text())['settings']['model']['sha256'] for name in 'ab']
+    assert sha256[0] == sha256[1]
+
+
 def test_outcomes_of_named_attacks_whatever_the_batch_size(test_tool: Callable) -> None:
     for size in ('16', '128'):
         test_tool('--attacks', 'fgsm', 'pgd2', '--out', size, '--cfg-options', f'test_dataloader.batch_size={size}')

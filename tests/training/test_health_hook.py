@@ -8,7 +8,7 @@ from tiny_runs import build_runner, group_cfg, model_cfg, run_cfg, turns_cfg
 
 from mmadvmoe.models import NonFiniteError, RobustClassifier, RoutingRecord
 from mmadvmoe.moe import Routing
-from mmadvmoe.training.health_hook import RouterHealthHook
+from mmadvmoe.training.health_hook import RouterHealthHook, _Tally
 
 # Of one batch of four images, per router: clean and adversarial logits of two experts.
 CLEAN = [[[0.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 3.0]], [[0.0, 1.0]] * 4]
@@ -107,6 +107,23 @@ def test_real_routes_are_counted_once_per_image(tmp_path):
         assert first + second == 1 and (first * 8).is_integer()
 
 
+def test_routes_that_are_held_show_what_the_router_would_have_done():
+    clean = Routing.decide(torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 0.0]]))
+    held = Routing.fixed(clean.expert, 2, torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 0.0]]))
+    tally = _Tally((clean,))
+    tally.add((clean,), (held,))
+    tally.reduce()
+    assert tally.measure()[0]['route_changed'] == pytest.approx(1 / 3)
+
+
+def test_training_by_iterations_is_reported_as_often_as_it_validates(tmp_path):
+    cfg = run_cfg(tmp_path, hooks=[dict(type='RouterHealthHook')])
+    cfg.train_cfg = dict(by_epoch=False, max_iters=6, val_interval=2)
+    runner = build_runner(cfg)
+    runner.train()
+    assert len(reported(runner)['max_logit']) == 3
+
+
 def test_the_routes_of_both_turns_count_where_they_share_a_batch(tmp_path):
     class Counter(Hook):
         priority = 'NORMAL'  # before the health hook takes them
@@ -159,7 +176,7 @@ class PoisonHook(Hook):
 @pytest.mark.parametrize(
     'what, name, message, optim_wrapper',
     [
-        ('weight', 'head.fc.bias', 'loss_natural.* in a turn of the experts', turns_cfg()),
+        ('weight', 'head.fc.bias', 'class logits in a turn of the experts', turns_cfg()),
         ('weight', 'backbone.router.fc.bias', 'router logits', turns_cfg()),
         ('grad', 'head.fc.bias', r'gradient of head\.fc\.bias', turns_cfg()),
         ('grad', 'head.fc.bias', 'gradient of', turns_cfg(clip_grad=dict(max_norm=1.0))),

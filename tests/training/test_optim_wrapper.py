@@ -202,7 +202,7 @@ def test_half_an_update_survives_the_turn_of_the_other_group():
     model.body.weight.requires_grad_(False)
     wrapper.activate('router')
     wrapper.update_params(model())
-    assert model.body.weight.grad.equal(half) and wrapper.inner_count == 1
+    assert model.body.weight.grad.equal(half) and wrapper.active.inner_count == 1
 
 
 def test_counts_of_each_group_come_from_the_schedule():
@@ -220,11 +220,11 @@ def test_counts_of_each_group_come_from_the_schedule():
     # The two iterations left in the last turn are one update, averaged over two.
     scales = []
     for _ in range(2):
-        scales.append(wrapper.scale_loss(torch.tensor(1.0)).item())
-        sync = wrapper.should_sync()
-        wrapper.backward(model())
-        assert sync == wrapper.should_update()
-    assert scales == [0.5, 0.5] and wrapper.should_update()
+        scales.append(wrapper.active.scale_loss(torch.tensor(1.0)).item())
+        sync = wrapper.active.should_sync()
+        wrapper.active.backward(model())
+        assert sync == wrapper.active.should_update()
+    assert scales == [0.5, 0.5] and wrapper.active.should_update()
 
 
 def test_learning_rates_and_gradient_norms_carry_the_name_of_their_group():

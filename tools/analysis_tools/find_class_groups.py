@@ -20,6 +20,7 @@ from mmadvmoe.diagnosis.class_groups import (
     RouterTrial,
     as_numbers,
     attacked_confusion,
+    check_num_groups,
     config_fragment,
     default_router,
     find_class_groups,
@@ -28,6 +29,7 @@ from mmadvmoe.diagnosis.class_groups import (
 )
 from mmadvmoe.diagnosis.dissection_tables import text_table, threat_text
 from mmadvmoe.diagnosis.subject import load_subject, parse_arguments, write_json
+from mmadvmoe.runtime.files import check_writable
 from mmadvmoe.visualization import draw_confusion, save_png
 
 LOADER = 'val_dataloader'
@@ -56,6 +58,12 @@ def main() -> None:
     started = time.monotonic()
     subject = load_subject(args, 'class_groups', LOADER)
     names = subject.header['class_names']
+    # What cannot be done is to be told before the attack.
+    for number in args.num_groups:
+        check_num_groups(number, len(names), args.max_load)
+    if args.figure is not None:
+        check_writable(args.figure, '--figure')
+    train = subject.more_images('train_dataloader', args.num_train) if args.iterations else None
     confusion = attacked_confusion(subject.victim, subject.data, subject.threat)
     found = []
     for number in args.num_groups:
@@ -67,7 +75,6 @@ def main() -> None:
     router.update({key: getattr(args, key) for key in ('hidden', 'pool') if getattr(args, key) is not None})
     trials = [None] * len(found)
     if args.iterations:
-        train = subject.more_images('train_dataloader', args.num_train)
         trials = [
             try_router(each, train, subject.data, subject.threat, subject.victim, router, args.iterations)
             for _, each in found
@@ -84,16 +91,16 @@ def main() -> None:
     partition, trial = found[best][1], trials[best]
     pays = trial is None or trial.pays
     print(f'\n{_verdict(trial)}\n\n{config_fragment(partition, names, subject.threat, router, pays)}')
-    if args.figure is not None:
-        title = f'{partition.kept:.1%} stay in their group under attack'
-        save_png(draw_confusion(confusion, partition.groups, names, title), Path(args.figure))
-        print(f'\nheat map: {args.figure}')
     if args.out is not None:
         partitions = [dict(as_numbers(each, names, one), place=p) for (p, each), one in zip(found, trials)]
         seconds = round(time.monotonic() - started, 1)
         content = dict(subject.header, seconds=seconds, confusion=confusion.tolist(), partitions=partitions, best=best)
         write_json(args.out, content)
         print(f'\nall numbers: {args.out}')
+    if args.figure is not None:
+        title = f'{partition.kept:.1%} stay in their group under attack'
+        save_png(draw_confusion(confusion, partition.groups, names, title), Path(args.figure))
+        print(f'\nheat map: {args.figure}')
 
 
 def _failure(trial: Optional[RouterTrial]) -> tuple[bool, float]:

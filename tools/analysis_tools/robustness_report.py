@@ -7,6 +7,8 @@ so that a report which was interrupted goes on where it was. docs/report.md tell
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,6 @@ import torch
 
 from mmadvmoe.report import (
     PARTS,
-    DamagedFileError,
     ModelResults,
     describe_model,
     make_curve,
@@ -24,7 +25,7 @@ from mmadvmoe.report import (
     slug,
     write_report,
 )
-from mmadvmoe.runtime import CheckpointError
+from mmadvmoe.report.results import RUN
 
 TOOLS = Path(__file__).resolve().parents[1]
 
@@ -91,8 +92,27 @@ def measure(part: str, folder: Path, config: str, checkpoint: str, args: argpars
         options = ['--out', out, '--device', args.device]
         options += ['--num-images', args.num_images] if args.num_images is not None else []
         command = [TOOLS / 'analysis_tools' / tool, config, checkpoint, *options]
-    if subprocess.run([sys.executable, *map(str, command)], check=False).returncode:
+    env = dict(os.environ)
+    if part == 'evaluation' and args.device == 'cpu':
+        env['CUDA_VISIBLE_DEVICES'] = ''  # tools/test.py, as MMEngine, takes a GPU where it sees one
+    if subprocess.run([sys.executable, *map(str, command)], check=False, env=env).returncode:
         raise MeasurementError(f'{part} failed, for the reason above: {" ".join(map(str, command))}')
+
+
+def made_otherwise(part: str, folder: Path, args: argparse.Namespace) -> list[str]:
+    """A sentence where a part that is there was not made as ``--attacks`` or ``--num-images`` say now."""
+    file = folder / (RUN if part == 'evaluation' else PARTS[part])
+    try:
+        content = json.loads(file.read_text(encoding='utf-8'))
+        if part == 'evaluation':
+            found, asked = sorted(content['settings']['attacks']), args.attacks and sorted(args.attacks)
+            same = not asked or set(asked) <= set(found)
+        else:
+            found, asked = content['num_images'], args.num_images
+            same = asked in (None, found)
+    except (OSError, ValueError, LookupError):
+        return []  # an archive of pictures, or damaged, which those who read it say
+    return [] if same else [f'{file} is of {found}, and {asked} is asked for: remove it, and it is measured anew']
 
 
 def collect(name: str, config: str, checkpoint: str, args: argparse.Namespace, failures: list[str]) -> ModelResults:
@@ -100,14 +120,16 @@ def collect(name: str, config: str, checkpoint: str, args: argparse.Namespace, f
     folder, before = args.out_dir / slug(name), len(failures)
     try:
         damaged = describe_model(folder, name, config, checkpoint)
-    except (DamagedFileError, CheckpointError) as error:
-        # Nothing is measured into a folder of which nothing says whose it is.
+    except (ValueError, OSError) as error:
+        # Nothing is measured into a folder of which nothing says whose it is; the other models are.
+        failures.append(f'{name}: {error}')
         return ModelResults(name, damaged=[str(error)])
     for part in args.measure:
         # The checks of the attacks have a curve, too.
         same = ('curve', 'soundness') if part == 'curve' else (part,)
         if any((folder / PARTS[each]).is_file() for each in same):
             print(f'==> {name}: {part} is there', flush=True)
+            failures += made_otherwise(part, folder, args)
         else:
             print(f'==> {name}: {part}', flush=True)
             try:

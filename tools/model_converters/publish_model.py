@@ -17,6 +17,7 @@ import torch
 
 from mmadvmoe.apis import load_robust_model
 from mmadvmoe.runtime.launch import load_config
+from mmadvmoe.runtime.safe_load import load_from_local
 from mmadvmoe.utils import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,9 @@ def publish(config: Path, checkpoint: Path, metrics: Path, revision: str, zoo: P
     if not accuracies or not all(0 <= value <= 100 for value in accuracies.values()):
         raise ValueError(f'{metrics} holds no accuracies in percent, as tools/test.py --out-item metrics writes them')
     weights = load_robust_model(config, checkpoint).classifier.state_dict()
+    # That of the run, which an option may have set; a file of weights alone does not tell.
+    of_config = load_config(config).get('randomness', {}).get('seed')
+    seed = load_from_local(str(checkpoint)).get('meta', {}).get('seed', of_config)
     file = io.BytesIO()
     torch.save(dict(meta={}, state_dict=weights), file)
     content = file.getvalue()
@@ -61,7 +65,6 @@ def publish(config: Path, checkpoint: Path, metrics: Path, revision: str, zoo: P
     entries = json.loads(index.read_text(encoding='utf-8')) if index.is_file() else {}
     old = entries.get(config.stem)
     write_atomically(path, content)
-    seed = load_config(config).randomness.seed
     entries[config.stem] = dict(file=path.name, sha256=sha256, revision=revision, seed=seed, metrics=accuracies)
     write_atomically(index, (json.dumps(dict(sorted(entries.items())), indent=2) + '\n').encode())
     if old is not None and old['file'] != path.name:

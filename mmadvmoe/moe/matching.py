@@ -1,11 +1,9 @@
-"""Swap layers and feed-forward networks of a built dense network for those with N experts."""
+"""Find the layers and feed-forward networks of a built dense network that are to get experts."""
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Optional
+from collections.abc import Iterator, Sequence
 
 from mmcv.cnn.bricks.transformer import FFN
 from mmpretrain.models.backbones.convnext import ConvNeXtBlock
@@ -13,9 +11,7 @@ from mmpretrain.models.backbones.deit3 import DeiT3FFN
 from mmpretrain.models.utils.attention import BEiTAttention, CrossMultiheadAttention, WindowMSAV2
 from torch import nn
 
-from .context import RouteContext
-from .expert_layers import EXPERT_LAYERS, ExpertFFN
-from .routers import BaseRouter, TokenRouter
+from .expert_layers import EXPERT_LAYERS
 
 #: The modules that hold a feed-forward network. Exact classes: a subclass may compute something else.
 FFN_KINDS = (FFN, DeiT3FFN, ConvNeXtBlock)
@@ -73,8 +69,12 @@ def match_layers(
     return [name for name in convertible if name in chosen]
 
 
-def match_ffns(network: nn.Module, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """Find the modules whose feed-forward network is to get experts; arguments and result as of :func:`match_layers`.
+def match_ffns(
+    network: nn.Module, include: Sequence[str], exclude: Sequence[str] = (), share_stem: bool = True
+) -> list[str]:
+    """Find the modules whose feed-forward network is to get experts, none of which is a stem.
+
+    Arguments and result are those of :func:`match_layers`.
 
     The regular expressions are searched in the names of the modules that hold a feed-forward network: such as
     ``'layers.3.ffn'`` in a ``VisionTransformer``, ``'stages.0.blocks.1.ffn'`` in a ``SwinTransformer`` and
@@ -103,51 +103,6 @@ def match_ffns(network: nn.Module, include: Sequence[str], exclude: Sequence[str
                 'use_grn=False because that norm is over all tokens of an image'
             )
     return [name for name in holders if name in chosen]
-
-
-def convert_layers(
-    network: nn.Module,
-    names: Sequence[str],
-    num_experts: int,
-    context: RouteContext,
-    build_router: Optional[Callable[[nn.Module], BaseRouter]] = None,
-) -> None:
-    """Replace layers of a dense network, in place, by layers with N >= 2 experts.
-
-    They share the context with their backbone. ``names`` are as :func:`match_layers` gives them; ``build_router`` makes
-    the own router of a dense layer, where it is to have one.
-    """
-    for name in names:
-        dense = network.get_submodule(name)
-        router = build_router(dense) if build_router is not None else None
-        layer = EXPERT_LAYERS[type(dense)](dense, num_experts, context, router)
-        layer.name = name
-        network.set_submodule(name, layer)
-
-
-def convert_ffns(
-    network: nn.Module,
-    names: Sequence[str],
-    num_experts: int,
-    context: RouteContext,
-    build_router: Callable[[int], TokenRouter],
-) -> None:
-    """Give N >= 2 experts to feed-forward networks of a dense network, in place; see :func:`convert_layers`.
-
-    What surrounds the experts' layers (layer scale, stochastic depth, the residual connection) stays as it is.
-    ``names`` are as :func:`match_ffns` gives them; ``build_router`` makes a router for tokens of so many channels.
-    """
-    for name in names:
-        module = network.get_submodule(name)
-        # Names inside are those below `module`, so that the parameters of a dense network are found again.
-        inside = ('pointwise_conv1', 'act', 'pointwise_conv2') if isinstance(module, ConvNeXtBlock) else ('layers',)
-        dense = nn.Sequential(OrderedDict((part, module.get_submodule(part)) for part in inside))
-        width = next(part.in_features for part in dense.modules() if isinstance(part, nn.Linear))
-        layer = ExpertFFN(dense, num_experts, context, build_router(width))
-        layer.name = name
-        setattr(module, inside[0], layer)
-        for part in inside[1:]:
-            setattr(module, part, nn.Identity())
 
 
 def _matches(
