@@ -29,7 +29,9 @@ from mmadvmoe.visualization import draw_image_grid, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'study' / 'advmoe-groups-branch_convnet_digits.py'
-WORK_DIR = ROOT / 'work_dirs' / 'demo'
+#: Where it works: the checkout, or beside an installation, which is not to be written to, the current folder.
+HERE = ROOT if (ROOT / 'setup.py').is_file() else Path.cwd()
+WORK_DIR = HERE / 'work_dirs' / 'demo'
 NAME = 'AdvMoE'
 REPORT = WORK_DIR / 'report'
 METRICS = REPORT / slug(NAME) / PARTS['evaluation']
@@ -42,6 +44,11 @@ OPTIONS = {'train_cfg.max_epochs': 240}
 LEFT_OUT, TESTED = 'autoattack-held', 120
 #: Images in the picture, and how many are attacked to choose them from.
 SHOWN, TRIED = 8, 90
+
+
+def typed(tool: str) -> str:
+    """What to type for a tool."""
+    return f'python tools/{tool}.py' if HERE == ROOT else f'python -m mmadvmoe.tools {Path(tool).name}'
 
 
 def say(text: str) -> None:
@@ -57,7 +64,7 @@ def start(tool: str, *arguments: object) -> subprocess.Popen:
     env.setdefault('OMP_NUM_THREADS', str(threads))
     command = [sys.executable, ROOT / 'tools' / tool, *arguments]
     out = subprocess.PIPE if tool == 'train.py' else None
-    return subprocess.Popen([str(part) for part in command], cwd=ROOT, env=env, stdout=out, text=True)
+    return subprocess.Popen([str(part) for part in command], cwd=HERE, env=env, stdout=out, text=True)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -131,7 +138,7 @@ def main() -> None:
     cfg = load_config(CONFIG)
     cfg.merge_from_dict(OPTIONS)
     set_aside_other_training(cfg)
-    folder = WORK_DIR.relative_to(ROOT)
+    folder = WORK_DIR.relative_to(HERE)
     epochs = cfg.train_cfg.max_epochs
     last = WORK_DIR / f'epoch_{epochs}.pth'
     if last.is_file():
@@ -158,16 +165,16 @@ def main() -> None:
     draw(cfg, Victim(load_robust_model(cfg, best)))
     say(f'done in {(time.monotonic() - started) / 60:.1f} minutes')
     print(table(json.loads(METRICS.read_text(encoding='utf-8'))))
-    config, best = CONFIG.relative_to(ROOT), best.relative_to(ROOT)
+    config, best = os.path.relpath(CONFIG, HERE), best.relative_to(HERE)
     print(
         f"""
-The picture: {PICTURE.relative_to(ROOT)}
-The report:  {(REPORT / 'report.html').relative_to(ROOT)}
+The picture: {PICTURE.relative_to(HERE)}
+The report:  {(REPORT / 'report.html').relative_to(HERE)}
 
 Next:
-  python tools/train.py configs/advmoe_resnet18_digits.py  # a larger network, a ResNet-18
-  python tools/test.py {config} {best} --attacks pgd50 autoattack --out work_dirs/demo/evaluation
-  python tools/analysis_tools/robustness_report.py work_dirs/report --model {NAME} {config} {best}"""
+  {typed('train')} {os.path.relpath(ROOT / 'configs', HERE)}/advmoe_resnet18_digits.py  # a ResNet-18
+  {typed('test')} {config} {best} --attacks pgd50 autoattack --out work_dirs/demo/evaluation
+  {typed('analysis_tools/robustness_report')} work_dirs/report --model {NAME} {config} {best}"""
     )
 
 

@@ -74,6 +74,8 @@ def table(records: Sequence[Mapping], total: Mapping[str, int]) -> str:
 
 def main() -> None:
     args = parse_args()
+    if not (ROOT / 'tests').is_dir():
+        sys.exit('the fault suite is part of the tests: run it in a checkout')
     sys.path[:0] = [str(ROOT), str(ROOT / 'tests/helpers'), str(ROOT / 'tests/faults')]
     warnings.simplefilter('ignore')
     import torch
