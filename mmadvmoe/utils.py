@@ -24,10 +24,9 @@ PARTIAL = '.mmadvmoe-partial'
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model itself, where distributed wrappers, weight averages or an ``nn.Sequential`` of one stand around it."""
+    """The model itself, where distributed wrappers, weight averages or an ``nn.Sequential`` of one (without hooks) are around."""
     if is_model_wrapper(model) or isinstance(model, (BaseAveragedModel, AveragedModel)):
         return bare_model(model.module)
-    # Hooks of it may change what goes in or comes out.
     if type(model) is nn.Sequential and len(model) == 1 and not (model._forward_hooks or model._forward_pre_hooks):
         return bare_model(model[0])
     return model

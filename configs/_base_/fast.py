@@ -1,9 +1,8 @@
 _base_ = 'advmoe_runtime.py'
 
 # A GPU's fast units, and weights averaged over about the last 1,000 iterations, which short schedules gain from. Mixed
-# precision is --amp; the attacks of training run in it, too, and find somewhat less than in float32 (with 2 steps of
-# TRADES in bfloat16 a divergence that was 14% smaller, on digits). Not cudnn_benchmark: it would try all algorithms
-# anew for each number of images of an expert.
+# precision is --amp; the attacks of training run in it, too, and may find somewhat less than in float32. Not
+# cudnn_benchmark: it would try all algorithms anew for each number of images of an expert.
 env_cfg = dict(cudnn_benchmark=False)
 _fast = [
     dict(type='SpeedHook'),

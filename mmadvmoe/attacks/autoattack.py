@@ -118,7 +118,7 @@ class AutoAttack(Attack):
         verbose (bool): Log after each attack how many images are still robust. Defaults to False.
 
     Raises:
-        ValueError: ``norm``, ``version`` or one of ``attacks_to_run`` is unknown, or there are fewer than 2 classes.
+        ValueError: A setting is unknown, a part in ``attacks_to_run`` needs more classes, or there are fewer than 2.
     """
 
     def __init__(
@@ -152,6 +152,8 @@ class AutoAttack(Attack):
         parts = [_existing(choose(name, PARTS, 'attacks_to_run'), n_classes, self._settings_of) for name in names]
         #: Names of the attacks that run, in order.
         self.parts = [part for part in parts if part is not None]
+        if not self.parts or (attacks_to_run is not None and None in parts):
+            raise ValueError(f'attacks_to_run={names}: one does not exist for n_classes={n_classes}; leave it out')
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:

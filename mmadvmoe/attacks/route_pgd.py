@@ -41,9 +41,8 @@ class RoutePGD(BallAttack):
     checked with a forward pass of its own, and with token-level routing, where hardly an image has all its tokens
     follow, every point is. An image is robust when it survives all runs; a fooled one is not attacked any further.
     Images that are misclassified as they are come back unchanged. N + 1 runs of ``steps`` steps (N + 2 with token-level
-    routing); on a model without routers it is one run of PGD (arXiv:1706.06083) with these rules. An experts' turn that
-    trains on its images therefore sees misclassified ones as they are, and others where they first fool the model, as
-    in friendly adversarial training (arXiv:2002.11242).
+    routing); on a model without routers it is one run of PGD (arXiv:1706.06083) by these rules. Training on it sees
+    wrong images as they are, and others where they first fool: friendly adversarial training (arXiv:2002.11242).
 
     Arguments are those of :class:`BallAttack`.
 

@@ -137,11 +137,12 @@ def ascend(points: Tensor, grad: Tensor, alpha: float, norm: str) -> Tensor:
     this length that move no coordinate further (Tramer & Boneh, arXiv:1904.13000, algorithm 1). Coordinates that are
     at 0 or 1 and would have to leave [0, 1] are passed over.
 
-    A zero gradient leaves its image where it is, however small another is it makes a whole step, and NaN stays NaN.
+    A zero gradient leaves its image where it is, and however small another is it makes a whole step. Of NaN, which can
+    be a step of 0, :class:`~mmadvmoe.attacks.BoundAttack` takes care.
     """
     if norm == 'Linf':
-        return points + alpha * _sign(grad)
-    grad = _sign(_largest_free(points, grad)) if norm == 'L1' else by_largest_entry(grad)
+        return points + alpha * grad.sign()
+    grad = _largest_free(points, grad).sign() if norm == 'L1' else by_largest_entry(grad)
     length = _length(grad, norm)
     scale = torch.where(length > 0, alpha / length, torch.zeros_like(length))
     return points + _per_image(scale, grad) * grad
@@ -173,11 +174,6 @@ def _largest_free(points: Tensor, grad: Tensor) -> Tensor:
     count = max(1, round(_L1_SHARE * flat.shape[1]))
     where = flat.abs().topk(count, dim=1).indices
     return torch.zeros_like(flat).scatter(1, where, flat.gather(1, where)).view_as(grad)
-
-
-def _sign(grad: Tensor) -> Tensor:
-    # PyTorch's sign of NaN is 0, and an attack that stands still passes for a robust network.
-    return torch.where(grad.isnan(), grad, grad.sign())
 
 
 def _length(x: Tensor, norm: str) -> Tensor:

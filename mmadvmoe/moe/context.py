@@ -152,12 +152,7 @@ class RouteContext:
 
     @contextmanager
     def run(
-        self,
-        names: Sequence[str],
-        batch: int,
-        route: Optional[Route] = None,
-        with_logits: bool = False,
-        gated: bool = True,
+        self, names: Sequence[str], batch: int, route: Optional[Route], with_logits: bool, gated: bool
     ) -> Iterator[RoutedPass]:
         """Begin a forward pass of this thread, of ``batch`` images through the routers ``names``.
 

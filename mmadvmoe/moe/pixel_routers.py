@@ -87,7 +87,6 @@ class MLPRouter(_PixelRouter):
         self.fc = nn.Linear(hidden or numbers, num_experts)
 
     def affine_maps(self) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """See :class:`BaseRouter`."""
         first, *others = (self.fc,) if self.hidden is None else (self.hidden, self.fc)
         return (lambda x: first(self.pixels(x).flatten(1)), *others)
 
@@ -97,11 +96,8 @@ class ConvRouter(_PixelRouter):
     """An image-level router of strided 3x3 convolutions and a linear layer that reads every position.
 
     Args:
-        num_experts, image_size, in_channels, pool, init_cfg: See :class:`MLPRouter`.
+        num_experts, image_size, in_channels, pool, init_cfg: See :class:`MLPRouter`, also for errors.
         channels (Sequence[int]): Of each convolution; each halves height and width. Defaults to (4, 8).
-
-    Raises:
-        ValueError: See :class:`MLPRouter`.
     """
 
     def __init__(
@@ -122,6 +118,5 @@ class ConvRouter(_PixelRouter):
         self.fc = nn.Linear(widths[-1] * positions, num_experts)
 
     def affine_maps(self) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """See :class:`BaseRouter`."""
         first, *others = self.convs
         return (lambda x: first(self.pixels(x)), *others, lambda x: self.fc(x.flatten(1)))

@@ -181,8 +181,8 @@ class TokenRouter(BaseRouter):
         top_k (int): Experts of each token, K in [1, N]. Defaults to 1.
         softmax (str): ``'before'`` or ``'after'`` the choice of the top K; see :meth:`TokenRouting.decide`. Only
             ``'after'`` makes an upcycled network compute what its dense source does. Defaults to ``'after'``.
-        noise (float): Training adds normal noise of standard deviation ``noise / N`` to the logits (V-MoE uses 1).
-            Defaults to 0.
+        noise (float): Training adds normal noise of standard deviation ``noise / N`` to the logits (V-MoE uses 1), anew
+            in each pass, so that clean and adversarial ones differ by it, too. Defaults to 0.
         capacity_factor (float, optional): In training an expert computes at most this many times its equal share of
             the choices of a batch; what is dropped passes by the residual connection alone. Defaults to None: no
             drops.

@@ -202,7 +202,6 @@ class Routing(BaseRouting):
         return x if self.single else x.index_select(0, self.inverse)
 
     def detach(self) -> Routing:
-        """Give the same decision without any gradient, for logs."""
         return replace(self, logits=None if self.logits is None else self.logits.detach(), gate=None)
 
     def take(self, rows: Tensor) -> Routing:

@@ -196,7 +196,6 @@ class TokenRouting(BaseRouting):
         return (rows.unflatten(0, gate.shape[:2]) * gate).sum(0)
 
     def detach(self) -> TokenRouting:
-        """Give the same decision without any gradient, for logs."""
         return replace(self, gate=self.gate.detach(), logits=self.logits.detach(), threshold=self.threshold.detach())
 
     def take(self, rows: Tensor) -> TokenRouting:

@@ -7,12 +7,12 @@ from typing import Any, Optional
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from mmpretrain.registry import HOOKS
 
-from mmadvmoe.utils import PARTIAL
+from mmadvmoe.utils import PARTIAL, bare_model
 
 from .checkpoint_folder import POINTER, CheckpointFolder
 from .config_checks import schedules
@@ -191,6 +191,11 @@ class SafeCheckpointHook(CheckpointHook):
         for key in [key for key in info if key == 'last_ckpt' or key.startswith('best_ckpt')]:
             if self._own is not None and info[key] is not None:
                 info[key] = osp.basename(info[key])
+        # Averaged weights are validated with statistics of all processes; the copy of EMAHook has those of this one.
+        if any(isinstance(hook, EMAHook) and not hook.ema_model.update_buffers for hook in runner.hooks):
+            for key, value in bare_model(runner.model).named_buffers():
+                if key in checkpoint['state_dict']:
+                    checkpoint['state_dict'][key] = value.cpu()
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save the best checkpoint, and the result of the validation with the latest one."""

@@ -163,7 +163,7 @@ def enable_amp(cfg: Config) -> None:
             wrapper.pop('loss_scale', None)
         else:
             wrapper['type'] = 'AmpOptimWrapper'
-            if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+            if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
                 wrapper.setdefault('dtype', 'bfloat16')
             wrapper.setdefault('loss_scale', 'dynamic')
 

@@ -109,8 +109,8 @@ class PreflightHook(Hook):
         model = bare_model(runner.model)
         preprocessor = model.data_preprocessor
         _check_attack(model, preprocessor)
-        if isinstance(model, RobustClassifier) and not isinstance(runner.optim_wrapper, OptimWrapperDict):
-            _check_joint(model)
+        if isinstance(model, RobustClassifier):
+            (_check_turns if isinstance(runner.optim_wrapper, OptimWrapperDict) else _check_joint)(model)
         check_batches(runner)
         if runner.iter:
             warn_of_ended_schedules(runner)
@@ -178,6 +178,15 @@ def _check_attack(model: Any, preprocessor: Any) -> None:
         )
 
 
+def _check_turns(model: RobustClassifier) -> None:
+    attack, of_router = model.data_preprocessor.attack_cfg or {}, model.data_preprocessor.router_attack_cfg
+    if (of_router or attack).get('route') == 'held' and placement_of(model).num_routers:
+        raise ValueError(
+            "data_preprocessor.attack.route='held' would also be that of the router's turn, where nothing would attack "
+            "routes: set data_preprocessor.router_attack, such as dict(type='ClassGroupAttack', ...)"
+        )
+
+
 def _check_joint(model: RobustClassifier) -> None:
     """Where no turns are taken, raise for what speaks of the router's turn, and for routers that nothing trains."""
     turns = "train in turns (constructor='AlternatingOptimWrapperConstructor' and AlternatingOptimHook)"
@@ -188,7 +197,9 @@ def _check_joint(model: RobustClassifier) -> None:
                 f"model.{key} is that of the router's turn, which joint training lacks: remove it, or {turns}"
             )
     taught = model.route == ROUTES[0] or any(objective.needs_routers for objective in model.robust_loss)
-    if not taught and placement_of(model).num_routers and not placement_of(model).reads_tokens:
+    # The gates of tokens have a gradient of their own, but for the constant one.
+    routers = [each for each in router_modules(model) if getattr(each, 'softmax', 'after') == 'after']
+    if not taught and any(getattr(each, 'top_k', 1) == 1 for each in routers):
         raise ValueError(
             f'model.route={model.route!r} cuts the gradient of the gate, and nothing in model.robust_loss trains '
             f'the routers: add an objective of them, such as ClassGroupLoss, or {turns}'

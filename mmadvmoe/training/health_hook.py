@@ -231,9 +231,9 @@ class _Tally:
 
 
 def _changed(clean: Routing, adversarial: Routing) -> Tensor:
-    """Decisions of the router that an attack changes; also where its clean ones were held, and only logits tell."""
-    own = adversarial.decisions if adversarial.of_tokens else adversarial.logits.argmax(1, keepdim=True)
-    return (own != clean.decisions).sum()
+    """Decisions of the router that an attack changes, by its logits: without noise, and also where they were held."""
+    own, before = (r.token_logits.topk(r.top_k, dim=-1).indices.sort(-1).values for r in (adversarial, clean))
+    return (own != before).sum()
 
 
 def _entropy(routing: Routing) -> Tensor:

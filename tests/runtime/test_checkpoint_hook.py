@@ -318,6 +318,33 @@ def test_resume_and_test_demand_every_tensor_and_training_does_not(finished):
     assert_resumable(finished / 'tuned')
 
 
+@MODELS.register_module()
+class WithStatistics(OneLinear):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('seen', torch.zeros(()))
+
+
+@HOOKS.register_module()
+class StatisticsOfAll(Hook):
+    """Changes statistics at the end of an epoch, as SyncBuffersHook does where there are several processes."""
+
+    def after_train_epoch(self, runner):
+        runner.model.seen.fill_(runner.epoch + 7.0)
+
+
+def test_averaged_weights_are_saved_with_the_statistics_they_are_validated_with(tmp_path):
+    cfg = cfg_of(tmp_path, epochs=2, model=dict(type='WithStatistics'))
+    cfg.custom_hooks = [dict(type='EMAHook', momentum=0.5), dict(type='StatisticsOfAll')]
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    saved = load_from_local(tmp_path / 'epoch_2.pth')
+    (ema,) = [hook.ema_model.module for hook in runner.hooks if type(hook).__name__ == 'EMAHook']
+    assert torch.equal(saved['state_dict']['linear.weight'], ema.linear.weight)
+    assert not torch.equal(ema.linear.weight, runner.model.linear.weight)
+    assert saved['state_dict']['seen'] == runner.model.seen == 8.0
+
+
 def test_validation_on_its_own_saves_nothing(finished):
     before = files(finished)
     cfg = cfg_of(finished, save_best='worst/accuracy/top1')

@@ -462,6 +462,17 @@ def test_what_joint_training_would_pass_over_is_refused(tmp_path, model, message
     assert message in stopped(joint_cfg(tmp_path, model_cfg(**model)))
 
 
+def test_a_router_that_would_learn_from_images_that_do_not_attack_it_is_refused(tmp_path):
+    held = dict(type='PGD', eps=1.0, alpha=1.0, steps=1, route='held')
+    model = dict(route='held', router_loss=dict(type='RouterKLLoss'), data_preprocessor=dict(PAIR, attack=held))
+    hooks = [dict(type='AlternatingOptimHook'), dict(type='PreflightHook')]
+    turns = dict(optim_wrapper=turns_cfg(), custom_hooks=hooks)
+    message = stopped(run_cfg(tmp_path, model=model_cfg(**model), **turns))
+    assert "would also be that of the router's turn" in message and 'set data_preprocessor.router_attack' in message
+    model['data_preprocessor']['router_attack'] = PAIR['attack']
+    build_runner(run_cfg(tmp_path, model=model_cfg(**model), epochs=1, **turns)).train()
+
+
 def test_single_images_are_refused_where_norms_are_of_the_batch_alone(tmp_path):
     model = model_cfg()
     model['backbone']['backbone']['norm_cfg'] = dict(type='GN', num_groups=1)
