@@ -24,7 +24,7 @@ PARTIAL = '.mmadvmoe-partial'
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model itself, where distributed wrappers, weight averages or a hookless ``nn.Sequential`` of one are around."""
+    """The model itself, inside of distributed wrappers, weight averages or a hookless ``nn.Sequential`` of one."""
     if is_model_wrapper(model) or isinstance(model, (BaseAveragedModel, AveragedModel)):
         return bare_model(model.module)
     if type(model) is nn.Sequential and len(model) == 1 and not (model._forward_hooks or model._forward_pre_hooks):
