@@ -30,7 +30,7 @@ mkdir -p "$OUT"
 case $DATA in *[[:space:]]*) echo "DATA=$DATA: a path without white space, please; make a link" >&2 && exit 2 ;; esac
 # What is there must not pass for the same with other settings.
 settings="DEVICE=$DEVICE SHORT=$SHORT EPOCHS=$EPOCHS DATA=$DATA"
-if [ -e "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+if [ -e "$OUT/settings" ] && compgen -G "$OUT/*.done" >/dev/null && [ "$(cat "$OUT/settings")" != "$settings" ]; then
     echo "$OUT holds parts made with $(cat "$OUT/settings"), not with $settings: choose another OUT" >&2
     exit 2
 fi

@@ -239,8 +239,10 @@ def revision() -> str:
     return done.stdout.strip() or 'unknown'
 
 
-def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
+def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> bool:
     """Do the runs that are missing, several at a time, and write each down as it ends; one sweep at a time in a folder.
+
+    Gives whether none was left out because it was interrupted, or another process was at work in its folder.
 
     Raises:
         FolderInUseError: Another sweep runs in the folder.
@@ -251,12 +253,12 @@ def run_all(args: argparse.Namespace, work: Callable[..., dict] = run) -> None:
     lock = FolderLock(args.work_dir, 'Wait until that sweep ends, or choose another --work-dir.')
     lock.acquire()
     try:
-        _run_missing(args, work)
+        return _run_missing(args, work)
     finally:
         lock.release()
 
 
-def _run_missing(args: argparse.Namespace, work: Callable[..., dict]) -> None:
+def _run_missing(args: argparse.Namespace, work: Callable[..., dict]) -> bool:
     from mmadvmoe.runtime.files import FolderInUseError
 
     results = args.work_dir / 'results.jsonl'
@@ -287,10 +289,13 @@ def _run_missing(args: argparse.Namespace, work: Callable[..., dict]) -> None:
     missing = [job for job in jobs if (split(job[0])[1], tuple(job[1]), job[2]) not in kept]
     print(f'==> {len(missing)} runs to do, {len(kept)} are in {results}; what a run writes is beside it', flush=True)
 
+    left_out = []
+
     def one(job: tuple) -> None:
         try:
             record = work(*job, args)
         except (FolderInUseError, Interrupted) as error:
+            left_out.append(job)
             print(f'{job[0]}, seed {job[2]}: {error}', flush=True)
             return
         with LOCK, results.open('a', encoding='utf-8') as file:
@@ -300,6 +305,9 @@ def _run_missing(args: argparse.Namespace, work: Callable[..., dict]) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         # list() waits, and raises what a worker raised.
         list(pool.map(one, missing))
+    if left_out:
+        print(f'==> {len(left_out)} runs were left out: run this again', flush=True)
+    return not left_out
 
 
 def brief(record: Mapping) -> str:
@@ -313,4 +321,4 @@ def brief(record: Mapping) -> str:
 
 
 if __name__ == '__main__':
-    run_all(parse_args())
+    sys.exit(0 if run_all(parse_args()) else 1)

@@ -135,7 +135,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     # What a config or an option says of where training begins must not change what is tested.
     cfg.load_from, cfg.resume = args.checkpoint, False
     # Processes meet when all are done, one perhaps a whole chunk of AutoAttack after another: a day, in seconds.
-    cfg.setdefault('env_cfg', {}).setdefault('dist_cfg', {}).setdefault('timeout', 86400)
+    if ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout') is None:
+        cfg.merge_from_dict({'env_cfg.dist_cfg.timeout': 86400})
 
 
 def _merge_options_of_attacks(cfg: Config, args: argparse.Namespace) -> None:

@@ -245,9 +245,6 @@ class _Log:
         if text.strip():
             print_log(text.strip(), 'current')
 
-    def flush(self) -> None:
-        pass
-
 
 class PassProgress:
     """Shows which part of an attack runs, how many images still stand and how long it can take at most.
@@ -285,7 +282,7 @@ class PassProgress:
     def begin(self, part: str, robust: int) -> None:
         """A part begins, on ``robust`` images; what the one before left out because images fell is not to come."""
         self._bar.total = self._bar.n + sum(self._left.values())
-        self._left.pop(part)
+        self._left.pop(part, None)
         state = f'{self._name}: {part}, {robust} of {self._num_images} images still robust'
         self._bar.set_description(state, refresh=False)
 

@@ -205,7 +205,7 @@ class BoundAttack:
         if torch.stack([~adversarial.isfinite().all(), *nan]).any():
             raise NonFiniteImagesError(
                 f'attack type={self.name!r} met numbers that are not finite, in its images or the gradient there: '
-                'the logits of the model or their gradient are not finite'
+                'the logits of the model or their gradient are not finite, or the attack divides by a gradient of 0'
             )
         return adversarial
 

@@ -365,9 +365,10 @@ def check_pretrained(holder: BaseModule, model: nn.Module) -> None:
     """As :func:`check_has_experts`, of the checkpoints that ``holder.init_cfg`` loads into itself."""
     cfgs = holder.init_cfg if isinstance(holder.init_cfg, (list, tuple)) else [holder.init_cfg or {}]
     for cfg in filter(is_pretrained, cfgs):
-        if cfg.get('prefix') is None:
-            content = CheckpointLoader.load_checkpoint(cfg['checkpoint'], map_location='cpu', logger='silent')
-            check_has_experts(content, model, cfg['checkpoint'])
+        content = CheckpointLoader.load_checkpoint(cfg['checkpoint'], map_location='cpu', logger='silent')
+        state, prefix = content.get('state_dict', content), cfg.get('prefix') or ''
+        state = {key.removeprefix(prefix).lstrip('.'): value for key, value in state.items() if key.startswith(prefix)}
+        check_has_experts(state, model, cfg['checkpoint'])
 
 
 def check_has_experts(content: Mapping[str, Any], model: nn.Module, file: str) -> None:

@@ -92,7 +92,7 @@ class SparseClassifier(RobustClassifier):
         scale = {key: getattr(self.data_preprocessor, key, None) for key in ('mean', 'std')}
         scale = {key: value.flatten().tolist() for key, value in scale.items() if value is not None}
         own = self.data_preprocessor
-        kept = dict(to_rgb=own.to_rgb, pad_size_divisor=own.pad_size_divisor, pad_value=own.pad_value)
+        kept = {key: getattr(own, key) for key in ('to_rgb', 'pad_size_divisor', 'pad_value') if hasattr(own, key)}
         self._plain_cfg['data_preprocessor'] = dict(type='AdvDataPreprocessor', **scale, **kept)
         self.stage = choose(stage, STAGES, 'model.stage')
         shape = (_IMAGE_CHANNELS, input_size, input_size)

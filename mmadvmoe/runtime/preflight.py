@@ -182,7 +182,7 @@ def _check_turns(model: RobustClassifier) -> None:
     attack, of_router = model.data_preprocessor.attack_cfg or {}, model.data_preprocessor.router_attack_cfg
     if (of_router or attack).get('route') == 'held' and placement_of(model).num_routers:
         raise ValueError(
-            "data_preprocessor.attack.route='held' would also be that of the router's turn, where nothing would attack "
+            "route='held' of the attack would be that of the router's turn, too, where nothing would attack "
             "routes: set data_preprocessor.router_attack, such as dict(type='ClassGroupAttack', ...)"
         )
 

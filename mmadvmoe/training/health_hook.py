@@ -107,7 +107,7 @@ class RouterHealthHook(Hook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Report on the epoch."""
-        if self.interval is None:
+        if self.interval is None or isinstance(runner.train_loop, IterBasedTrainLoop):
             self._report(runner, runner.iter)
 
     def after_train(self, runner: Runner) -> None:

@@ -468,7 +468,7 @@ def test_a_router_that_would_learn_from_images_that_do_not_attack_it_is_refused(
     hooks = [dict(type='AlternatingOptimHook'), dict(type='PreflightHook')]
     turns = dict(optim_wrapper=turns_cfg(), custom_hooks=hooks)
     message = stopped(run_cfg(tmp_path, model=model_cfg(**model), **turns))
-    assert "would also be that of the router's turn" in message and 'set data_preprocessor.router_attack' in message
+    assert "would be that of the router's turn, too" in message and 'set data_preprocessor.router_attack' in message
     model['data_preprocessor']['router_attack'] = PAIR['attack']
     build_runner(run_cfg(tmp_path, model=model_cfg(**model), epochs=1, **turns)).train()
 

@@ -109,8 +109,8 @@ def made_otherwise(part: str, folder: Path, args: argparse.Namespace) -> list[st
             same = not asked or set(asked) <= set(found)
         else:
             found, asked = content['num_images'], args.num_images
-            same = asked in (None, found)
-    except (OSError, ValueError, LookupError):
+            same = asked is None or found <= asked  # a data set may have fewer
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []  # an archive of pictures, or damaged, which those who read it say
     return [] if same else [f'{file} is of {found}, and {asked} is asked for: remove it, and it is measured anew']
 

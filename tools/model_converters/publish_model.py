@@ -53,7 +53,7 @@ def publish(config: Path, checkpoint: Path, metrics: Path, revision: str, zoo: P
     weights = load_robust_model(config, checkpoint).classifier.state_dict()
     # That of the run, which an option may have set; a file of weights alone does not tell.
     of_config = load_config(config).get('randomness', {}).get('seed')
-    seed = load_from_local(str(checkpoint)).get('meta', {}).get('seed', of_config)
+    seed = load_from_local(str(checkpoint), 'cpu').get('meta', {}).get('seed', of_config)
     file = io.BytesIO()
     torch.save(dict(meta={}, state_dict=weights), file)
     content = file.getvalue()
