@@ -102,7 +102,8 @@ class TinyImageNet(BaseDataset):
         data_root: The folder that holds ``tiny-imagenet-200/``.
         split: ``'train'`` (95,000 images), ``'val'`` (5,000), ``'trainval'`` (all 100,000 official training images) or
             ``'test'`` (the 10,000 official validation images).
-        num_val, **kwargs: Arguments and errors as of :class:`ImageNetSplit`.
+        num_val: Images held out of the training set; errors are those of :class:`ImageNetSplit`.
+        **kwargs: Other arguments of :class:`mmpretrain.datasets.BaseDataset`, such as ``pipeline``.
     """
 
     base_folder = 'tiny-imagenet-200'
