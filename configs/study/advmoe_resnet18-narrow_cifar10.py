@@ -23,6 +23,8 @@ _fall = dict(type='CosineAnnealingLR', eta_min=0, begin=8, end=30, T_max=22, by_
 param_scheduler = dict(experts=[_rise, _fall], router=[_rise, _fall])
 optim_wrapper = dict(experts=dict(optimizer=dict(lr=0.1)), router=dict(optimizer=dict(lr=0.01)))
 train_cfg = dict(max_epochs=30, val_interval=10)
+# AutoAttack on small batches takes nearly as long as on large ones.
+test_cfg = dict(chunk_size=1000)
 custom_hooks = [
     *_base_.custom_hooks[:-1],
     dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.005, begin_epoch=10),

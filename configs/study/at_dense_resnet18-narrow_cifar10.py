@@ -19,6 +19,8 @@ param_scheduler = [
 ]
 optim_wrapper = dict(optimizer=dict(lr=0.1))
 train_cfg = dict(max_epochs=15, val_interval=5)
+# AutoAttack on small batches takes nearly as long as on large ones.
+test_cfg = dict(chunk_size=1000)
 custom_hooks = [
     *_base_.joint_hooks[:-1],
     dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.01, begin_epoch=5),
