@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -59,7 +59,13 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> lis
         config_text=cfg.pretty_text,
     )
     if (folder / MODEL).is_file():
-        _check_same(read_json(folder, MODEL), identity, folder)
+        before = read_json(folder, MODEL)
+        changed = [key for key, value in identity.items() if before.get(key) != value]
+        if changed:
+            raise ValueError(
+                f'{folder} holds results of another model: {", ".join(changed)} differ. Give the model another name, '
+                f'give another folder, or remove {folder} to measure it anew'
+            )
     victim = Victim(load_robust_model(cfg, checkpoint))
     placement = placement_of(victim.classifier)
     description = dict(
@@ -82,15 +88,6 @@ def describe_model(folder: Path, name: str, config: str, checkpoint: str) -> lis
     if scalars:
         write_json(folder / TRAINING, scalars, allow_nan=True)
     return []
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    changed = [key for key, value in now.items() if before.get(key) != value]
-    if changed:
-        raise ValueError(
-            f'{folder} holds results of another model: {", ".join(changed)} differ. Give the model another name, give '
-            f'another folder, or remove {folder} to measure it anew'
-        )
 
 
 def make_examples(folder: Path, device: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from mmadvmoe.attacks import attack_norm
 from mmadvmoe.diagnosis.class_groups import count_pairs
-from mmadvmoe.evaluation import CLEAN, RobustOutcomes
+from mmadvmoe.evaluation import CLEAN
 from mmadvmoe.visualization import draw_loads
 
 from .page import ABSENT, Picture, Section, Table, as_count, share, slug
@@ -30,10 +31,12 @@ def facts(models: Sequence[ModelResults]) -> Section:
     rows = {}
     for model in models:
         settings = model.run['settings'] if model.run else {}
-        data = settings.get('data', {})
+        data, attacks = settings.get('data', {}), settings.get('attacks', {})
+        balls = (f'{attack_norm(cfg)}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
+        steps = (f'{name} ({cfg["steps"]} steps)' if 'steps' in cfg else name for name, cfg in attacks.items())
         rows[model.name] = {
-            'threat model': '; '.join(_balls(settings.get('attacks', {}))) or ABSENT,
-            'attacks': ', '.join(_with_steps(settings.get('attacks', {}))) or ABSENT,
+            'threat model': '; '.join(dict.fromkeys(balls)) or ABSENT,
+            'attacks': ', '.join(steps) or ABSENT,
             'data': str(data.get('type', ABSENT)),
             'images of the evaluation': as_count(data.get('num_images')),
             'images of the dissection': as_count(model.dissection and model.dissection['num_images']),
@@ -61,8 +64,7 @@ def classes(models: Sequence[ModelResults]) -> Section:
     for model in models:
         if model.outcomes is None:
             continue
-        outcomes, names = model.outcomes, model.model['class_names']
-        section.add_model(model.name, [_class_table(model, outcomes, names), _confusion(model, outcomes, names)])
+        section.add_model(model.name, [_class_table(model), _confusion(model)])
     return section
 
 
@@ -81,7 +83,8 @@ def flow(models: Sequence[ModelResults]) -> Section:
         if outcomes is None or outcomes.by_name[CLEAN].expert.shape[1] != 1:
             continue
         number = model.model['num_experts']
-        counts = count_pairs(outcomes.by_name[CLEAN].expert[:, 0], outcomes.worst().expert[:, 0], (number, number))
+        clean, worst = outcomes.by_name[CLEAN].expert[:, 0], outcomes.worst().expert[:, 0]
+        counts = count_pairs(clean, worst, (number, number))
         title = f'{model.name}: route in the worst case'
         figure = draw_loads(
             {'worst case': _shares(counts)}, [str(n) for n in range(number)], title, 'expert, clean', columns='expert'
@@ -92,15 +95,14 @@ def flow(models: Sequence[ModelResults]) -> Section:
         alt = f'{title}. Images: {said}.'
         section.items.append(Picture(f'{slug(model.name)}_flow', figure, f'{title}, by the clean one.', alt))
         if number**2 <= _MOST_PAIRS:
-            section.items.append(_flow_by_class(model, outcomes))
+            section.items.append(_flow_by_class(model, clean * number + worst))
     return section
 
 
-def _flow_by_class(model: ModelResults, outcomes: RobustOutcomes) -> Picture:
+def _flow_by_class(model: ModelResults, pair: Tensor) -> Picture:
     number, names = model.model['num_experts'], model.model['class_names']
-    pair = outcomes.by_name[CLEAN].expert[:, 0] * number + outcomes.worst().expert[:, 0]
     pairs = [f'{before}→{after}' for before in range(number) for after in range(number)]
-    counts = count_pairs(outcomes.label, pair, (len(names), len(pairs)))
+    counts = count_pairs(model.outcomes.label, pair, (len(names), len(pairs)))
     title = f'{model.name}: clean route → route in the worst case'
     figure = draw_loads({'': _shares(counts)}, names, title, columns='experts', column_names=pairs)
     changed = [column for column in range(len(pairs)) if column // number != column % number]
@@ -110,24 +112,24 @@ def _flow_by_class(model: ModelResults, outcomes: RobustOutcomes) -> Picture:
     return Picture(f'{slug(model.name)}_flow_by_class', figure, f'{title}, as share of the class.', alt)
 
 
-def _class_table(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[str]) -> Table:
-    right, robust = outcomes.by_name[CLEAN].prediction == outcomes.label, outcomes.robust
-    changed = (outcomes.worst().expert != outcomes.by_name[CLEAN].expert).any(dim=1)
-    mixture = outcomes.by_name[CLEAN].expert.shape[1] > 0
+def _class_table(model: ModelResults) -> Table:
+    outcomes, clean = model.outcomes, model.outcomes.by_name[CLEAN]
+    columns = {'SA': clean.prediction == outcomes.label, 'worst case': outcomes.robust}
+    if clean.expert.shape[1]:
+        columns['routes changed'] = (outcomes.worst().expert != clean.expert).any(dim=1)
     rows = []
-    for label, name in enumerate(names):
+    for label, name in enumerate(model.model['class_names']):
         of_class = outcomes.label == label
         if of_class.any():
-            values = [right, robust, *([changed] if mixture else [])]
-            shares = [float(value[of_class].double().mean()) for value in values]
+            shares = [float(column[of_class].double().mean()) for column in columns.values()]
             rows.append((shares[1], (str(name), f'{int(of_class.sum()):,}', *map(share, shares))))
     rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
     left_out = f'; the {_MOST_CLASSES} least robust of {len(rows)}' if len(rows) > _MOST_CLASSES else ''
-    head = ('class', 'images', 'SA', 'worst case', *(['routes changed'] if mixture else []))
-    return Table(f'{model.name}, by class{left_out}', head, rows[:_MOST_CLASSES])
+    return Table(f'{model.name}, by class{left_out}', ('class', 'images', *columns), rows[:_MOST_CLASSES])
 
 
-def _confusion(model: ModelResults, outcomes: RobustOutcomes, names: Sequence[str]) -> Picture:
+def _confusion(model: ModelResults) -> Picture:
+    outcomes, names = model.outcomes, model.model['class_names']
     views = {'clean': outcomes.by_name[CLEAN].prediction, 'worst case': outcomes.worst().prediction}
     size = (len(names), len(names))
     counts = {view: count_pairs(outcomes.label, prediction, size) for view, prediction in views.items()}
@@ -145,12 +147,3 @@ def _shares(counts: np.ndarray) -> np.ndarray:
     """Each row divided by its sum; NaN where there is nothing."""
     total = counts.sum(axis=1, keepdims=True)
     return np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
-
-
-def _balls(attacks: Mapping[str, Mapping]) -> list[str]:
-    balls = (f'{attack_norm(cfg)}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
-    return list(dict.fromkeys(balls))
-
-
-def _with_steps(attacks: Mapping[str, Mapping]) -> list[str]:
-    return [f'{name} ({cfg["steps"]} steps)' if 'steps' in cfg else name for name, cfg in attacks.items()]

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
@@ -65,9 +63,6 @@ _CONTENT = {
     'curves.eps.*.eps curves.eps.*.ra',
     TRAINING: '*.*',
 }
-#: What NumPy raises on a file that is no archive of arrays, or a damaged one.
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, RuntimeError)
-_UNREADABLE += (zipfile.BadZipFile, zlib.error)
 _ARRAYS = tuple(array.name for array in fields(Examples))
 
 
@@ -228,6 +223,6 @@ def load_examples(path: Path) -> SavedExamples:
         patches = (*saved.patches_before, *saved.patches_after)
         if {len(array) for array in (*(content[name] for name in _ARRAYS), *patches)} != {len(examples)}:
             raise ValueError('the arrays are not of the same images')
-    except _UNREADABLE as error:
+    except Exception as error:  # a damaged archive can fail in any way
         raise DamagedFileError(f'{path} is damaged ({error}); remove it to have it made anew') from None
     return saved

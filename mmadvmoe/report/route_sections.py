@@ -82,15 +82,8 @@ def _attack_table(model: ModelResults) -> Table:
         outcome = found['attacks'].get(key)
         if outcome:
             rows.append((label, as_percent(outcome['ra']), share(outcome['route_changed']), *counts_of(outcome)))
-    head = (
-        'attack on',
-        'RA',
-        'routes changed',
-        'route kept, still right',
-        'route kept, flipped',
-        'route changed, still right',
-        'route changed, flipped',
-    )
+    counted = [f'route {route}, {after}' for route in ('kept', 'changed') for after in ('still right', 'flipped')]
+    head = ('attack on', 'RA', 'routes changed', *counted)
     caption = f'{model.name}: {found["num_images"]:,} images, {as_percent(found["sa"])} of them right without an attack'
     certified = found.get('routes_certified')
     if certified is not None:

@@ -42,12 +42,9 @@ def write_report(out_dir: Path, models: Sequence[ModelResults]) -> Path:
 def sections_of(models: Sequence[ModelResults]) -> list[Section]:
     """All sections that the results allow."""
     known = [model for model in models if model.model is not None]
-    makers = (
-        (facts, summary, curves, classes, dissection, flow, loads, images, patches, soundness, training, settings)
-        if known
-        else ()
-    )
-    return [section for section in (damaged(models), *(make(known) for make in makers)) if section.items]
+    makers = (facts, summary, curves, classes, dissection, flow, loads, images, patches, soundness, training, settings)
+    sections = [damaged(models), *(make(known) for make in makers if known)]
+    return [section for section in sections if section.items]
 
 
 def damaged(models: Sequence[ModelResults]) -> Section:
@@ -78,8 +75,8 @@ def summary(models: Sequence[ModelResults]) -> Section:
     labels |= {name: f'worst of {", ".join(members)} ({name})' for name, members in groups.items()}
     labels['worst'] = 'worst case of all'
     images_of = [model.run and model.run['settings']['data']['num_images'] for model in models]
-    of = [f' of {count:,}' if count is not None else '' for count in images_of] if _differ(images_of) else None
-    rows = [(label, _accuracies(models, name, of)) for name, label in labels.items()]
+    of = [f' of {count:,}' if count is not None and _differ(images_of) else '' for count in images_of]
+    rows = [(label, [_accuracy(*each, name) for each in zip(models, of)]) for name, label in labels.items()]
     rows.append(('routes changed, at most', [_routes_changed(model) for model in models]))
     rows.append(('busiest expert, clean', [_busiest(model) for model in models]))
     rows += [(label, [show(model.model['cost']) for model in models]) for label, show in _COSTS.items()]
@@ -140,10 +137,10 @@ def soundness(models: Sequence[ModelResults]) -> Section:
     return section
 
 
-def _accuracies(models: Sequence[ModelResults], name: str, of: Optional[Sequence[str]]) -> list[str]:
-    """An accuracy of each model, and of how many images where these differ."""
-    values = [(model.metrics or {}).get(name + _TOP1) for model in models]
-    return [ABSENT if v is None else f'{v:.1f}{count}' for v, count in zip(values, of or [''] * len(values))]
+def _accuracy(model: ModelResults, of: str, name: str) -> str:
+    """An accuracy, and ``of`` how many images."""
+    value = (model.metrics or {}).get(name + _TOP1)
+    return ABSENT if value is None else f'{value:.1f}{of}'
 
 
 def _differ(counts: Iterable[Optional[int]]) -> bool:
@@ -174,14 +171,11 @@ def _curves(model: ModelResults) -> Mapping:
 def _curve_lines(name: str, result: Mapping, key: str, color: int, several: bool) -> list[Line]:
     """Robust accuracy over a setting; of a mixture also what PGD through the gate alone would say."""
     points = result['curves'][key]
-    x = [point[key] for point in points]
+    x, ra = [point[key] for point in points], [point['ra'] for point in points]
+    gate = [point.get('gate', point['ra']) for point in points]
     label = f'{name} ({result["num_images"]:,} images)' if several else name
-    lines = [Line(label, x, [point['ra'] for point in points], color)]
-    if any(point.get('gate', point['ra']) != point['ra'] for point in points):
-        lines.append(
-            Line(f'{label}, gate alone', x, [point.get('gate', point['ra']) for point in points], color, stroke=1)
-        )
-    return lines
+    lines = [Line(label, x, ra, color)]
+    return lines if gate == ra else [*lines, Line(f'{label}, gate alone', x, gate, color, stroke=1)]
 
 
 def training(models: Sequence[ModelResults]) -> Section:
@@ -223,36 +217,27 @@ def settings(models: Sequence[ModelResults]) -> Section:
         own = [row for row in rows[model.name] if len(models) == 1 or row not in shared]
         section.items.append(Table(model.name, ('setting', 'value'), own, wide=True))
         section.items.append(Listing(f'Whole config of {model.name}', model.model['config_text']))
-    versions = [
-        ('python', platform.python_version()),
-        *((name, importlib.metadata.version(name)) for name in _PACKAGES),
-    ]
+    versions = [(name, importlib.metadata.version(name)) for name in _PACKAGES]
+    versions.insert(0, ('python', platform.python_version()))
     section.items.append(Table('Versions that made this page', ('', 'version'), versions))
     return section
 
 
 def _rows_of(model: ModelResults) -> list[tuple[str, str]]:
     rows = [(key, str(model.model[key])) for key in ('config', 'checkpoint', 'checkpoint_sha256', 'work_dir')]
-    for part, result in (('evaluation', model.run), ('dissection', model.dissection), ('soundness', model.soundness)):
-        rows += [(f'{part}: {key}', value) for key, value in _settings(result).items()]
+    if model.run:
+        settings = model.run['settings']
+        # The whole config is shown below the table.
+        shown = {key: value for key, value in settings['model'].items() if key != 'config'}
+        others = dict(versions=model.run['versions'], machine=model.run.get('machine', {}))
+        rows += _flat({**settings, 'model': shown, **others}, 'evaluation: ')
+    for part, found in dict(dissection=model.dissection, soundness=model.soundness).items():
+        rows += _flat({key: found[key] for key in _OF_A_TOOL}, f'{part}: ') if found else []
     return rows
 
 
-def _settings(result: Optional[Mapping[str, Any]]) -> dict[str, str]:
-    """Settings of a result as ``{name: text}``, nested ones with their path."""
-    if result is None:
-        return {}
-    if 'settings' not in result:
-        return dict(_flat({key: result[key] for key in _OF_A_TOOL}))
-    settings = result['settings']
-    # The whole config is shown below the table.
-    model = {key: value for key, value in settings['model'].items() if key != 'config'}
-    return dict(
-        _flat({**settings, 'model': model, 'versions': result['versions'], 'machine': result.get('machine', {})})
-    )
-
-
-def _flat(tree: Mapping[str, Any], path: str = '') -> list[tuple[str, str]]:
+def _flat(tree: Mapping[str, Any], path: str) -> list[tuple[str, str]]:
+    """Settings as (name, text), nested ones with their path."""
     flat = []
     for key, value in tree.items():
         if isinstance(value, Mapping) and value and 'type' not in value:
