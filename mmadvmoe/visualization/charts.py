@@ -105,26 +105,23 @@ def draw_parts(parts: Mapping[str, Mapping[str, float]], title: str, xlabel: str
     with style():
         names = list(next(iter(parts.values())))
         figure, axes = single_axes(1.5 + 0.45 * len(parts) + 0.2 * len(names), title, xlabel)
-        for row, counts in enumerate(parts.values()):
-            whole, left = sum(counts.values()), 0.0
-            for index, name in enumerate(names):
-                share = counts[name] / whole
-                axes.barh(
-                    row,
-                    100 * share,
-                    left=100 * left,
-                    height=0.6,
-                    color=PALETTE[index % len(PALETTE)],
-                    hatch=_HATCHES[index % len(_HATCHES)],
-                    edgecolor='white',
-                    linewidth=0.5,
-                    label=plain(name) if row == 0 else None,
-                )
-                if share >= _LABELLED_SHARE:
-                    box = dict(facecolor='white', edgecolor='none', pad=1.5)
-                    middle = 100 * (left + share / 2)
-                    axes.text(middle, row, f'{share:.0%}', ha='center', va='center', fontsize=8, bbox=box)
-                left += share
+        counts = np.array([[of_model[name] for name in names] for of_model in parts.values()])
+        shares = counts / counts.sum(axis=1, keepdims=True)
+        box = dict(facecolor='white', edgecolor='none', pad=1.5)
+        for index, name in enumerate(names):
+            bars = axes.barh(
+                range(len(parts)),
+                100 * shares[:, index],
+                left=100 * shares[:, :index].sum(axis=1),
+                height=0.6,
+                color=PALETTE[index % len(PALETTE)],
+                hatch=_HATCHES[index % len(_HATCHES)],
+                edgecolor='white',
+                linewidth=0.5,
+                label=plain(name),
+            )
+            numbers = [f'{share:.0%}' if share >= _LABELLED_SHARE else '' for share in shares[:, index]]
+            axes.bar_label(bars, numbers, label_type='center', fontsize=8, bbox=box)
         axes.set_yticks(range(len(parts)), [plain(name) for name in parts])
         axes.set_ylim(len(parts) - 0.5, -0.5)
         axes.set_xlim(0, 100)
@@ -166,13 +163,11 @@ def draw_loads(
         for axes, (name, load) in zip(panels, loads.items()):
             picture = axes.imshow(load, cmap=COLORMAP, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
             axes.set_title(plain(name), fontsize=9)
-            few = load.shape[1] <= _LABELLED_ROWS
             axes.set_xlabel(columns)
-            if few:
+            if load.shape[1] <= _LABELLED_ROWS:
                 shown = [plain(name) for name in column_names or range(load.shape[1])]
-                axes.set_xticks(
-                    range(len(shown)), shown, rotation=90 if len(''.join(shown)) * len(loads) > _LETTERS else 0
-                )
+                turned = len(''.join(shown)) * len(loads) > _LETTERS
+                axes.set_xticks(range(len(shown)), shown, rotation=90 if turned else 0)
             axes.grid(False)
             if load.shape[1] * len(loads) <= _LABELLED_COLUMNS and len(rows) <= _LABELLED_ROWS:
                 _label_cells(axes, load)
@@ -215,7 +210,7 @@ def draw_confusion(confusion: np.ndarray, groups: Sequence[Sequence[int]], names
 def _label_cells(axes: Axes, load: np.ndarray) -> None:
     for (row, column), share in np.ndenumerate(load):
         # Written so that NaN, and what would read 0%, is left out.
-        if share >= 0.005:
+        if share > 0.005:
             # The upper half of the colour map is light.
             color = 'black' if share > 0.5 else 'white'
             axes.text(column, row, f'{share:.0%}', ha='center', va='center', color=color, fontsize=7)
@@ -228,7 +223,6 @@ _ACCURACY = re.compile(r'^(?:(?P<attack>[^/]+)/)?accuracy/top1$')
 _LOSS = re.compile(r'^(?:(?P<turn>experts|router)/)?(?P<term>loss\w*)$')
 _RATE = re.compile(r'^(?:(?P<group>[^/]+)\.)?lr$')
 _SHARE = re.compile(r'^router/share_(?P<view>clean|adversarial)_(?P<expert>\d+)$')
-_X = 'iteration'
 
 
 def draw_training(scalars: Mapping[str, Points], selected: Optional[int] = None) -> dict[str, Figure]:
@@ -263,7 +257,7 @@ def draw_training(scalars: Mapping[str, Points], selected: Optional[int] = None)
     }
     mark = None if selected is None else (selected, 'the checkpoint')
     return {
-        name: draw_lines(lines, title, _X, ylabel, mark=mark, **options)
+        name: draw_lines(lines, title, 'iteration', ylabel, mark=mark, **options)
         for name, (lines, title, ylabel, options) in charts.items()
         if lines
     }

@@ -73,6 +73,9 @@ def test_loads_keep_their_scale_and_tell_their_numbers():
     assert np.array_equal(np.ma.filled(picture.get_array(), np.nan), load, equal_nan=True)
     assert [text.get_text() for text in clean.texts] == ['25%', '75%']
     assert [label.get_text() for label in clean.get_yticklabels()] == ['cat', 'dog']
+    # One image of 200 would read 0%.
+    seldom = draw_loads({'': np.array([[0.005, 0.25, 0.745]])}, ['cat'], 'load').axes[0]
+    assert [text.get_text() for text in seldom.texts] == ['25%', '74%']
 
 
 def test_loads_of_a_thousand_classes_stay_small():
@@ -97,7 +100,8 @@ def test_confusion_is_sorted_by_group_and_framed():
 
 def test_parts_fill_the_bar():
     (axes,) = draw_parts({'one': dict(robust=1, lost=3), 'two': dict(robust=2, lost=2)}, 'title', 'images').axes
-    assert [bar.get_width() for bar in axes.patches] == [25, 75, 50, 50]
+    assert [bar.get_width() for bar in axes.patches] == [25, 50, 75, 50]
+    assert [text.get_text() for text in axes.texts] == ['25%', '50%', '75%', '50%']
     assert len({bar.get_hatch() for bar in axes.patches}) == 2
 
 
