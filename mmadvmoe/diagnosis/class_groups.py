@@ -273,8 +273,8 @@ def try_router(
         with quiet():
             network.init_weights()
         victim = Victim(network, getattr(like.classifier, 'data_preprocessor', None), num_classes=num_groups)
-        alpha = min(threat.eps / 2, 1.0)
-        attack = build_attack(ThreatModel(threat.norm, threat.eps, alpha, _ATTACK_STEPS).attack('PGD'), victim)
+        learnt = ThreatModel(threat.norm, threat.eps, threat.eps / 2, _ATTACK_STEPS)
+        attack = build_attack(learnt.attack('PGD'), victim)
         _fit(victim, attack, train, groups.experts_of(train.labels, num_groups), iterations, batch_size)
     expert = groups.experts_of(test.labels, num_groups)
     attack = build_attack(threat.attack('PGD'), victim)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks import Victim, build_attack
 from mmadvmoe.diagnosis.class_groups import (
     Partition,
     RouterTrial,
@@ -122,6 +122,19 @@ def test_a_router_on_trial_holds_where_groups_differ_by_more_than_the_ball():
     assert trials[1] == trials[0] and not trials[2].pays
     assert torch.equal(before, torch.get_rng_state())
     assert default_router(data) == dict(type='MLPRouter', image_size=8, in_channels=1, hidden=16, pool=1)
+
+
+def test_a_router_learns_in_steps_of_half_the_radius_in_wide_balls_too(monkeypatch):
+    built = []
+
+    def noted(cfg, victim):
+        built.append(cfg)
+        return build_attack(cfg, victim)
+
+    monkeypatch.setattr('mmadvmoe.diagnosis.class_groups.build_attack', noted)
+    data, halved = bright_or_dark(8, contrast=0.3), Partition.of([0, 0, 1, 1], np.eye(4))
+    try_router(halved, data, data, ThreatModel('L1', 12.0, 1.0, 4), halves(), iterations=1)
+    assert [(cfg['eps'], cfg['alpha'], cfg['steps']) for cfg in built] == [(12, 6, 4), (12, 1, 4)]
 
 
 def test_a_router_that_always_says_the_same_does_not_pay():
