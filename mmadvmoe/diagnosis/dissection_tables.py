@@ -70,12 +70,7 @@ def _attacks(report: Mapping) -> str:
     if not is_moe:
         return text_table([*header[:2], 'kept', 'flipped'], [row[:4] for row in rows])
     counted = 'Attacks. Counts: route/prediction, of the images that are right without an attack'
-    table = f'{counted}\n{text_table(header, rows)}'
-    certified = report['routes_certified']
-    if certified is None:
-        return table
-    changed = report['attacks']['router']['route_changed']
-    return f'{table}\n{routes_text(certified, changed)}'
+    return '\n'.join(filter(None, [counted, text_table(header, rows), routes_text(report)]))
 
 
 def counts_of(found: Mapping) -> list[str]:
@@ -83,8 +78,15 @@ def counts_of(found: Mapping) -> list[str]:
     return [str(found['table'][route][after]) for route in ('kept', 'changed') for after in ('kept', 'flipped')]
 
 
-def routes_text(certified: float, changed: float) -> str:
-    """Shares of images whose route provably cannot change and whose route an attack changed, and what lies between."""
+def routes_text(report: Mapping) -> str:
+    """Shares of images whose route provably cannot change and whose route an attack changed, and what lies between.
+
+    Empty where there are no bounds, or where the file of an older version does not tell them.
+    """
+    certified = report.get('routes_certified')
+    if certified is None:
+        return ''
+    changed = report['attacks']['router']['route_changed']
     return (
         f'Routes: {certified:.1%} of the images provably keep theirs whatever the perturbation, {changed:.1%} lose it '
         f'to the attack on the router, {max(1 - certified - changed, 0):.1%} are open.'

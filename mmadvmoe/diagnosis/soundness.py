@@ -185,17 +185,15 @@ def measure_eps_curve(victim: Victim, data: Images, threat: ThreatModel) -> list
 
 def _point(bench: _Bench, at: float, where: str, threat: ThreatModel) -> Point:
     gate = bench.attack(f'PGD at {where}', threat)
-    return Point(
-        at, gate, bench.attack(f'RoutePGD at {where}', threat, 'RoutePGD') if bench.victim.num_routers else gate
-    )
+    routed = bench.attack(f'RoutePGD at {where}', threat, 'RoutePGD') if bench.victim.num_routers else gate
+    return Point(at, gate, routed)
 
 
 def _eps_curve(bench: _Bench, threat: ThreatModel, at_eps: Point) -> list[Point]:
     everything = ball.largest_distance(bench.data.images[0].numel(), threat.norm)
     radii = {factor * threat.eps for factor in EPS_FACTORS if factor * threat.eps < everything} | {everything}
     curve = [Point(0.0, bench.right, bench.right), at_eps]
-    for eps in sorted(radii - {threat.eps}):
-        curve.append(_point(bench, eps, f'eps {eps:.4g}', threat.scaled(eps)))
+    curve += [_point(bench, eps, f'eps {eps:.4g}', threat.scaled(eps)) for eps in sorted(radii - {threat.eps})]
     return sorted(curve, key=lambda each: each.at)
 
 

@@ -152,10 +152,9 @@ def unit_batch(
     if hasattr(data_preprocessor, 'to_unit'):
         images = data_preprocessor.to_unit(images)
     else:
-        pixels = (
-            images * data_preprocessor.std + data_preprocessor.mean if data_preprocessor._enable_normalize else images
-        )
-        images = pixels / 255
+        if data_preprocessor._enable_normalize:
+            images = images * data_preprocessor.std + data_preprocessor.mean
+        images = images / 255
     if exact and images.shape[1:] == batch['inputs'][0].shape:
         # Undo the rounding of the way through normalisation and back.
         images = (images * 255).round() / 255

@@ -85,10 +85,7 @@ def _attack_table(model: ModelResults) -> Table:
     counted = [f'route {route}, {after}' for route in ('kept', 'changed') for after in ('still right', 'flipped')]
     head = ('attack on', 'RA', 'routes changed', *counted)
     caption = f'{model.name}: {found["num_images"]:,} images, {as_percent(found["sa"])} of them right without an attack'
-    certified = found.get('routes_certified')
-    if certified is not None:
-        caption += f'. {routes_text(certified, found["attacks"]["router"]["route_changed"])}'
-    return Table(caption, head, rows, wide=True)
+    return Table('. '.join(filter(None, [caption, routes_text(found)])), head, rows, wide=True)
 
 
 def _expert_table(model: ModelResults) -> Table:
