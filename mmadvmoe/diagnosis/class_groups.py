@@ -105,9 +105,8 @@ def find_class_groups(
     if stirling2(classes, num_groups, exact=True) <= _MOST_PARTITIONS:
         candidates = _all_partitions(classes, num_groups)
     else:
-        candidates = (
-            _improved(start, confusion, num_groups, max_load) for start in _clusterings(confusion, num_groups)
-        )
+        starts = _clusterings(confusion, num_groups)
+        candidates = (_improved(start, confusion, num_groups, max_load) for start in starts)
     best: dict[tuple, Partition] = {}
     while batch := list(islice(candidates, _BATCH)):
         group_of = np.stack(batch)
@@ -168,9 +167,8 @@ def _clusterings(confusion: np.ndarray, num_groups: int) -> Iterator[np.ndarray]
     alike = rates + rates.T + 1e-4
     np.fill_diagonal(alike, alike.max())
     for linkage in _LINKAGES:
-        yield AgglomerativeClustering(num_groups, metric='precomputed', linkage=linkage).fit_predict(
-            alike.max() - alike
-        )
+        clustering = AgglomerativeClustering(num_groups, metric='precomputed', linkage=linkage)
+        yield clustering.fit_predict(alike.max() - alike)
     for seed in _SEEDS:
         yield SpectralClustering(num_groups, affinity='precomputed', random_state=seed).fit_predict(alike)
 

@@ -333,11 +333,6 @@ def _identity(run: Mapping) -> str:
 
 
 def _is_part(part: Any) -> bool:
-    names = {field.name for field in fields(Outcome)}
     keys = {'index', 'name', 'place', 'label', 'digest', 'run', 'outcome'}
-    return (
-        isinstance(part, dict)
-        and keys <= part.keys()
-        and isinstance(part['outcome'], dict)
-        and (part['outcome'].keys() == names)
-    )
+    outcome = part['outcome'] if isinstance(part, dict) and keys <= part.keys() else None
+    return isinstance(outcome, dict) and outcome.keys() == {field.name for field in fields(Outcome)}

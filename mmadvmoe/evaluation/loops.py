@@ -106,10 +106,8 @@ class _RobustLoop:
         for idx, (number, batch) in enumerate(zip(sampler.chunks(), self.dataloader)):
             self.runner.call_hook(f'before_{self.mode}_iter', batch_idx=idx, data_batch=batch)
             indices = sampler.chunk(number)
-            chunk = Chunk(
-                number, indices, *unit_batch(self.data_preprocessor, batch, indices, f'{self.mode}_dataloader')
-            )
-            part = self.evaluation.evaluate(chunk)
+            images, labels = unit_batch(self.data_preprocessor, batch, indices, f'{self.mode}_dataloader')
+            part = self.evaluation.evaluate(Chunk(number, indices, images, labels))
             samples = as_data_samples(part.by_name[CLEAN], part.index, part.label)
             for index, sample, given in zip(indices, samples, batch['data_samples']):
                 # What hooks call the image; MMPretrain's would count chunks, as if they were of one size.
