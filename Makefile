@@ -45,4 +45,4 @@ lint: $(STAMP)
 
 test: lint
 	@echo "==> tests: the whole suite, on the CPU, one process for each core; the slowest ones are listed at the end"
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=10
+	CUDA_VISIBLE_DEVICES=-1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=10

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ def list_models(pattern: str = '*', pretrained: bool = False) -> list[str]:
 
 
 def get_model(
-    name: str, pretrained: Union[bool, str, Path] = False, device: Union[str, torch.device] = 'cpu'
+    name: str, pretrained: bool | str | Path = False, device: str | torch.device = 'cpu'
 ) -> NormalizedClassifier:
     """A model of this package by its name, as a plain module: images in [0, 1] to class logits.
 
@@ -87,7 +86,7 @@ def get_model(
 
 
 def load_robust_model(
-    config: Union[str, Path, Config], checkpoint: Union[str, Path], device: Union[str, torch.device] = 'cpu'
+    config: str | Path | Config, checkpoint: str | Path, device: str | torch.device = 'cpu'
 ) -> NormalizedClassifier:
     """Load a trained classifier as a plain module: images in [0, 1] to class logits.
 
@@ -134,7 +133,7 @@ def _build_classifier(config: Mapping) -> nn.Module:
 
 @torch.no_grad()
 def inference(
-    model: Union[NormalizedClassifier, Victim], images: Union[Tensor, np.ndarray], batch_size: int = 256
+    model: NormalizedClassifier | Victim, images: Tensor | np.ndarray, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Class probabilities of images, and the experts that computed them.
 
@@ -168,7 +167,7 @@ def inference(
     return torch.cat(probabilities), torch.cat(experts)
 
 
-def _as_batch(images: Union[Tensor, np.ndarray]) -> Tensor:
+def _as_batch(images: Tensor | np.ndarray) -> Tensor:
     """Images as (B, C, H, W), their numbers as they are."""
     if isinstance(images, np.ndarray):
         # A copy, in an order that tensors can have.
@@ -214,17 +213,17 @@ class RobustnessResult:
 def evaluate_robustness(
     model: nn.Module,
     data: Data,
-    attacks: Union[Mapping[str, Mapping], Sequence[str]],
+    attacks: Mapping[str, Mapping] | Sequence[str],
     *,
-    eps: Optional[float] = None,
-    norm: Optional[str] = None,
+    eps: float | None = None,
+    norm: str | None = None,
     cascade: bool = False,
     chunk_size: int = 128,
     seed: int = 0,
-    out_dir: Union[str, Path, None] = None,
+    out_dir: str | Path | None = None,
     overwrite: bool = False,
-    device: Union[str, torch.device, None] = None,
-    num_classes: Optional[int] = None,
+    device: str | torch.device | None = None,
+    num_classes: int | None = None,
 ) -> RobustnessResult:
     """Measure the accuracy of a classifier under attacks, and the worst case of each image over all of them.
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from mmengine.analysis import FlopAnalyzer
@@ -60,7 +60,7 @@ class Cost:
         return 100.0 * (1.0 - self.gflops / dense.gflops)
 
 
-def count_cost(model: Union[Mapping, nn.Module], input_shape: Optional[Sequence[int]] = None) -> Cost:
+def count_cost(model: Mapping | nn.Module, input_shape: Sequence[int] | None = None) -> Cost:
     """Count the cost of a classifier by running it once, on one image.
 
     A mixture runs one pathway for one image, so what is counted is what is run. A network that computes more than it
@@ -162,7 +162,7 @@ def image_must_fit(shape: Sequence[int], advice: str) -> Iterator[None]:
         raise
 
 
-def input_shape_of(cfg: Mapping[str, Any], size: Optional[tuple[int, int]] = None) -> tuple[int, int, int]:
+def input_shape_of(cfg: Mapping[str, Any], size: tuple[int, int] | None = None) -> tuple[int, int, int]:
     """(C, H, W) of the images that a config's training pipeline gives, or would give were their size (H, W).
 
     The size is that of the last transform that sets a square one, or else the ``image_shape`` of the data set's class,

@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from mmengine.model import BaseAveragedModel, is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
@@ -30,6 +31,11 @@ def bare_model(model: nn.Module) -> nn.Module:
     if type(model) is nn.Sequential and len(model) == 1 and not (model._forward_hooks or model._forward_pre_hooks):
         return bare_model(model[0])
     return model
+
+
+def single_wrappers(optim_wrapper: OptimWrapper | OptimWrapperDict) -> list[OptimWrapper]:
+    """The optimizer wrappers of a training, of which one in turns has two."""
+    return list(optim_wrapper.values()) if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
 
 
 def checkpointing(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -73,7 +79,7 @@ def some(parts: Iterable[Any], most: int = 5, separator: str = ', ') -> str:
     return (separator.join(parts[:most]) or 'nothing') + more
 
 
-def type_name(kind: Union[str, type]) -> str:
+def type_name(kind: str | type) -> str:
     """A type as configs give it, a name with or without a scope or a class, as its name without a scope."""
     return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
 
@@ -94,7 +100,7 @@ def as_plain(value: Any) -> Any:
     return value.__name__ if isinstance(value, (type, FunctionType)) else repr(value)
 
 
-def write_atomically(path: Union[str, Path], content: bytes) -> None:
+def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file under another name, force it to disk, and rename it over the old one; missing folders are made.
 
     Raises:

@@ -16,7 +16,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from mmadvmoe.moe import split_parameters
-from mmadvmoe.runtime.preflight import check_config
+from mmadvmoe.runtime import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The documents whose Python examples are files.

@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Optional
 
 from scipy.stats import t as student
 from sweep import read
@@ -46,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows_of(records: Sequence[Mapping], wanted: Optional[Sequence[str]] = None) -> dict[str, list[Mapping]]:
+def rows_of(records: Sequence[Mapping], wanted: Sequence[str] | None = None) -> dict[str, list[Mapping]]:
     """The runs of each row, by its label, in the order wanted or else that of the runs.
 
     Raises:
@@ -77,7 +76,7 @@ def what(record: Mapping) -> tuple:
     return record['config'], record.get('settings', []), record['cfg_options']
 
 
-def columns_of(rows: Mapping[str, Sequence[Mapping]], wanted: Optional[Sequence[str]] = None) -> dict[str, str]:
+def columns_of(rows: Mapping[str, Sequence[Mapping]], wanted: Sequence[str] | None = None) -> dict[str, str]:
     """Title of each accuracy by its name: those wanted (``NAME[=TITLE]``), or else all, the worst case last."""
     metrics = [metric for runs in rows.values() for record in done(runs) for metric in record['metrics']]
     names = dict.fromkeys(metric.removesuffix(SUFFIX) for metric in metrics if metric.endswith(SUFFIX))
@@ -87,7 +86,7 @@ def columns_of(rows: Mapping[str, Sequence[Mapping]], wanted: Optional[Sequence[
     return {name: 'SA' if name == 'clean' else name for name in sorted(names, key=lambda name: name == 'worst')}
 
 
-def done(runs: Sequence[Mapping], metric: Optional[str] = None) -> list[Mapping]:
+def done(runs: Sequence[Mapping], metric: str | None = None) -> list[Mapping]:
     """The runs that did not fail and, if one is named, have a metric: dense networks have no held routes."""
     return [r for r in runs if r['status'] == 'done' and (metric is None or metric in r['metrics'])]
 
@@ -97,9 +96,7 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return '\n'.join(['| ' + ' | '.join(header) + ' |', ruler, *('| ' + ' | '.join(line) + ' |' for line in lines)])
 
 
-def table(
-    rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str], training_time: Optional[str] = None
-) -> str:
+def table(rows: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str], training_time: str | None = None) -> str:
     """The rows as a table, and below it the runs that failed."""
     header = ['method', *columns.values(), *([title_of(training_time)] if training_time else []), 'busiest expert']
     header += ['multiply-adds with router', 'router', 'parameters', 'active', 'runs']
@@ -191,7 +188,7 @@ def differences(rows: Mapping[str, Sequence[Mapping]], baseline: str, metric: st
     return markdown([f'against {baseline}', 'mean difference', '95% interval', 'pairs'], lines)
 
 
-def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, training_time: Optional[str] = None) -> None:
+def plot(rows: Mapping[str, Sequence[Mapping]], metric: str, path: Path, training_time: str | None = None) -> None:
     """Draw the mean of a metric against the cost of one image or of training, with the range over seeds."""
     from matplotlib.figure import Figure
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from mmadvmoe.evaluation.folder import read_metrics
+
 COLUMNS = dict(SA='clean', PGD='pgd50', RoutePGD='routepgd50', RA='ra', AutoAttack='autoattack', worst='worst')
 #: Rows by the name of their files, in their order.
 NAMES = dict(
@@ -34,13 +36,13 @@ def read(folder: Path) -> list[dict]:
     """One entry for each row and seed, in the order of the table: accuracies in per cent, and seconds of training."""
     found = []
     for name in NAMES:
-        for path in sorted(folder.glob(f'{name}_*.json')):
-            seed = path.stem.removeprefix(f'{name}_')
-            if not seed.isdigit():
+        for path in sorted(folder.glob(f'outcomes_{name}_*')):
+            seed = path.name.removeprefix(f'outcomes_{name}_')
+            metrics = read_metrics(path) if seed.isdigit() else None
+            if metrics is None:
                 continue
-            metrics = json.loads(path.read_text(encoding='utf-8'))
             accuracies = {key: metrics.get(f'{attack}/accuracy/top1') for key, attack in COLUMNS.items()}
-            log = folder / f'train_{path.stem}.done'
+            log = folder / f'train_{name}_{seed}.done'
             seconds = re.findall(r'^(\d+) s$', log.read_text(encoding='utf-8'), re.MULTILINE) if log.exists() else []
             found.append(dict(row=name, seed=int(seed), train_seconds=sum(map(int, seconds)), **accuracies))
     return found

@@ -25,13 +25,16 @@ advmoe_stabilised:advmoe_resnet18_cifar10_fast_stabilised.py:1
 advmoe:advmoe_resnet18_cifar10_fast.py:2
 "
 ROWS=${ROWS:-$(echo "$TABLE" | cut -d: -f1 | xargs)}
+# MMEngine would train on a GPU that it sees.
+if [ "$DEVICE" = cpu ]; then export CUDA_VISIBLE_DEVICES=-1; fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
 case $DATA in *[[:space:]]*) echo "DATA=$DATA: a path without white space, please; make a link" >&2 && exit 2 ;; esac
 # What is there must not pass for the same with other settings.
 settings="DEVICE=$DEVICE SHORT=$SHORT EPOCHS=$EPOCHS DATA=$DATA"
-if [ -e "$OUT/settings" ] && compgen -G "$OUT/*.done" >/dev/null && [ "$(cat "$OUT/settings")" != "$settings" ]; then
-    echo "$OUT holds parts made with $(cat "$OUT/settings"), not with $settings: choose another OUT" >&2
+before=$(cat "$OUT/settings" 2>/dev/null || echo 'settings that nobody wrote down')
+if compgen -G "$OUT/*.done" >/dev/null && [ "$before" != "$settings" ]; then
+    echo "$OUT holds parts made with $before, not with $settings: choose another OUT" >&2
     exit 2
 fi
 echo "$settings" >"$OUT/settings"
@@ -45,11 +48,11 @@ run() {
         return
     fi
     echo "== $name: $*"
-    local start=$SECONDS
+    current=$name start=$SECONDS
     local ended=0
     "$@" >>"$OUT/$name.log" 2>&1 || ended=$?
-    # One line for each start, of which a training that goes on has several.
-    echo "$((SECONDS - start)) s" >>"$OUT/$name.log"
+    note_seconds
+    current=
     if [ "$ended" = 0 ]; then
         mv "$OUT/$name.log" "$OUT/$name.done"
     else
@@ -58,7 +61,11 @@ run() {
         failed="$failed $name"
     fi
 }
-failed=
+failed= current=
+
+# One line for each start of a part, of which a training that goes on has several; also where this script is stopped.
+note_seconds() { if [ "$current" ]; then echo "$((SECONDS - start)) s" >>"$OUT/$current.log"; fi; }
+trap note_seconds EXIT
 
 tests() {
     local some=()
@@ -127,7 +134,7 @@ table() {
             [ -e "$OUT/train_${name}_$seed.done" ] || continue
             # shellcheck disable=SC2046
             run "test_${name}_$seed" "$PYTHON" tools/test.py "configs/$config" "$folder/epoch_$epochs.pth" \
-                --work-dir "$folder/test" --out "$OUT/${name}_$seed.json" --out-item metrics \
+                --work-dir "$folder/test" --out "$OUT/outcomes_${name}_$seed" \
                 $(if [ "$SHORT" = 1 ]; then echo --attacks pgd50; fi) --cfg-options $(options "$name" "$seed" "$epochs")
         done
     done

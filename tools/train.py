@@ -4,6 +4,7 @@ import argparse
 
 from mmengine.config import Config
 
+from mmadvmoe.runtime import check_config
 from mmadvmoe.runtime.config_checks import keywords_named
 from mmadvmoe.runtime.launch import (
     add_common_arguments,
@@ -15,7 +16,7 @@ from mmadvmoe.runtime.launch import (
     merge_common_arguments,
     prepare_distributed,
 )
-from mmadvmoe.runtime.preflight import check_batches, check_config
+from mmadvmoe.runtime.preflight import check_batches
 from mmadvmoe.training.dry_run import dry_run
 from mmadvmoe.utils import type_name
 

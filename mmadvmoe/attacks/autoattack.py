@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torchattacks
@@ -127,7 +127,7 @@ class AutoAttack(Attack):
         norm: str = 'Linf',
         eps: float = 8 / 255,
         version: str = 'standard',
-        attacks_to_run: Optional[Sequence[str]] = None,
+        attacks_to_run: Sequence[str] | None = None,
         n_classes: int = 10,
         steps: int = 100,
         n_queries: int = 5000,
@@ -189,7 +189,7 @@ class AutoAttack(Attack):
         targets = min(_TARGETS, self.n_classes - 1) if name in ('apgd-t', 'fab-t') else 1
         return self.steps * targets
 
-    def authors_part(self, name: str, model: Optional[Callable] = None) -> Any:
+    def authors_part(self, name: str, model: Callable | None = None) -> Any:
         """One attack of the ensemble, with the settings of this one, on ``model`` in place of its own."""
         settings = dict(norm=self.norm, eps=self.eps, seed=self.seed, device=self.device)
         settings |= dict(steps=self.steps, n_queries=self.n_queries)
@@ -199,7 +199,7 @@ class AutoAttack(Attack):
         return self.get_logits(images).argmax(1) == labels
 
 
-def _existing(name: str, num_classes: int, version: str) -> Optional[str]:
+def _existing(name: str, num_classes: int, version: str) -> str | None:
     """The attack itself, one that stands in for it, or None where there is none for so few classes."""
     if num_classes >= _NEEDED_CLASSES.get(name, 2):
         return name
@@ -266,7 +266,7 @@ class PassProgress:
         parts: Mapping[str, int],
         num_images: int,
         name: str,
-        terminal: Optional[bool] = None,
+        terminal: bool | None = None,
         interval: float = 60.0,
     ) -> None:
         self._model, self._left, self._num_images, self._name = model, dict(parts), num_images, name

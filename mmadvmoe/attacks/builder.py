@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ class NonFiniteImagesError(ValueError):
     """An attack gave images that are not finite, or followed gradients that are NaN."""
 
 
-def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
+def build_attack(cfg: Mapping, model: Victim | nn.Module) -> BoundAttack:
     """Build an attack on a model.
 
     Args:
@@ -94,7 +93,7 @@ def build_attack(cfg: Mapping, model: Union[Victim, nn.Module]) -> BoundAttack:
     )
 
 
-def attack_class(kind: Union[str, type]) -> type[Attack]:
+def attack_class(kind: str | type) -> type[Attack]:
     """The class of an attack, by its name in ``ATTACKS`` or itself.
 
     Raises:
@@ -112,7 +111,7 @@ def attack_class(kind: Union[str, type]) -> type[Attack]:
     return cls
 
 
-def _build(cls: type[Attack], arguments: dict, aim: Optional[Callable], view: Victim) -> Attack:
+def _build(cls: type[Attack], arguments: dict, aim: Callable | None, view: Victim) -> Attack:
     attack = cls(view, **arguments)
     if aim is not None:
         aim(attack)
@@ -152,7 +151,7 @@ class BoundAttack:
         name: str,
         build: Callable[[Victim], Attack],
         victim: Victim,
-        eps: Optional[float] = None,
+        eps: float | None = None,
         norm: str = 'Linf',
         soft_labels: bool = False,
         own_seed: bool = False,
@@ -177,7 +176,7 @@ class BoundAttack:
     def __repr__(self) -> str:
         return f'BoundAttack({self.attack!r})'
 
-    def __call__(self, images: Tensor, labels: Optional[Tensor] = None, seed: Optional[int] = None) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor | None = None, seed: int | None = None) -> Tensor:
         """Attack a batch.
 
         Args:
@@ -216,11 +215,11 @@ class BoundAttack:
         return any(part.attack_mode == 'targeted(label)' for part in parts)
 
     @property
-    def steps(self) -> Optional[int]:
+    def steps(self) -> int | None:
         """Iterations of the attack; None where it has none."""
         return getattr(self.attack, 'steps', None)
 
-    def check_radius(self, num_values: int, name: Optional[str] = None) -> None:
+    def check_radius(self, num_values: int, name: str | None = None) -> None:
         """Check that the ball is not larger than the space of images of C·H·W values.
 
         Raises:
@@ -234,7 +233,7 @@ class BoundAttack:
                 f'eps={self.eps:g} / 255'
             )
 
-    def _run(self, images: Tensor, labels: Optional[Tensor], seed: Optional[int]) -> Tensor:
+    def _run(self, images: Tensor, labels: Tensor | None, seed: int | None) -> Tensor:
         if not self._hold_routes:
             return _run_seeded(self.attack, images, labels, seed)
         routes, which = clean_route(self.victim, images).unique(dim=0, return_inverse=True)
@@ -245,7 +244,7 @@ class BoundAttack:
             adversarial[rows] = _run_seeded(attack, images[rows], None if labels is None else labels[rows], seed)
         return adversarial
 
-    def _checked(self, images: Tensor, labels: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+    def _checked(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Copies of images and labels, after checks that take one transfer to the host."""
         if not torch.is_floating_point(images) or images.dim() != 4:
             raise TypeError(
@@ -265,7 +264,7 @@ class BoundAttack:
         self.check_radius(images[0].numel())
         return images.clamp_(0, 1), labels
 
-    def _checked_labels(self, labels: Optional[Tensor], images: Tensor) -> Optional[Tensor]:
+    def _checked_labels(self, labels: Tensor | None, images: Tensor) -> Tensor | None:
         """A copy of the labels beside the images, checked but for their range."""
         if labels is None:
             if self.needs_labels:
@@ -289,7 +288,7 @@ class BoundAttack:
         return labels.long()
 
     @contextmanager
-    def _random_state(self, device: torch.device, seed: Optional[int]) -> Iterator[Optional[int]]:
+    def _random_state(self, device: torch.device, seed: int | None) -> Iterator[int | None]:
         """Draw from ``seed`` inside, or from the ambient state, which the attack must not reset; give the seed."""
         if seed is None and self._resets_seed and not self._own_seed:
             seed = int(torch.randint(2**31, ()))
@@ -311,7 +310,7 @@ class BoundAttack:
             np.random.set_state(before[1])
 
 
-def _run_seeded(attack: Attack, images: Tensor, labels: Optional[Tensor], seed: Optional[int]) -> Tensor:
+def _run_seeded(attack: Attack, images: Tensor, labels: Tensor | None, seed: int | None) -> Tensor:
     """Run an attack whose parts draw from seeds of their own, if one is given."""
     attack.set_device(images.device)
     parts = _seeded_parts(attack)

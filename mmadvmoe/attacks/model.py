@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from mmpretrain.models.classifiers import BaseClassifier
@@ -41,7 +41,7 @@ class NormalizedClassifier(nn.Module):
     """
 
     def __init__(
-        self, classifier: nn.Module, preprocessor: Optional[nn.Module] = None, num_classes: Optional[int] = None
+        self, classifier: nn.Module, preprocessor: nn.Module | None = None, num_classes: int | None = None
     ) -> None:
         super().__init__()
         classifier = bare_model(classifier)
@@ -90,7 +90,7 @@ class NormalizedClassifier(nn.Module):
             self.classifier.training = mode
 
     @property
-    def num_classes(self) -> Optional[int]:
+    def num_classes(self) -> int | None:
         """K: what was given, else the width of the logits of the last pass, else what the classifier tells, or None.
 
         A module of someone else may mean anything by ``num_classes``, so it is not asked.
@@ -149,7 +149,7 @@ class NormalizedClassifier(nn.Module):
         return self._checked(self.classifier(self._inputs(images)))
 
     def forward_routed(
-        self, images: Tensor, route: Optional[Route] = None, with_logits: bool = True, gated: bool = True
+        self, images: Tensor, route: Route | None = None, with_logits: bool = True, gated: bool = True
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits, and the decisions of the routers that led to them.
 
@@ -229,7 +229,7 @@ class _OfThread(threading.local):
     """How often this thread holds a model frozen, and the gradients it watches, if it does; others must not decide."""
 
     depth = 0
-    seen: Optional[list[Tensor]] = None
+    seen: list[Tensor] | None = None
 
 
 class _Freeze:

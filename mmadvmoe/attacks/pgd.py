@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmadvmoe.moe import Routing
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import choose
 
@@ -64,7 +63,10 @@ class PGD(BallAttack):
         images, labels = images.detach().to(self.device), labels.to(self.device)
         if self.targeted:
             labels = self.get_target_label(images, labels)
-        held = self._clean_routings(images) if self.route == 'held' and self.model.num_routers else None
+        held = None
+        if self.route == 'held' and self.model.num_routers:
+            with torch.no_grad():
+                held = tuple(routing.detach() for routing in self.model.decide_routes(images))
 
         def losses(points: Tensor, rows: Tensor, route: tuple | None) -> tuple[Tensor, Tensor]:
             """What is maximised (b,), and whether the image is fooled (b,)."""
@@ -101,10 +103,6 @@ class PGD(BallAttack):
             adversarial[remaining[better]], largest[remaining[better]] = points[better], loss[better]
             remaining = remaining[~fooled]
         return adversarial
-
-    @torch.no_grad()
-    def _clean_routings(self, images: Tensor) -> tuple[Routing, ...]:
-        return tuple(routing.detach() for routing in self.model.decide_routes(images))
 
     def _logits(self, points: Tensor, route: tuple | None) -> Tensor:
         if route is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmadvmoe.registry import ATTACKS
 
-from .steps import BallAttack, by_largest_entry
+from .steps import Ascent, BallAttack, by_largest_entry
 from .views import Victim, decisions, in_spreads
 
 
@@ -41,10 +41,15 @@ class RoutePGD(BallAttack):
     checked with a forward pass of its own, and with token-level routing, where hardly an image has all its tokens
     follow, every point is. An image is robust when it survives all runs; a fooled one is not attacked any further.
     Images that are misclassified as they are come back unchanged. N + 1 runs of ``steps`` steps (N + 2 with token-level
-    routing); on a model without routers it is one run of PGD (arXiv:1706.06083) by these rules. Training on it sees
-    wrong images as they are, and others where they first fool: friendly adversarial training (arXiv:2002.11242).
+    routing); on a model without routers it is one run of PGD (arXiv:1706.06083) by these rules.
 
-    Arguments are those of :class:`BallAttack`.
+    To train on such images is friendly adversarial training (arXiv:2002.11242): wrong ones are learned as they are,
+    others from where they first fool. With ``stop_at_first=False`` every image makes all steps of all runs instead, and
+    comes back from the end of that run after which the model prefers another class to its label by most.
+
+    Args:
+        model, eps, alpha, steps, random_start, norm, restarts: See :class:`BallAttack`.
+        stop_at_first (bool): Leave an image alone once it fools the model. Defaults to True.
 
     Raises:
         TypeError: The model is not a :class:`Victim`, or does not tell its routes as one does.
@@ -53,6 +58,20 @@ class RoutePGD(BallAttack):
 
     # Which routes are taken is its own business.
     own_routes = True
+
+    def __init__(
+        self,
+        model: Victim,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 50,
+        random_start: bool = True,
+        norm: str = 'Linf',
+        restarts: int = 1,
+        stop_at_first: bool = True,
+    ) -> None:
+        super().__init__(model, eps, alpha, steps, random_start, norm, restarts)
+        self.stop_at_first = stop_at_first
 
     def _check_model(self, model: Victim) -> None:
         if not hasattr(model, 'forward_routed'):
@@ -63,16 +82,29 @@ class RoutePGD(BallAttack):
         images, labels = images.detach().to(self.device), labels.to(self.device)
         with torch.no_grad():
             logits, routings = self.model.forward_routed(images)
-        adversarial = images.clone()
-        robust = (logits.argmax(1) == labels).nonzero().squeeze(1)
+        adversarial, worst = images.clone(), torch.full_like(logits[:, 0], -torch.inf)
+        left = torch.arange(len(images), device=self.device)
+        if self.stop_at_first:
+            left = left[logits.argmax(1) == labels]
         for route, push in self.restarts * list(self._runs(routings, images)):
             start = self._start(images)
-            if not len(robust):
+            if not len(left):
                 break
-            given = None if route is None else route[robust]
-            found, fooled = self._run(start[robust], images[robust], labels[robust], given, push)
-            adversarial[robust] = found
-            robust = robust[~fooled]
+            given = None if route is None else route[left]
+            found, fooled = self._climb(self._ascent(labels[left], given, push), start[left], images[left])
+            rest = (~fooled).nonzero().squeeze(1)
+            if len(rest):
+                with torch.no_grad():
+                    logits = self.model(found[rest])
+                fooled[rest] = logits.argmax(1) != labels[left[rest]]
+            if self.stop_at_first:
+                adversarial[left] = found
+                left = left[~fooled]
+                continue
+            label = labels[:, None]
+            margin = (logits.scatter(1, label, -torch.inf).amax(1) - logits.gather(1, label).squeeze(1)).to(worst)
+            adversarial[margin > worst] = found[margin > worst]
+            worst = worst.maximum(margin)
         return adversarial
 
     def _runs(self, routings: tuple, images: Tensor) -> Iterator[tuple[Tensor | None, bool]]:
@@ -86,33 +118,28 @@ class RoutePGD(BallAttack):
         for expert in range(self.model.num_experts):
             yield torch.full((len(images),), expert, device=self.device), True
 
-    def _run(
-        self, points: Tensor, images: Tensor, labels: Tensor, route: Tensor | None, push: bool
-    ) -> tuple[Tensor, Tensor]:
-        """One run of PGD: the adversarial images, and which of them fool the model (B,)."""
+    def _ascent(self, labels: Tensor, route: Tensor | None, push: bool) -> Ascent:
+        """What one run climbs, and where it stops."""
 
-        def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        def ascent(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
             target, given = labels[rows], None if route is None else route[rows]
             logits, routings = self.model.forward_routed(points, route=given, gated=False)
             certain = _followed(routings, given, logits)
-            hit = (logits.argmax(1) != target) & certain
-            if _of_tokens(routings) and not certain.all():
-                with torch.no_grad():
-                    hit[~certain] = self.model(points[~certain]).argmax(1) != target[~certain]
-            if hit.all():
-                return torch.zeros_like(points), hit
+            hit = None
+            if self.stop_at_first:
+                hit = (logits.argmax(1) != target) & certain
+                if _of_tokens(routings) and not certain.all():
+                    with torch.no_grad():
+                        hit[~certain] = self.model(points[~certain]).argmax(1) != target[~certain]
+                if hit.all():
+                    return torch.zeros_like(points), hit
             (grad,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction='sum'), points, retain_graph=push)
             if push and not certain.all():
                 (to_route,) = torch.autograd.grad(_margins(routings, given), points)
                 grad = _unit(grad) + _unit(to_route)
             return grad, hit
 
-        result, fooled = self._climb(objective, points, images)
-        rest = (~fooled).nonzero().squeeze(1)
-        if len(rest):
-            with torch.no_grad():
-                fooled[rest] = self.model(result[rest]).argmax(1) != labels[rest]
-        return result, fooled
+        return ascent
 
 
 class ForcedRoutePGD(RoutePGD):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -113,7 +112,7 @@ class ClassGroupAttack(_OnRouters):
         self,
         model: Victim,
         groups: Groups = MODULO,
-        classes: Union[None, str, Sequence[str]] = None,
+        classes: None | str | Sequence[str] = None,
         eps: float = 8 / 255,
         alpha: float = 4 / 255,
         steps: int = 4,

@@ -6,12 +6,14 @@ And what must be known about torchattacks' classes, which are put into the regis
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any
 
 import torchattacks
+from mmengine.logging import print_log
 from torch import Tensor
 from torchattacks.attack import Attack
 
@@ -36,7 +38,7 @@ TARGETS = {
 }
 #: ``targeted`` in the config of an attack: a name in :data:`TARGETS`; a dict of it as ``by`` and what that method of
 #: torchattacks takes; or a function of images and labels.
-Targeted = Union[str, Mapping[str, Any], Callable]
+Targeted = str | Mapping[str, Any] | Callable
 
 #: Attacks that hand the labels to a cross entropy and to nothing else, so that class
 #: probabilities (B, K) do as well as class indices (B,).
@@ -70,7 +72,7 @@ def with_defaults(parameters: Mapping[str, inspect.Parameter], arguments: Mappin
     return {key: each.default for key, each in parameters.items() if each.default is not each.empty} | dict(arguments)
 
 
-def radius_key(values: Mapping[str, Any]) -> Optional[str]:
+def radius_key(values: Mapping[str, Any]) -> str | None:
     """The name under which an attack takes its radius; None if it has no radius."""
     return next((key for key in _RADII if key in values), None)
 
@@ -127,6 +129,14 @@ def check_values(name: str, values: Mapping, norm: str) -> None:
     for key in _COUNTS:
         if key in values and not (_is_count(values[key]) and values[key] >= 1):
             raise ValueError(f'{where}: {key}={values[key]!r} must be a whole number of at least 1')
+    radius = values.get(radius_key(values))
+    if {'alpha', 'steps'} <= values.keys() and (radius or 0) > values['alpha'] * values['steps'] * (1 + 1e-6):
+        print_log(
+            f'{where}: steps={values["steps"]} of alpha={values["alpha"]:.4g} do not reach {radius_key(values)}='
+            f'{radius:.4g} ({norm}), so what withstands them may not withstand much; alpha={radius / 4:.4g} is usual',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def check_enough_classes(name: str, cls: type, values: Mapping, victim: Victim) -> None:
@@ -140,7 +150,7 @@ def check_enough_classes(name: str, cls: type, values: Mapping, victim: Victim) 
         )
 
 
-def take_targets(name: str, arguments: dict, parameters: Mapping) -> Optional[Callable[[Attack], None]]:
+def take_targets(name: str, arguments: dict, parameters: Mapping) -> Callable[[Attack], None] | None:
     """Take ``targeted`` out of an attack's arguments, unless its class has an argument of that name.
 
     Returns:

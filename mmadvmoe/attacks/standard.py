@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Optional, Union
 
 import torchattacks
 from torch import nn
@@ -84,7 +83,7 @@ class MultiAttack(torchattacks.MultiAttack):
         ValueError: There are fewer than two attacks, or their radii are in several norms.
     """
 
-    def __init__(self, model: Union[Victim, nn.Module], attacks: Sequence[Mapping], verbose: bool = False) -> None:
+    def __init__(self, model: Victim | nn.Module, attacks: Sequence[Mapping], verbose: bool = False) -> None:
         if not isinstance(attacks, Sequence) or isinstance(attacks, str) or len(attacks) < 2:
             raise ValueError(f"attack type='MultiAttack': attacks={attacks!r} must be a list of at least two configs")
         victim = model if isinstance(model, Victim) else Victim(model)
@@ -103,7 +102,7 @@ class MultiAttack(torchattacks.MultiAttack):
                 'attack of its own, the worst case over all is reported'
             )
         #: The largest radius of its attacks, and its norm.
-        self.eps: Optional[float] = max((each.eps for each in built if each.eps is not None), default=None)
+        self.eps: float | None = max((each.eps for each in built if each.eps is not None), default=None)
         self.norm: str = norms.pop() if norms else 'Linf'
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ ORDERS = dict(Linf=math.inf, L2=2, L1=1)
 NORMS = tuple(ORDERS)
 
 #: ``ascent(points, rows) -> (direction, arrived)``; see :meth:`BallAttack._climb`.
-Ascent = Callable[[Tensor, Tensor], tuple[Tensor, Optional[Tensor]]]
+Ascent = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 #: Share of the coordinates that a step in L1 moves.
 _L1_SHARE = 0.05

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +40,9 @@ class Victim:
 
     def __init__(
         self,
-        model: Union[nn.Module, Victim],
-        preprocessor: Optional[nn.Module] = None,
-        num_classes: Optional[int] = None,
+        model: nn.Module | Victim,
+        preprocessor: nn.Module | None = None,
+        num_classes: int | None = None,
     ) -> None:
         model = model if isinstance(model, Victim) else bare_model(model)
         if not isinstance(model, (NormalizedClassifier, Victim)):
@@ -72,7 +71,7 @@ class Victim:
         return self.model.classifier
 
     @property
-    def num_classes(self) -> Optional[int]:
+    def num_classes(self) -> int | None:
         """K, or None where neither the head nor the backbone knows."""
         return self._base.num_classes
 
@@ -91,7 +90,7 @@ class Victim:
         return self._base(images)
 
     def forward_routed(
-        self, images: Tensor, route: Optional[Route] = None, with_logits: bool = True, gated: bool = True
+        self, images: Tensor, route: Route | None = None, with_logits: bool = True, gated: bool = True
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """See :meth:`NormalizedClassifier.forward_routed`."""
         return self._base.forward_routed(images, route, with_logits, gated)
@@ -140,7 +139,7 @@ class _OneRoute(Victim):
     for the device to count them, but where a capacity drops tokens.
     """
 
-    def __init__(self, model: Union[nn.Module, Victim]) -> None:
+    def __init__(self, model: nn.Module | Victim) -> None:
         super().__init__(model)
         self._kept: tuple[BaseRouting, ...] = ()
 
@@ -165,7 +164,7 @@ class HeldVictim(_OneRoute):
         route (Tensor): The decisions of one image, (D,) int64.
     """
 
-    def __init__(self, model: Union[nn.Module, Victim], route: Tensor) -> None:
+    def __init__(self, model: nn.Module | Victim, route: Tensor) -> None:
         super().__init__(model)
         self.route = route
 
@@ -174,7 +173,7 @@ class HeldVictim(_OneRoute):
         return self.forward_routed(images, with_logits=False)[0]
 
     def forward_routed(
-        self, images: Tensor, route: Optional[Route] = None, with_logits: bool = True, gated: bool = True
+        self, images: Tensor, route: Route | None = None, with_logits: bool = True, gated: bool = True
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """See :meth:`NormalizedClassifier.forward_routed`; where no route is given the held one is taken."""
         if route is None:
@@ -200,7 +199,7 @@ class Pathway(_OneRoute):
     num_experts = 1
     num_routers = 0
 
-    def __init__(self, model: Union[nn.Module, Victim], expert: int) -> None:
+    def __init__(self, model: nn.Module | Victim, expert: int) -> None:
         super().__init__(model)
         if not self._base.num_routers:
             raise ValueError('a pathway is one of several in a mixture of experts, but this model has no routers')
@@ -240,7 +239,7 @@ class Rescaled(Victim):
         ValueError: ``scale`` is not above 0.
     """
 
-    def __init__(self, model: Union[nn.Module, Victim], scale: float) -> None:
+    def __init__(self, model: nn.Module | Victim, scale: float) -> None:
         super().__init__(model)
         if not scale > 0:
             raise ValueError(f'scale={scale!r} must be above 0')
@@ -251,7 +250,7 @@ class Rescaled(Victim):
         return super().__call__(images) / self.scale
 
     def forward_routed(
-        self, images: Tensor, route: Optional[Route] = None, with_logits: bool = True, gated: bool = True
+        self, images: Tensor, route: Route | None = None, with_logits: bool = True, gated: bool = True
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """See :meth:`NormalizedClassifier.forward_routed`; the logits of the routers are as they were."""
         logits, routings = super().forward_routed(images, route, with_logits, gated)

@@ -7,7 +7,6 @@ import io
 import os
 import os.path as osp
 import zipfile
-from typing import Optional, Union
 
 import numpy as np
 from mmengine.logging import print_log
@@ -57,8 +56,8 @@ class ImageFolders(BaseDataset):
         data_root: str = '',
         split: str = 'train',
         num_val: int = 5000,
-        size: Union[None, int, tuple[int, int]] = None,
-        cache: Union[None, bool, str] = None,
+        size: None | int | tuple[int, int] = None,
+        cache: None | bool | str = None,
         **kwargs,
     ) -> None:
         self.part = choose(split, SPLITS, 'dataset.split')
@@ -126,7 +125,7 @@ class ImageFolders(BaseDataset):
         return images
 
     def _decode(self, root: str, names: list[str]) -> np.ndarray:
-        images: Optional[np.ndarray] = None
+        images: np.ndarray | None = None
         for number, name in enumerate(names):
             path = osp.join(root, name)
             try:
@@ -165,7 +164,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-def _digest_of_files(root: str, names: list[str], size: Optional[tuple[int, int]]) -> str:
+def _digest_of_files(root: str, names: list[str], size: tuple[int, int] | None) -> str:
     digest = hashlib.sha256(f'RGB, {size}'.encode())
     for name in names:
         found = os.stat(osp.join(root, name))
@@ -179,7 +178,7 @@ def _as_cache(images: np.ndarray, origin: str) -> bytes:
     return file.getvalue()
 
 
-def _read_cache(path: str, origin: str) -> Optional[np.ndarray]:
+def _read_cache(path: str, origin: str) -> np.ndarray | None:
     """The images, or None if the file is not there, not whole or made from other files."""
     if not osp.isfile(path):
         return None

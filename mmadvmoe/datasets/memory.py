@@ -6,7 +6,7 @@ Dimension letters: B images, C channels, H, W height and width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class InMemory(Dataset):
         ...         type='CIFAR10Split', data_root='data/cifar10', pipeline=[dict(type='PackInputs')])))
     """
 
-    def __init__(self, dataset: Union[Mapping, Dataset]) -> None:
+    def __init__(self, dataset: Mapping | Dataset) -> None:
         source = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
         samples = (source[index] for index in range(len(source)))
         first = next(samples)
@@ -104,7 +104,7 @@ class BatchedCropFlip:
         ValueError: An argument is out of range.
     """
 
-    def __init__(self, padding: Union[int, tuple[int, int]] = 4, flip: float = 0.5) -> None:
+    def __init__(self, padding: int | tuple[int, int] = 4, flip: float = 0.5) -> None:
         self.padding = (padding, padding) if isinstance(padding, int) else tuple(padding)
         if len(self.padding) != 2 or not all(isinstance(each, int) and each >= 0 for each in self.padding):
             raise ValueError(f'BatchedCropFlip.padding={padding!r} must be one or two whole numbers of at least 0')

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Optional
 
 import numpy as np
 import torch
@@ -79,7 +78,7 @@ def count_pairs(rows: Tensor, columns: Tensor, size: tuple[int, int]) -> np.ndar
 
 
 def find_class_groups(
-    confusion: np.ndarray, num_groups: int, max_load: Optional[float] = None, count: int = 3
+    confusion: np.ndarray, num_groups: int, max_load: float | None = None, count: int = 3
 ) -> list[Partition]:
     """Find the partitions of the classes that an attack leaves most seldom, the best one first.
 
@@ -126,7 +125,7 @@ def find_class_groups(
     return sorted(best.values(), key=lambda partition: -partition.kept)[:count]
 
 
-def check_num_groups(num_groups: int, classes: int, max_load: Optional[float]) -> float:
+def check_num_groups(num_groups: int, classes: int, max_load: float | None) -> float:
     """The ``max_load`` of :func:`find_class_groups`, or its default; raise ValueError where one is out of range."""
     if not 2 <= num_groups <= classes:
         raise ValueError(f'num_groups={num_groups} must lie between 2 and the number of classes, {classes}')

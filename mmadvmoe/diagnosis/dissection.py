@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -58,8 +57,8 @@ class Dissection:
     num_experts: int
     num_classes: int
     widths: Sequence[int]
-    certified: Optional[Tensor] = None
-    margins: Optional[Tensor] = None
+    certified: Tensor | None = None
+    margins: Tensor | None = None
 
 
 def dissect(victim: Victim, data: Images, threat: ThreatModel) -> Dissection:
@@ -267,7 +266,7 @@ _ROUNDING = 1e-5
 
 
 @torch.no_grad()
-def certified_routes(victim: Victim, data: Images, threat: ThreatModel) -> Optional[Tensor]:
+def certified_routes(victim: Victim, data: Images, threat: ThreatModel) -> Tensor | None:
     """Find the images whose route provably is the same everywhere in their ball.
 
     The others may have a route that an attack can change, or one that the bounds are too loose for. Bounds are those of

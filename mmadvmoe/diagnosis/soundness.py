@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,12 +112,12 @@ class _Bench:
         self.outside = 0.0
 
     def attack(
-        self, name: str, threat: ThreatModel, kind: Any = 'PGD', model: Optional[Victim] = None, **others: Any
+        self, name: str, threat: ThreatModel, kind: Any = 'PGD', model: Victim | None = None, **others: Any
     ) -> Tensor:
         """Find the images (B,) that are robust under an attack on ``model``; one kind has the same random starts."""
         return self.robust(self.adversarial(name, threat, kind, model, **others), threat)
 
-    def adversarial(self, name: str, threat: ThreatModel, kind: Any, model: Optional[Victim], **others: Any) -> Tensor:
+    def adversarial(self, name: str, threat: ThreatModel, kind: Any, model: Victim | None, **others: Any) -> Tensor:
         """The images that an attack makes; see :meth:`attack`."""
         attack = build_attack(threat.attack(kind, **others), model or self.victim)
         return self.data.attacked(name, attack, type_name(kind))
@@ -134,7 +134,7 @@ class _Bench:
 
 
 def measure(
-    victim: Victim, data: Images, threat: ThreatModel, surrogate: Optional[Victim] = None, num_queries: int = 1000
+    victim: Victim, data: Images, threat: ThreatModel, surrogate: Victim | None = None, num_queries: int = 1000
 ) -> Measured:
     """Attack a model in all the ways that the checks compare.
 
@@ -221,7 +221,7 @@ def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -
     if measured.margin <= 0:
         return
 
-    def held_ra(name: str, model: Optional[Victim]) -> float:
+    def held_ra(name: str, model: Victim | None) -> float:
         adversarial = bench.adversarial(name, threat, 'PGD', model, route='held')
         return percent(bench.robust(adversarial, threat, held=True))
 
@@ -230,7 +230,7 @@ def _measure_gradients(bench: _Bench, threat: ThreatModel, measured: Measured) -
 
 
 def _measure_black_box(
-    bench: _Bench, threat: ThreatModel, measured: Measured, surrogate: Optional[Victim], num_queries: int
+    bench: _Bench, threat: ThreatModel, measured: Measured, surrogate: Victim | None, num_queries: int
 ) -> None:
     data = bench.data
     measured.robust['noise'] = _noise(bench, threat)
@@ -256,7 +256,7 @@ def _noise(bench: _Bench, threat: ThreatModel) -> Tensor:
     return robust
 
 
-def gradients(victim: Victim, data: Images, route: Optional[Tensor] = None) -> Tensor:
+def gradients(victim: Victim, data: Images, route: Tensor | None = None) -> Tensor:
     """Compute the gradient of the cross entropy at each image, (B, C, H, W), on a route (B, D), without a gate."""
     parts = []
     with torch.enable_grad(), victim.frozen():
@@ -270,7 +270,7 @@ def gradients(victim: Victim, data: Images, route: Optional[Tensor] = None) -> T
 
 @torch.no_grad()
 def ascents(
-    victim: Victim, data: Images, threat: ThreatModel, grad: Tensor, route: Optional[Tensor] = None
+    victim: Victim, data: Images, threat: ThreatModel, grad: Tensor, route: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Measure what a small step along the gradient gains, and the best of some random steps of that length.
 
@@ -283,7 +283,7 @@ def ascents(
     along, best = [], []
     generator = torch.Generator(data.images.device).manual_seed(data.seed)
 
-    def margin(points: Tensor, labels: Tensor, given: Optional[Tensor]) -> Tensor:
+    def margin(points: Tensor, labels: Tensor, given: Tensor | None) -> Tensor:
         logits, _ = victim.forward_routed(points, given, with_logits=False)
         true = logits.gather(1, labels[:, None]).squeeze(1)
         return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - true

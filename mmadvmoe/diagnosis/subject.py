@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -64,7 +64,7 @@ class ThreatModel:
     steps: int
 
     @classmethod
-    def from_attacks(cls, attacks: Mapping[str, Mapping], name: Optional[str] = None) -> ThreatModel:
+    def from_attacks(cls, attacks: Mapping[str, Mapping], name: str | None = None) -> ThreatModel:
         """Read the threat model of an attack of ``test_cfg.attacks``; by default, the first that has a complete one.
 
         Raises:
@@ -122,11 +122,11 @@ class Images:
             start = number * self.chunk_size
             yield Chunk(number, range(start, start + len(images)), images, labels)
 
-    def split(self, values: Optional[Tensor]) -> Iterable[Optional[Tensor]]:
+    def split(self, values: Tensor | None) -> Iterable[Tensor | None]:
         """Split what belongs to the images as they are in :meth:`chunks`; None for each where there is nothing."""
         return repeat(None) if values is None else values.to(self.images.device).split(self.chunk_size)
 
-    def attacked(self, name: str, attack: AttackFunction, draw: Optional[str] = None) -> Tensor:
+    def attacked(self, name: str, attack: AttackFunction, draw: str | None = None) -> Tensor:
         """Attack all images: (B, 3, H, W). Attacks with the same ``draw``, by default the ``name``, draw the same.
 
         Raises:
@@ -140,7 +140,7 @@ class Images:
             print_log(f'{name}: {done} of {len(self)} images, {seconds:.1f} s', 'current', logging.INFO)
         return torch.cat(parts)
 
-    def classified(self, victim: Victim, images: Tensor, name: str = CLEAN, route: Optional[Tensor] = None) -> Outcome:
+    def classified(self, victim: Victim, images: Tensor, name: str = CLEAN, route: Tensor | None = None) -> Outcome:
         """Classify all images, or what the attack ``name`` made of them; see :func:`classify`."""
         parts = zip(self.chunks(), self.split(images), self.split(route))
         return Outcome.cat(
@@ -263,7 +263,7 @@ def read_images(cfg: Config, loader: str, victim: Victim, count: int, seed: int)
     return Images(images, labels, cfg.test_cfg.get('chunk_size', 128), seed), dataset
 
 
-def write_json(path: Union[str, Path], content: Mapping, allow_nan: bool = False) -> None:
+def write_json(path: str | Path, content: Mapping, allow_nan: bool = False) -> None:
     """Write a file at once or not at all.
 
     Raises:

@@ -9,7 +9,6 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -41,8 +40,8 @@ def evaluate_chunk(
     *,
     seed: int = 0,
     survivors_only: Collection[str] = (),
-    folder: Optional[OutcomeFolder] = None,
-    report: Optional[Callable[[str, RobustOutcomes, Optional[float]], None]] = None,
+    folder: OutcomeFolder | None = None,
+    report: Callable[[str, RobustOutcomes, float | None], None] | None = None,
 ) -> RobustOutcomes:
     """Classify one chunk of images without an attack and under each attack.
 
@@ -130,8 +129,8 @@ def classify(
     images: Tensor,
     clean: Tensor,
     name: str = CLEAN,
-    indices: Optional[Sequence[int]] = None,
-    route: Optional[Tensor] = None,
+    indices: Sequence[int] | None = None,
+    route: Tensor | None = None,
 ) -> Outcome:
     """Classify images, attacked or not, beside ``clean``, the same without an attack: (B, 3, H, W) in [0, 1].
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from mmadvmoe.attacks.model import as_unit, check_unit
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.models.data_preprocessor import as_pixels, check_images
 
-Data = Union[Mapping, Dataset, tuple[Tensor, Tensor]]
+Data = Mapping | Dataset | tuple[Tensor, Tensor]
 
 # Images that `spread_images` brings to [0, 1] at a time.
 _BATCH = 128
@@ -111,9 +111,7 @@ def read_chunks(dataset: Dataset, sampler: ChunkSampler, victim: Victim) -> Iter
         yield Chunk(number, indices, images.to(device), labels.to(device))
 
 
-def spread_images(
-    dataset: Dataset, data_preprocessor: Optional[ClsDataPreprocessor], count: int
-) -> tuple[Tensor, Tensor]:
+def spread_images(dataset: Dataset, data_preprocessor: ClsDataPreprocessor | None, count: int) -> tuple[Tensor, Tensor]:
     """Read images (B, 3, H, W) in [0, 1] and labels (B,), evenly spread over a data set, which may be sorted by class.
 
     ``count`` of them, or all if there are fewer; packed samples go through the preprocessor of the classifier.
@@ -168,7 +166,7 @@ def span(indices: Sequence[int]) -> str:
 
 
 def _read(
-    dataset: Dataset, indices: Sequence[int], data_preprocessor: Optional[ClsDataPreprocessor]
+    dataset: Dataset, indices: Sequence[int], data_preprocessor: ClsDataPreprocessor | None
 ) -> tuple[Tensor, Tensor]:
     """Images (B, C, H, W) in [0, 1] and labels (B,)."""
     samples: list[Any] = [dataset[index] for index in indices]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 
@@ -34,11 +34,11 @@ class OutcomeFolder:
     said to be of. ``names`` are those of the attacks, in the order in which they run.
     """
 
-    def __init__(self, path: Union[str, Path], names: Sequence[str]) -> None:
+    def __init__(self, path: str | Path, names: Sequence[str]) -> None:
         self.path = Path(path)
         self._numbers = {name: number for number, name in enumerate((CLEAN, *names))}
         self._lock = FolderLock(path, 'Wait until that evaluation ends, stop it, or choose another folder.')
-        self._run: Optional[dict] = None
+        self._run: dict | None = None
 
     def prepare(self, run: Mapping[str, Any], overwrite: bool = False) -> None:
         """Begin an evaluation in the folder, or go on with one; nobody else may write to it until :meth:`close`.
@@ -101,7 +101,7 @@ class OutcomeFolder:
         """The file with the outcome of one chunk under one attack."""
         return self.path / PARTS / f'{chunk_number:06d}.{self._numbers[name]:02d}-{name}.pt'
 
-    def read(self, chunk: Chunk, name: str) -> Optional[Outcome]:
+    def read(self, chunk: Chunk, name: str) -> Outcome | None:
         """Read the outcome of a chunk under an attack; None if it is not known yet.
 
         Raises:
@@ -175,7 +175,7 @@ class OutcomeFolder:
         # A sign as well: who sees this file sees a complete folder.
         self._write(METRICS, files[METRICS])
 
-    def _write(self, name: Union[str, Path], content: Union[str, bytes]) -> None:
+    def _write(self, name: str | Path, content: str | bytes) -> None:
         try:
             write_atomically(self.path / name, content.encode() if isinstance(content, str) else content)
         except OSError as error:
@@ -199,11 +199,11 @@ class SavedEvaluation:
 
     settings: dict
     versions: dict
-    metrics: Optional[dict]
+    metrics: dict | None
     outcomes: RobustOutcomes
 
 
-def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
+def read_evaluation(path: str | Path) -> SavedEvaluation:
     """Read an output folder of robust evaluation.
 
     Raises:
@@ -234,7 +234,7 @@ def read_evaluation(path: Union[str, Path]) -> SavedEvaluation:
     return SavedEvaluation(run['settings'], run['versions'], metrics, outcomes)
 
 
-def read_metrics(path: Path) -> Optional[dict]:
+def read_metrics(path: Path) -> dict | None:
     """Read the metrics of an output folder; None while the evaluation is unfinished.
 
     Raises:
@@ -287,7 +287,7 @@ def _differences(before: Any, now: Any, key: str = '') -> list[str]:
     return [] if before == now else [f'{key} is {there} there and {here} here']
 
 
-def _read_run(path: Path) -> Optional[dict]:
+def _read_run(path: Path) -> dict | None:
     """The content of ``run.json``, without its checksum; None if there is none."""
     file = path / RUN
     if not file.is_file():

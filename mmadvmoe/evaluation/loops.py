@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Optional, Union
 
 from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
@@ -32,12 +31,12 @@ class _RobustLoop:
         self,
         runner: Runner,
         dataloader: Mapping,
-        evaluator: Union[Evaluator, Mapping, Sequence],
+        evaluator: Evaluator | Mapping | Sequence,
         attacks: Mapping[str, dict],
         chunk_size: int = 128,
         seed: int = 0,
         survivors_only: Sequence[str] = (),
-        worst_of: Optional[Mapping[str, Sequence[str]]] = None,
+        worst_of: Mapping[str, Sequence[str]] | None = None,
         fp16: bool = False,
     ) -> None:
         if fp16:
@@ -193,11 +192,11 @@ class RobustTestLoop(_RobustLoop, TestLoop):
         self,
         runner: Runner,
         dataloader: Mapping,
-        evaluator: Union[Evaluator, Mapping, Sequence],
+        evaluator: Evaluator | Mapping | Sequence,
         attacks: Mapping[str, dict],
         cascade: bool = False,
         add_route_attack: bool = False,
-        out_dir: Optional[str] = None,
+        out_dir: str | None = None,
         overwrite: bool = False,
         **kwargs,
     ) -> None:

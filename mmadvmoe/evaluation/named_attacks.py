@@ -6,7 +6,6 @@ import inspect
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Optional
 
 from mmengine.logging import print_log
 
@@ -111,7 +110,7 @@ def moves_routes(cfg: Mapping) -> bool:
 
 
 def choose_attacks(
-    names: Sequence[str], known: Optional[Mapping] = None, eps: Optional[float] = None, norm: Optional[str] = None
+    names: Sequence[str], known: Mapping | None = None, eps: float | None = None, norm: str | None = None
 ) -> dict[str, dict]:
     """Look attacks up by name: those of a config, and the standard ones.
 
@@ -206,7 +205,7 @@ def _values(cfg: Mapping) -> dict:
     return with_defaults(inspect.signature(attack_class(cfg['type'])).parameters, cfg)
 
 
-def _common_ball(name: str, known: Mapping[str, dict], eps: Optional[float], norm: Optional[str]) -> tuple[float, str]:
+def _common_ball(name: str, known: Mapping[str, dict], eps: float | None, norm: str | None) -> tuple[float, str]:
     """Radius and norm of a standard attack."""
     balls = set()
     for cfg in known.values():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Optional
 
 import torch
 from mmengine.dist import all_gather_object, get_dist_info
@@ -89,7 +88,7 @@ class RobustOutcomes:
         """Images that are right without an attack and under every one, (B,) bool."""
         return self.worst().prediction == self.label
 
-    def worst(self, attacks: Optional[Sequence[str]] = None) -> Outcome:
+    def worst(self, attacks: Sequence[str] | None = None) -> Outcome:
         """Give each image the outcome of the first attack that fools the model, else the clean one.
 
         An image counts as robust in it exactly when it is classified rightly without an attack and under each of them.
@@ -133,7 +132,7 @@ def gather_outcomes(parts: Sequence[RobustOutcomes], num_images: int) -> RobustO
 
 
 def compute_metrics(
-    evaluator: Evaluator, outcomes: RobustOutcomes, worst_of: Optional[Mapping[str, Sequence[str]]] = None
+    evaluator: Evaluator, outcomes: RobustOutcomes, worst_of: Mapping[str, Sequence[str]] | None = None
 ) -> dict:
     """Run an MMEngine evaluator once without an attack, once per attack and once on the worst case.
 

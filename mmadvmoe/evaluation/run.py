@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import mmengine
 import mmpretrain
@@ -57,7 +57,7 @@ class RobustEvaluation:
         chunk_size: int = 128,
         seed: int = 0,
         survivors_only: Sequence[str] = (),
-        worst_of: Optional[Mapping[str, Sequence[str]]] = None,
+        worst_of: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.victim = victim
         self.attacks = build_attacks(attacks, victim, key)
@@ -66,16 +66,16 @@ class RobustEvaluation:
         self._chunk_size = chunk_size
         self._survivors_only = survivors_only
         self._worst_of = worst_of or {}
-        self._folder: Optional[OutcomeFolder] = None
+        self._folder: OutcomeFolder | None = None
         self._overwrite = False
-        self.outcomes: Optional[RobustOutcomes] = None
+        self.outcomes: RobustOutcomes | None = None
 
-    def keep_in(self, out_dir: Union[str, Path], overwrite: bool = False) -> None:
+    def keep_in(self, out_dir: str | Path, overwrite: bool = False) -> None:
         """Write outcomes to a folder as they become known, and take from it what is there, or ``overwrite`` that."""
         self._folder = OutcomeFolder(out_dir, list(self.attacks))
         self._overwrite = overwrite
 
-    def begin(self, sampler: ChunkSampler, model_cfg: Optional[Mapping] = None) -> None:
+    def begin(self, sampler: ChunkSampler, model_cfg: Mapping | None = None) -> None:
         """Begin with a data set, in all processes, to which the sampler deals out the chunks.
 
         By ``model_cfg``, its config, an output folder tells a model apart from others that have the same weights.
@@ -132,7 +132,7 @@ class RobustEvaluation:
                 self._folder.close()
         return metrics
 
-    def _description(self, dataset: Any, model_cfg: Optional[Mapping]) -> dict:
+    def _description(self, dataset: Any, model_cfg: Mapping | None) -> dict:
         """The content of ``run.json``."""
         victim = self.victim
         model = dict(
@@ -164,7 +164,8 @@ class RobustEvaluation:
             mmadvmoe=__version__,
         )
         device = next(iter(victim.parameters()), torch.empty(0)).device
-        machine = dict(device=device.type, threads=torch.get_num_threads())
+        tf32 = device.type == 'cuda' and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+        machine = dict(device=device.type, threads=torch.get_num_threads(), tf32=tf32)
         return dict(format=FORMAT, settings=settings, versions=versions, machine=machine)
 
 
@@ -193,7 +194,7 @@ class EvaluationProgress:
         self._last_name = (CLEAN, *names)[-1]
         self._done = self._robust = 0
 
-    def report(self, name: str, outcomes: RobustOutcomes, seconds: Optional[float]) -> None:
+    def report(self, name: str, outcomes: RobustOutcomes, seconds: float | None) -> None:
         """Note that an attack on a chunk took so long (None: its outcome was on disk), and log if it is time."""
         self._chunks_left[name] -= 1
         if seconds is not None:
@@ -206,7 +207,7 @@ class EvaluationProgress:
             self._last = self._clock()
             print_log(self._message(name, robust, size), logger='current')
 
-    def seconds_left(self) -> Optional[float]:
+    def seconds_left(self) -> float | None:
         """Estimate from the attacks on the chunks done; None while some attack has never run."""
         left = [(chunks, self._seconds[name]) for name, chunks in self._chunks_left.items() if chunks]
         if not all(seconds for _, seconds in left):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper, OptimWrapperDict
@@ -73,9 +73,9 @@ class RobustClassifier(ImageClassifier):
     def __init__(
         self,
         *args,
-        robust_loss: Union[None, dict, Sequence[dict]] = None,
-        router_loss: Union[None, dict, Sequence[dict]] = None,
-        data_preprocessor: Union[None, dict, nn.Module] = None,
+        robust_loss: None | dict | Sequence[dict] = None,
+        router_loss: None | dict | Sequence[dict] = None,
+        data_preprocessor: None | dict | nn.Module = None,
         route: str = 'gate',
         **kwargs,
     ) -> None:
@@ -85,7 +85,7 @@ class RobustClassifier(ImageClassifier):
         super().__init__(*args, data_preprocessor=data_preprocessor, **kwargs)
         _check_head(self.head)
         self.route = choose(route, (*ROUTES, FREE), 'model.route')
-        self.routing_records: dict[Optional[str], RoutingRecord] = {}
+        self.routing_records: dict[str | None, RoutingRecord] = {}
         robust_loss = dict(type='TRADESLoss') if robust_loss is None else robust_loss
         self.robust_loss = self._build_objectives('robust_loss', robust_loss)
         if not any(objective.needs_classes for objective in self.robust_loss):
@@ -128,7 +128,7 @@ class RobustClassifier(ImageClassifier):
                     f'{part.groups.experts_of(labels, num_experts).tolist()}; give both the same groups'
                 )
 
-    def _build_objectives(self, key: str, cfg: Union[dict, Sequence[dict]]) -> nn.ModuleList:
+    def _build_objectives(self, key: str, cfg: dict | Sequence[dict]) -> nn.ModuleList:
         cfgs = cfg if isinstance(cfg, (list, tuple)) else [cfg]
         if not cfgs:
             raise ValueError(f'{key}={cfg!r} must hold at least one objective; allowed: {_objective_names()}')
@@ -151,11 +151,11 @@ class RobustClassifier(ImageClassifier):
     def forward(
         self,
         inputs: Tensor,
-        data_samples: Optional[list[DataSample]] = None,
+        data_samples: list[DataSample] | None = None,
         mode: str = 'tensor',
-        adv_inputs: Optional[Tensor] = None,
-        turn: Optional[str] = None,
-    ) -> Union[Tensor, dict, list[DataSample]]:
+        adv_inputs: Tensor | None = None,
+        turn: str | None = None,
+    ) -> Tensor | dict | list[DataSample]:
         """As ``ImageClassifier.forward``, with two more arguments for ``mode='loss'``.
 
         Args:
@@ -173,13 +173,13 @@ class RobustClassifier(ImageClassifier):
         self,
         inputs: Tensor,
         data_samples: list[DataSample],
-        adv_inputs: Optional[Tensor] = None,
-        turn: Optional[str] = None,
+        adv_inputs: Tensor | None = None,
+        turn: str | None = None,
     ) -> dict[str, Tensor]:
         """Loss terms by name: of ``router_loss`` in the router's turn, if it is set, else of ``robust_loss``.
 
         Raises:
-            ValueError: There are no adversarial inputs.
+            ValueError: There are no adversarial inputs, or a term to be learnt has no ``loss`` in its name.
             NonFiniteError: A term or a router logit is not finite.
         """
         if adv_inputs is None:
@@ -205,12 +205,17 @@ class RobustClassifier(ImageClassifier):
         losses: dict[str, Tensor] = {}
         for objective in objectives:
             for term, value in objective(batch).items():
+                if 'loss' not in term and value.requires_grad:
+                    raise ValueError(
+                        f'{type(objective).__name__} has a term {term!r}, which MMEngine would log and not train: it '
+                        "sums the terms that have 'loss' in their names"
+                    )
                 losses[term] = losses[term] + value if term in losses else value
         check_finite(losses, (*batch.clean.routings, *batch.adversarial.routings), turn)
         return losses
 
     def _sides(
-        self, inputs: Tensor, adv_inputs: Tensor, needs_classes: bool, turn: Optional[str]
+        self, inputs: Tensor, adv_inputs: Tensor, needs_classes: bool, turn: str | None
     ) -> tuple[Outputs, Outputs]:
         """Outputs for the clean and for the adversarial images."""
         if self.route != 'gate' and turn != 'router' and getattr(self.backbone, 'num_routers', 0):
@@ -225,7 +230,7 @@ class RobustClassifier(ImageClassifier):
         return Outputs(None, self.backbone.decide_routes(inputs))
 
 
-def _check_head(head: Optional[nn.Module]) -> None:
+def _check_head(head: nn.Module | None) -> None:
     if not isinstance(head, ClsHead):
         raise TypeError(
             f'head: {type(head).__name__} cannot serve a RobustClassifier, which needs one set of class logits per '
@@ -302,7 +307,7 @@ class FreeClassifier(ImageClassifier):
             )
         self.eps = eps
         self.replays = replays
-        self._offset: Optional[Tensor] = None
+        self._offset: Tensor | None = None
         # No buffer: its shape, that of the batches, is not known before, and weight averages pair buffers by order.
         self.register_state_dict_post_hook(_save_offset)
         self.register_load_state_dict_pre_hook(_load_offset)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional, Union
 
 import torch
 from mmengine.utils.dl_utils import has_batch_norm
@@ -54,12 +53,12 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
 
     def __init__(
         self,
-        attack: Optional[dict] = None,
-        router_attack: Optional[dict] = None,
+        attack: dict | None = None,
+        router_attack: dict | None = None,
         mode: str = 'pair',
-        mean: Optional[Sequence[float]] = None,
-        std: Optional[Sequence[float]] = None,
-        augment: Optional[dict] = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: dict | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -72,7 +71,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             value = torch.tensor([default] if given is None else given, dtype=torch.float32)
             self.register_buffer(name, value.view(-1, 1, 1), persistent=False)
         # By turn; None stands for joint training. Bound attacks are no modules: they refer back to the model.
-        self._attacks: dict[Optional[str], BoundAttack] = {}
+        self._attacks: dict[str | None, BoundAttack] = {}
 
     def bind_victim(self, victim: Victim) -> None:
         """Name the model that training attacks, as a function of images in [0, 1]; its classes are counted here."""
@@ -94,7 +93,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         """Whether there is a model to attack."""
         return bool(self._attacks)
 
-    def attack_of(self, turn: Optional[str]) -> Optional[BoundAttack]:
+    def attack_of(self, turn: str | None) -> BoundAttack | None:
         """The attack of a turn (None: of joint training), if there is one."""
         return self._attacks.get(turn)
 
@@ -123,7 +122,8 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             ``turn``, if there is one.
 
         Raises:
-            ValueError: Images differ in size, are not in 0..255, or a training batch holds a single image.
+            ValueError: Images differ in size, are not in 0..255 or not of the channels of ``mean``, or a training batch
+                holds a single one.
             RuntimeError: There is an attack but no victim.
             NonFiniteError: The attack met logits or gradients that are not finite.
         """
@@ -136,6 +136,11 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             inputs = self.augment(inputs if isinstance(inputs, Tensor) else torch.stack(inputs))
         batch = super().forward(dict(data, inputs=inputs), training)
         images = batch['inputs'] / _MAX_PIXEL
+        if self.mean.numel() not in (1, images.shape[1]):
+            raise ValueError(
+                f'model.data_preprocessor.mean has {self.mean.numel()} numbers and images have {images.shape[1]} '
+                'channel(s): give one number for each, or load images as the network takes them (color_type)'
+            )
         if not training or self.attack_cfg is None:
             batch['inputs'] = self.normalize(images)
             return batch
@@ -151,7 +156,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         batch.update(inputs=self.normalize(images), adv_inputs=adversarial)
         return batch if turn is None else dict(batch, turn=turn)
 
-    def _attack(self, images: Tensor, data_samples: Sequence, turn: Optional[str]) -> Tensor:
+    def _attack(self, images: Tensor, data_samples: Sequence, turn: str | None) -> Tensor:
         if not self._attacks:
             raise RuntimeError(NO_VICTIM)
         attack = self._attacks[turn]
@@ -162,7 +167,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
 
 
 @torch.no_grad()
-def _diagnose(images: Tensor, attack: BoundAttack, turn: Optional[str]) -> tuple[str, Optional[str], Optional[str]]:
+def _diagnose(images: Tensor, attack: BoundAttack, turn: str | None) -> tuple[str, str | None, str | None]:
     """Name what is not finite for clean images after an attack went wrong, as :class:`NonFiniteError` takes it."""
     try:
         with attack.victim.frozen() as victim:
@@ -179,7 +184,7 @@ def targets_of(data_samples: Sequence) -> Tensor:
     return torch.cat([sample.gt_label for sample in data_samples])
 
 
-def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> None:
+def _check_scale(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     if (mean is None) != (std is None):
         raise ValueError(f'data_preprocessor.mean={mean} and data_preprocessor.std={std} must be given together')
     if std is None:
@@ -196,7 +201,7 @@ def _check_scale(mean: Optional[Sequence[float]], std: Optional[Sequence[float]]
         )
 
 
-def as_pixels(inputs: Union[Tensor, Sequence[Tensor]]) -> Union[Tensor, list[Tensor]]:
+def as_pixels(inputs: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     """Bring images of 16 bits to 0..255; others are left as they are."""
     if isinstance(inputs, Tensor):
         return as_unit(inputs) * _MAX_PIXEL if inputs.dtype == torch.uint16 else inputs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
 
 import torch
 from mmengine.logging import MessageHub
@@ -29,7 +28,7 @@ class Outputs:
         routings (tuple[Routing]): One per router; empty for a dense network.
     """
 
-    logits: Optional[Tensor]
+    logits: Tensor | None
     routings: tuple[Routing, ...] = ()
 
 
@@ -80,7 +79,7 @@ class Objective(nn.Module):
     needs_routers = False
     needs_hard_labels = False
 
-    def check_model(self, num_experts: int, num_classes: Optional[int]) -> None:
+    def check_model(self, num_experts: int, num_classes: int | None) -> None:
         """Raise ValueError if the objective does not fit a model with N experts and K classes."""
 
     def forward(self, batch: RobustBatch) -> dict[str, Tensor]:
@@ -170,7 +169,7 @@ class NonFiniteError(FloatingPointError):
             turn, or all.
     """
 
-    def __init__(self, what: str, turn: Optional[str] = None, group: Optional[str] = None) -> None:
+    def __init__(self, what: str, turn: str | None = None, group: str | None = None) -> None:
         iteration = MessageHub.get_current_instance().get_info('iter')
         where = '' if iteration is None else f' at iteration {iteration + 1}'
         whose = '' if turn is None else f' in a turn of the {turn}'
@@ -186,7 +185,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def check_finite(
-    losses: Mapping[str, Union[Tensor, Sequence[Tensor]]], routings: Sequence[Routing] = (), turn: Optional[str] = None
+    losses: Mapping[str, Tensor | Sequence[Tensor]], routings: Sequence[Routing] = (), turn: str | None = None
 ) -> None:
     """Check loss terms, as a ``loss()`` returns them, and the logits of routings, where they have any.
 

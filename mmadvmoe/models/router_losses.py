@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Optional, Union
 
 import torch
 from mmengine.dist import all_reduce
@@ -55,7 +54,7 @@ class ClassGroupLoss(RouterObjective):
     def __init__(
         self,
         groups: Groups = MODULO,
-        classes: Union[None, str, Sequence[str]] = None,
+        classes: None | str | Sequence[str] = None,
         weight: float = 1.0,
         images: str = 'adversarial',
     ) -> None:
@@ -64,7 +63,7 @@ class ClassGroupLoss(RouterObjective):
         self.weight = check_weight('ClassGroupLoss.weight', weight)
         self.images = choose(images, ('adversarial', 'clean'), 'ClassGroupLoss.images')
 
-    def check_model(self, num_experts: int, num_classes: Optional[int]) -> None:
+    def check_model(self, num_experts: int, num_classes: int | None) -> None:
         """See :meth:`mmadvmoe.moe.ClassGroups.check`."""
         self.groups.check(num_experts, num_classes)
 

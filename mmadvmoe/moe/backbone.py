@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -67,10 +67,10 @@ class MoEBackbone(BaseBackbone):
         include: Sequence[str],
         exclude: Sequence[str] = (),
         routing: str = 'image',
-        router: Optional[dict] = None,
+        router: dict | None = None,
         gate: str = 'softmax',
         share_stem: bool = True,
-        init_cfg: Optional[dict] = None,
+        init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
         if not isinstance(num_experts, int) or num_experts < 1:
@@ -98,14 +98,13 @@ class MoEBackbone(BaseBackbone):
                 f'backbone.backbone: {type(self.network).__name__} computes its layers anew in a backward pass of its '
                 'own, when the routes of the forward pass are gone; set backbone.backbone.no_custom_backward=True'
             )
-        inits = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []
-        if num_experts > 1 and not all(map(is_pretrained, inits)):
+        if num_experts > 1 and not all(map(is_pretrained, init_settings(init_cfg))):
             raise ValueError(
                 f'backbone.init_cfg={init_cfg!r}: initialisers go by the type of a layer and pass over experts, so '
                 "type='Pretrained' alone is allowed here; backbone.backbone.init_cfg is that of each expert"
             )
         self.context = RouteContext(num_experts, gate)
-        self.router: Optional[BaseRouter] = None
+        self.router: BaseRouter | None = None
         names = placement.match(self.network, include, exclude, share_stem)
         self.placement: Placement = NO_ROUTERS
         if num_experts > 1:
@@ -115,7 +114,7 @@ class MoEBackbone(BaseBackbone):
                 self.network, num_experts, self.context, lambda **inputs: MODELS.build({**cfg, **inputs})
             )
 
-    def _checked_router_cfg(self, router: Optional[dict]) -> dict:
+    def _checked_router_cfg(self, router: dict | None) -> dict:
         cfg = dict(copy.deepcopy(router)) if router is not None else {}
         default = self.placement.default_router
         cfg.setdefault('type', default)
@@ -174,7 +173,8 @@ class MoEBackbone(BaseBackbone):
             for expert in range(self.num_experts):
                 dense: nn.Module = MODELS.build(copy.deepcopy(self._dense_cfg))
                 dense._dump_init_info = lambda: None  # one report for the whole model is enough
-                dense.init_weights()
+                if hasattr(dense, 'init_weights'):
+                    dense.init_weights()
                 source = dense.state_dict()
                 for name, layer in layers.items():
                     for key, view in layer.expert_parameters(expert).items():
@@ -218,7 +218,7 @@ class MoEBackbone(BaseBackbone):
     # A compiler that takes part of this frame would begin the pass twice; what it calls may be compiled.
     @torch.compiler.disable(recursive=False)
     def forward_routed(
-        self, x: Tensor, route: Optional[Route] = None, with_logits: bool = False, gated: bool = True
+        self, x: Tensor, route: Route | None = None, with_logits: bool = False, gated: bool = True
     ) -> tuple[Any, tuple[BaseRouting, ...]]:
         """Features, and the decisions that led to them.
 
@@ -259,7 +259,7 @@ class MoEBackbone(BaseBackbone):
         """
         return self.placement.decide(self, x, gated)
 
-    def expert_layers(self) -> list[Union[ExpertLayer, ExpertFFN]]:
+    def expert_layers(self) -> list[ExpertLayer | ExpertFFN]:
         """The converted layers, in the order of the network."""
         return self.placement.expert_layers(self.network)
 
@@ -284,7 +284,7 @@ def _with_contiguous_gradient(x: Tensor) -> Tensor:
 
 
 def forward_routed(
-    classifier: nn.Module, inputs: Tensor, route: Optional[Route] = None, with_logits: bool = False, gated: bool = True
+    classifier: nn.Module, inputs: Tensor, route: Route | None = None, with_logits: bool = False, gated: bool = True
 ) -> tuple[Any, tuple[BaseRouting, ...]]:
     """Class logits of an MMPretrain classifier, and the decisions that led to them.
 
@@ -319,13 +319,18 @@ _CURE = (
 )
 
 
+def init_settings(init_cfg: None | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The settings of an ``init_cfg``, which MMEngine takes as one or as several."""
+    return init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []
+
+
 def is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
     """Whether one of the settings of an ``init_cfg`` loads a checkpoint."""
     return type_name(init_cfg.get('type', '')) in ('Pretrained', PretrainedInit.__name__)
 
 
 def with_found_prefix(
-    init_cfg: Union[None, Mapping[str, Any], Sequence[Mapping[str, Any]]], wanted: Mapping[str, Tensor]
+    init_cfg: None | Mapping[str, Any] | Sequence[Mapping[str, Any]], wanted: Mapping[str, Tensor]
 ) -> Any:
     """Give the ``init_cfg`` of a dense network with the prefix under which its checkpoint has the wanted layers.
 
@@ -363,8 +368,7 @@ def with_found_prefix(
 
 def check_pretrained(holder: BaseModule, model: nn.Module) -> None:
     """As :func:`check_has_experts`, of the checkpoints that ``holder.init_cfg`` loads into itself."""
-    cfgs = holder.init_cfg if isinstance(holder.init_cfg, (list, tuple)) else [holder.init_cfg or {}]
-    for cfg in filter(is_pretrained, cfgs):
+    for cfg in filter(is_pretrained, init_settings(holder.init_cfg)):
         content = CheckpointLoader.load_checkpoint(cfg['checkpoint'], map_location='cpu', logger='silent')
         state, prefix = content.get('state_dict', content), cfg.get('prefix') or ''
         state = {key.removeprefix(prefix).lstrip('.'): value for key, value in state.items() if key.startswith(prefix)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from mmadvmoe.utils import choose
 from .routing import BaseRouting
 
 #: ``groups`` as configs write them: lists of class indices or names, or :data:`MODULO`.
-Groups = Union[str, Sequence[Sequence[Union[int, str]]]]
+Groups = str | Sequence[Sequence[int | str]]
 #: Class y belongs to expert y mod N, as in the AdvMoE reference code.
 MODULO = 'modulo'
 
@@ -33,14 +32,14 @@ class ClassGroups:
         ValueError: A class is unknown, in no group or in two, or a group is empty.
     """
 
-    def __init__(self, groups: Groups = MODULO, classes: Union[None, str, Sequence[str]] = None) -> None:
-        self.num_groups: Optional[int] = None
-        self._expert_of: Optional[Tensor] = None
+    def __init__(self, groups: Groups = MODULO, classes: None | str | Sequence[str] = None) -> None:
+        self.classes = _names(classes)
+        self.num_groups: int | None = None
+        self._expert_of: Tensor | None = None
         if isinstance(groups, str):
             choose(groups, (MODULO,), 'groups')
             return
-        names = _names(classes)
-        experts = {}
+        names, experts = self.classes, {}
         for expert, group in enumerate(groups):
             if not len(group):
                 raise ValueError(f'groups={groups}: group {expert} is empty, so its expert would never be used')
@@ -58,7 +57,7 @@ class ClassGroups:
         self.num_groups = len(groups)
         self._expert_of = torch.tensor([experts[index] for index in sorted(experts)])
 
-    def check(self, num_experts: int, num_classes: Optional[int]) -> None:
+    def check(self, num_experts: int, num_classes: int | None) -> None:
         """Raise ValueError unless there is a group for each expert and every class of the model is in one."""
         if self._expert_of is None:
             return
@@ -95,7 +94,7 @@ class ClassGroups:
         return torch.stack(losses).mean(0)
 
 
-def _names(classes: Union[None, str, Sequence[str]]) -> list[str]:
+def _names(classes: None | str | Sequence[str]) -> list[str]:
     if not isinstance(classes, str):
         return list(classes or ())
     kind = DATASETS.get(classes) or choose(classes, sorted(DATASETS.module_dict), 'classes')

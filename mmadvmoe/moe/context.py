@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class RoutedPass:
     gate: str
     names: Sequence[str]
     batch: int
-    given: Optional[Route]
+    given: Route | None
     with_logits: bool
     gated: bool
     _columns: int = 0
@@ -114,7 +113,7 @@ class RoutedPass:
         if not all(finite):
             raise NonFiniteRouterError(self.names[finite.index(False)])
 
-    def _next(self, columns: int, batch: int) -> Union[None, Tensor, BaseRouting]:
+    def _next(self, columns: int, batch: int) -> None | Tensor | BaseRouting:
         """The given route of the next router, (B,) or (B, columns), or its routing of an earlier pass, or None."""
         start, self._columns = self._columns, self._columns + columns
         if self.given is None:
@@ -152,7 +151,7 @@ class RouteContext:
 
     @contextmanager
     def run(
-        self, names: Sequence[str], batch: int, route: Optional[Route], with_logits: bool, gated: bool
+        self, names: Sequence[str], batch: int, route: Route | None, with_logits: bool, gated: bool
     ) -> Iterator[RoutedPass]:
         """Begin a forward pass of this thread, of ``batch`` images through the routers ``names``.
 

@@ -54,8 +54,10 @@ def _without_routes(backbone: MoEBackbone) -> nn.Module:
         experts = range(backbone.num_experts)
         dense = ({layer: _dense_layer(layer, expert) for layer in layers} for expert in experts)
         return _AllPathways(backbone.router, (_copy_with(backbone.network, replaced) for replaced in dense))
-    kind = _AllFFNs if backbone.placement.reads_tokens else _all_experts
-    return _copy_with(backbone.network, {layer: kind(layer) for layer in layers})
+    if backbone.placement.reads_tokens:
+        return _copy_with(backbone.network, {layer: _AllFFNs(layer) for layer in layers})
+    dense = {layer: [_dense_layer(layer, expert) for expert in range(layer.num_experts)] for layer in layers}
+    return _copy_with(backbone.network, {layer: _AllPathways(layer.router, each) for layer, each in dense.items()})
 
 
 def _copy_with(network: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -101,10 +103,6 @@ class _AllPathways(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """x: (B, ...), as the dense network or layer takes it -> what that gives, in the order of the batch."""
         return map_tensors(partial(_select, self.router(x).argmax(1)), *[pathway(x) for pathway in self.pathways])
-
-
-def _all_experts(layer: ExpertLayer) -> nn.Module:
-    return _AllPathways(layer.router, (_dense_layer(layer, expert) for expert in range(layer.num_experts)))
 
 
 class _AllFFNs(nn.Module):

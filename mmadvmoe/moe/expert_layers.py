@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +66,7 @@ class ExpertLayer(nn.Module):
     """
 
     def __init__(
-        self, dense: nn.Module, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+        self, dense: nn.Module, num_experts: int, context: RouteContext, router: BaseRouter | None = None
     ) -> None:
         super().__init__()
         # What the layer is called in its network, for messages; set by those who put it there.
@@ -90,7 +89,7 @@ class ExpertLayer(nn.Module):
         """Views of one expert's parameters, under the dense layer's names and in its shapes."""
         return {name: p.chunk(self.num_experts)[expert] for name, p in self.named_parameters(recurse=False)}
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """One expert's output for its own slice of the batch; x: (b, ...)."""
         raise NotImplementedError
 
@@ -130,7 +129,7 @@ class MoEConv2d(ExpertLayer):
     """A convolution with N experts: x (B, C_in, H, W) -> (B, C_out, H', W'), weight (N*C_out, C_in/groups, k, k)."""
 
     def __init__(
-        self, dense: nn.Conv2d, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+        self, dense: nn.Conv2d, num_experts: int, context: RouteContext, router: BaseRouter | None = None
     ) -> None:
         super().__init__(dense, num_experts, context, router)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
@@ -138,7 +137,7 @@ class MoEConv2d(ExpertLayer):
         self.groups, self.padding_mode = dense.groups, dense.padding_mode
         self._edge_padding = dense._reversed_padding_repeated_twice
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x: (b, C_in, H, W) -> (b, C_out, H', W')."""
         padding = self.padding
         if self.padding_mode != 'zeros':
@@ -150,12 +149,12 @@ class MoELinear(ExpertLayer):
     """A linear layer with N experts: x (B, ..., C_in) -> (B, ..., C_out), weight (N*C_out, C_in)."""
 
     def __init__(
-        self, dense: nn.Linear, num_experts: int, context: RouteContext, router: Optional[BaseRouter] = None
+        self, dense: nn.Linear, num_experts: int, context: RouteContext, router: BaseRouter | None = None
     ) -> None:
         super().__init__(dense, num_experts, context, router)
         self.in_features, self.out_features = dense.in_features, dense.out_features
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x: (b, ..., C_in) -> (b, ..., C_out)."""
         return F.linear(x, weight, bias)
 
@@ -242,7 +241,7 @@ class _TokenLinear(MoELinear):
         return grouped_linear(x, self.weight, self.bias, sizes)
 
 
-def _leaves(module: nn.Module, name: Optional[str] = None) -> Iterator[tuple[str, nn.Module]]:
+def _leaves(module: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module]]:
     """The parts of nested ``Sequential`` in the order of computation, each as often as it is called."""
     if not isinstance(module, nn.Sequential):
         yield name or '', module

@@ -42,7 +42,7 @@ def match_layers(
     kinds = ', '.join(sorted({kind.__name__ for kind in EXPERT_LAYERS}))
     if not convertible:
         raise ValueError(f'{type(network).__name__} has no layer of a kind that can hold experts: {kinds}')
-    layers = [name for name, module in network.named_modules() if _is_layer(module)]
+    layers = [name for name, each in network.named_modules() if not [*each.children()] and [*each.parameters()]]
     chosen: set[str] = set()
     for pattern, matched in _matches(layers, include, exclude, f'layer of {type(network).__name__}', convertible):
         for name in (name for name in matched if name not in convertible):
@@ -66,7 +66,7 @@ def match_layers(
             f'backbone.include takes in the stem {convertible[0]!r}, which every pathway shares; narrow the pattern, '
             'name the layer in backbone.exclude, or set backbone.share_stem=False'
         )
-    return [name for name in convertible if name in chosen]
+    return _unshared(network, [name for name in convertible if name in chosen])
 
 
 def match_ffns(
@@ -102,7 +102,19 @@ def match_ffns(
                 f'{name!r} of {type(network).__name__} cannot hold token experts: they need linear_pw_conv=True, and '
                 'use_grn=False because that norm is over all tokens of an image'
             )
-    return [name for name in holders if name in chosen]
+    return _unshared(network, [name for name in holders if name in chosen])
+
+
+def _unshared(network: nn.Module, names: list[str]) -> list[str]:
+    """Give the names back unless a module stands under another one as well, where it would stay as it was."""
+    found = {network.get_submodule(name): name for name in names}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if found.get(module, name) != name:
+            raise ValueError(
+                f'{found[module]!r} and {name!r} of {type(network).__name__} are one module, which cannot get experts '
+                'under one name alone; name it in backbone.exclude'
+            )
+    return names
 
 
 def _matches(
@@ -128,7 +140,3 @@ def _matches(
             shown = ', '.join(offered[:_SHOWN]) + (f', ... ({len(offered)} in all)' if len(offered) > _SHOWN else '')
             raise ValueError(f'backbone.include pattern {pattern.pattern!r} matches no {kind}; it has {shown}')
         yield pattern.pattern, matched
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return not any(True for _ in module.children()) and any(True for _ in module.parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Optional, Union
 
 import torch.nn.functional as F
 from mmpretrain.registry import MODELS
@@ -21,10 +20,10 @@ class _PixelRouter(BaseRouter):
     def __init__(
         self,
         num_experts: int,
-        image_size: Union[int, Sequence[int]],
+        image_size: int | Sequence[int],
         in_channels: int,
         pool: int,
-        init_cfg: Optional[dict],
+        init_cfg: dict | None,
     ) -> None:
         super().__init__(num_experts, init_cfg)
         self.in_channels = in_channels
@@ -73,11 +72,11 @@ class MLPRouter(_PixelRouter):
     def __init__(
         self,
         num_experts: int,
-        image_size: Union[int, Sequence[int]],
+        image_size: int | Sequence[int],
         in_channels: int = 3,
         hidden: int = 16,
         pool: int = 1,
-        init_cfg: Optional[dict] = None,
+        init_cfg: dict | None = None,
     ) -> None:
         super().__init__(num_experts, image_size, in_channels, pool, init_cfg)
         if hidden < 0:
@@ -103,11 +102,11 @@ class ConvRouter(_PixelRouter):
     def __init__(
         self,
         num_experts: int,
-        image_size: Union[int, Sequence[int]],
+        image_size: int | Sequence[int],
         in_channels: int = 3,
         channels: Sequence[int] = (4, 8),
         pool: int = 1,
-        init_cfg: Optional[dict] = None,
+        init_cfg: dict | None = None,
     ) -> None:
         super().__init__(num_experts, image_size, in_channels, pool, init_cfg)
         if not channels:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Optional, Union
+from typing import Any, ClassVar
 
 import torch
 from mmpretrain.models.backbones.convnext import ConvNeXtBlock
@@ -33,7 +33,7 @@ class Placement:
         one_route_per_image (bool): Whether one decision holds for the whole network.
     """
 
-    name: ClassVar[Optional[str]] = None
+    name: ClassVar[str | None] = None
     default_router: ClassVar[str] = ''
     reads_tokens: ClassVar[bool] = False
     one_route_per_image: ClassVar[bool] = False
@@ -56,7 +56,7 @@ class Placement:
 
     def convert(
         self, network: nn.Module, num_experts: int, context: RouteContext, build_router: Callable[..., BaseRouter]
-    ) -> Optional[BaseRouter]:
+    ) -> BaseRouter | None:
         """Give experts, and routers, to the layers of ``network``, in place.
 
         Args:
@@ -74,7 +74,7 @@ class Placement:
         network: nn.Module,
         num_experts: int,
         context: RouteContext,
-        build_router: Callable[[nn.Module], Optional[BaseRouter]] = lambda dense: None,
+        build_router: Callable[[nn.Module], BaseRouter | None] = lambda dense: None,
     ) -> None:
         for name in self.layer_names:
             dense = network.get_submodule(name)
@@ -82,11 +82,11 @@ class Placement:
             layer.name = name
             network.set_submodule(name, layer)
 
-    def expert_layers(self, network: nn.Module) -> list[Union[ExpertLayer, ExpertFFN]]:
+    def expert_layers(self, network: nn.Module) -> list[ExpertLayer | ExpertFFN]:
         """The converted layers, in the order of the network."""
         return [network.get_submodule(name) for name in self.layer_names]
 
-    def check_route(self, route: Optional[Route], batch: int) -> None:
+    def check_route(self, route: Route | None, batch: int) -> None:
         """Check a route given to ``batch`` images: (B,), (B, L), or a routing for each router.
 
         Raises:

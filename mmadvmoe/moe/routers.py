@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +36,13 @@ class BaseRouter(BaseModule):
     reads_tokens = False
     reads_images = False
 
-    def __init__(self, num_experts: int, init_cfg: Optional[dict] = None) -> None:
+    def __init__(self, num_experts: int, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         if num_experts < 2:
             raise ValueError(f'router.num_experts={num_experts}: a router chooses between at least 2 experts')
         self.num_experts = num_experts
 
-    def affine_maps(self) -> Optional[tuple[Callable[[Tensor], Tensor], ...]]:
+    def affine_maps(self) -> tuple[Callable[[Tensor], Tensor], ...] | None:
         """Affine maps that with a ReLU between each two make up the router, as bounds on its logits need them.
 
         None for a router that is not made so.
@@ -118,8 +117,8 @@ class ResNetRouter(BaseRouter):
         num_blocks: int = 3,
         num_stages: int = 3,
         stem_stride: int = 1,
-        norm_cfg: Optional[dict] = None,
-        init_cfg: Optional[dict] = None,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | None = None,
     ) -> None:
         super().__init__(num_experts, init_cfg or _INIT)
         norm_cfg = norm_cfg or dict(type='BN')
@@ -155,7 +154,7 @@ class LayerRouter(BaseRouter):
     """
 
     def __init__(
-        self, num_experts: int, in_channels: int, channels_last: bool = False, init_cfg: Optional[dict] = None
+        self, num_experts: int, in_channels: int, channels_last: bool = False, init_cfg: dict | None = None
     ) -> None:
         super().__init__(num_experts, init_cfg or dict(type='Normal', layer='Linear', std=0.01))
         self.channels_last = channels_last
@@ -204,10 +203,10 @@ class TokenRouter(BaseRouter):
         top_k: int = 1,
         softmax: str = 'after',
         noise: float = 0.0,
-        capacity_factor: Optional[float] = None,
-        eval_capacity_factor: Optional[float] = None,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
         init_std: float = 0.02,
-        init_cfg: Optional[dict] = None,
+        init_cfg: dict | None = None,
     ) -> None:
         super().__init__(num_experts, init_cfg)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
@@ -244,7 +243,7 @@ class TokenRouter(BaseRouter):
     def route(
         self,
         x: Tensor,
-        given: Union[None, Tensor, TokenRouting] = None,
+        given: None | Tensor | TokenRouting = None,
         training: bool = False,
         gated: bool = True,
     ) -> TokenRouting:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Optional, Union
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class BaseRouting:
     """
 
     expert: Tensor
-    logits: Optional[Tensor]
+    logits: Tensor | None
     of_tokens: ClassVar[bool] = False
     dropped: int = 0
     noise_std: float = 0.0
@@ -82,7 +82,7 @@ class BaseRouting:
 
 
 #: Experts to take in place of the routers' choice: see :meth:`MoEBackbone.forward_routed`.
-Route = Union[Tensor, Sequence[BaseRouting]]
+Route = Tensor | Sequence[BaseRouting]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +105,12 @@ class Routing(BaseRouting):
     inverse: Tensor
     load: Tensor
     counts: tuple[int, ...]
-    logits: Optional[Tensor] = None
-    gate: Optional[Tensor] = None
+    logits: Tensor | None = None
+    gate: Tensor | None = None
     top_k: ClassVar[int] = 1
 
     @classmethod
-    def decide(cls, logits: Tensor, gate: Optional[str] = 'softmax') -> Routing:
+    def decide(cls, logits: Tensor, gate: str | None = 'softmax') -> Routing:
         """Send each image to the expert with the largest logit.
 
         The gate is ``1 + s - stop_gradient(s)``: with ``gate='softmax'`` s is the softmax probability of the chosen
@@ -139,7 +139,7 @@ class Routing(BaseRouting):
         return replace(routing, gate=1 + (chosen - chosen.detach()))
 
     @classmethod
-    def fixed(cls, expert: Tensor, num_experts: int, logits: Optional[Tensor] = None) -> Routing:
+    def fixed(cls, expert: Tensor, num_experts: int, logits: Tensor | None = None) -> Routing:
         """Route by a given choice instead of a router's, without a gate.
 
         Args:
@@ -166,7 +166,7 @@ class Routing(BaseRouting):
         order = torch.argsort(expert, stable=True)
         return cls(expert, order, inverse_of(order), load[1:-1], tuple(counts), logits)
 
-    def again(self, logits: Optional[Tensor] = None) -> Routing:
+    def again(self, logits: Tensor | None = None) -> Routing:
         """Route the images of a further pass likewise, without a gate; nothing is counted or sorted once more.
 
         The logits (B, N) of the router in that pass are carried along.
@@ -217,7 +217,7 @@ def count(values: Tensor, size: int) -> Tensor:
     return values.new_zeros(size).scatter_add_(0, values, torch.ones_like(values))
 
 
-def inverse_of(order: Tensor, length: Optional[int] = None) -> Tensor:
+def inverse_of(order: Tensor, length: int | None = None) -> Tensor:
     """Where each item of ``order`` (S,) is in it: (length,) int64, 0 for items that it lacks; S long by default."""
     inverse = order.new_zeros(len(order) if length is None else length)
     inverse[order] = torch.arange(len(order), device=order.device)

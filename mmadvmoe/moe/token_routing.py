@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Optional
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class TokenRouting(BaseRouting):
     computed: GroupSizes
     order: Tensor
     inverse: Tensor
-    kept: Optional[Tensor]
+    kept: Tensor | None
     threshold: Tensor
     noise_std: float = 0.0
     of_tokens: ClassVar[bool] = True
@@ -56,9 +56,9 @@ class TokenRouting(BaseRouting):
         logits: Tensor,
         top_k: int = 1,
         softmax: str = 'after',
-        noise: Optional[Tensor] = None,
+        noise: Tensor | None = None,
         noise_std: float = 0.0,
-        capacity_factor: Optional[float] = None,
+        capacity_factor: float | None = None,
         per_image: bool = False,
         straight_through: bool = True,
     ) -> TokenRouting:
@@ -95,7 +95,7 @@ class TokenRouting(BaseRouting):
         logits: Tensor,
         softmax: str = 'after',
         noise_std: float = 0.0,
-        capacity_factor: Optional[float] = None,
+        capacity_factor: float | None = None,
         per_image: bool = False,
     ) -> TokenRouting:
         """Route by a given choice. The gates are those that the router gives to that choice.
@@ -135,7 +135,7 @@ class TokenRouting(BaseRouting):
         gate = gate_of(logits, self.expert, softmax, straight_through=False)
         return replace(self, gate=gate, logits=logits, threshold=logits.gather(-1, self.expert).amin(-1))
 
-    def _limited(self, capacity_factor: Optional[float], per_image: bool) -> TokenRouting:
+    def _limited(self, capacity_factor: float | None, per_image: bool) -> TokenRouting:
         if capacity_factor is None:
             return self
         batch, tokens, top_k = self.expert.shape
@@ -233,7 +233,7 @@ class GroupSizes:
         return len(self.load)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], sizes: GroupSizes) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: GroupSizes) -> Tensor:
     """Apply to each row the linear map of its expert.
 
     One grouped matrix product where torch has a kernel for the device and the type (bfloat16 on CUDA devices of compute
@@ -264,14 +264,14 @@ def _has_grouped_kernel(x: Tensor, weight: Tensor, num_experts: int) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] >= 9 and all(width % 8 == 0 for width in widths)
 
 
-def _products(x: Tensor, weight: Tensor, bias: Optional[Tensor], sizes: GroupSizes) -> Tensor:
+def _products(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: GroupSizes) -> Tensor:
     """One product per expert."""
     counts = sizes.counts
     biases = [None] * len(counts) if bias is None else bias.chunk(len(counts))
     return torch.cat([F.linear(*each) for each in zip(x.split(counts), weight.chunk(len(counts)), biases)])
 
 
-def _one_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], sizes: GroupSizes) -> Tensor:
+def _one_product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: GroupSizes) -> Tensor:
     """All experts in one product, without the host having to know how many rows each has."""
     load = sizes.load
     stacked = weight.unflatten(0, (len(load), -1))
@@ -287,7 +287,7 @@ class _TakeRows(torch.autograd.Function):
     """``x[take]``, whose gradient is gathered by ``back`` rather than scattered."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, take: Tensor, back: Tensor, kept: Optional[Tensor]) -> Tensor:
+    def forward(ctx, x: Tensor, take: Tensor, back: Tensor, kept: Tensor | None) -> Tensor:
         ctx.save_for_backward(back, kept)
         ctx.num_rows = len(x)
         return x.index_select(0, take)
@@ -304,7 +304,7 @@ class _TakeRows(torch.autograd.Function):
         return (rows if copies <= 1 else rows.unflatten(0, (copies, -1)).sum(0)), None, None, None
 
 
-def take_rows(x: Tensor, take: Tensor, back: Tensor, kept: Optional[Tensor] = None) -> Tensor:
+def take_rows(x: Tensor, take: Tensor, back: Tensor, kept: Tensor | None = None) -> Tensor:
     """Take rows of ``x`` for slots, with a gradient that needs no scatter.
 
     Scattering adds row by row, on CPU without threads and on CUDA in no fixed order; gathering does neither.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmadvmoe.cost import count_cost
 from mmadvmoe.models import RobustClassifier
-from mmadvmoe.moe.backbone import is_pretrained
+from mmadvmoe.moe.backbone import init_settings, is_pretrained
 from mmadvmoe.utils import choose
 
 from .channels import ChannelGroup, find_channel_groups, fit_channels, remove_channels
@@ -87,7 +87,9 @@ class SparseClassifier(RobustClassifier):
     """
 
     def __init__(self, *, stage: str, target: Mapping[str, Any], input_size: int, **kwargs: Any) -> None:
-        self._plain_cfg = _plain(kwargs)
+        # The dense network alone: no preprocessing, no objective, no training.
+        parts = {key: kwargs[key] for key in ('backbone', 'neck', 'head') if kwargs.get(key) is not None}
+        self._plain_cfg = dict(copy.deepcopy(parts), type='RobustClassifier')
         super().__init__(**kwargs)
         scale = {key: getattr(self.data_preprocessor, key, None) for key in ('mean', 'std')}
         scale = {key: value.flatten().tolist() for key, value in scale.items() if value is not None}
@@ -115,8 +117,7 @@ class SparseClassifier(RobustClassifier):
     def init_weights(self) -> None:
         """Initialise the network, and the scores by the weights."""
         super().init_weights()
-        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]
-        if any(map(is_pretrained, cfgs)):
+        if any(map(is_pretrained, init_settings(self.init_cfg))):
             return  # which has set the scores, too
         state = self.state_dict()
         with torch.no_grad():
@@ -141,12 +142,6 @@ class SparseClassifier(RobustClassifier):
             if key not in state_dict and all(f'{prefix}{name}.weight' in state_dict for name in gate.group.producers):
                 state_dict[key] = _sizes(gate.group, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _plain(kwargs: Mapping[str, Any]) -> dict:
-    """The config of the dense network alone: no preprocessing, no objective, no training."""
-    cfg = {key: copy.deepcopy(kwargs[key]) for key in ('backbone', 'neck', 'head') if kwargs.get(key) is not None}
-    return dict(cfg, type='RobustClassifier')
 
 
 def _sizes(group: ChannelGroup, state_dict: Mapping[str, Tensor], prefix: str) -> Tensor:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ def make_examples(folder: Path, device: str) -> None:
     save_examples(folder / PARTS['examples'], SavedExamples(examples, name, *patches))
 
 
-def make_curve(folder: Path, device: str, num_images: Optional[int] = None) -> None:
+def make_curve(folder: Path, device: str, num_images: int | None = None) -> None:
     """Measure robust accuracy over the size of the ball on some test images, spread over the data set.
 
     Norm, step size and steps are those of the first attack of the config that has them all. The folder holds the
@@ -134,7 +133,7 @@ def _patch_choices(victim: Victim, images: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(routing.expert[..., 0].cpu().numpy() for routing in routings)
 
 
-def read_training_log(work_dir: Union[str, Path]) -> dict[str, list[tuple[int, float]]]:
+def read_training_log(work_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Read the scalars of a run, over all of its starts.
 
     A run that was interrupted and resumed has a file for each start. What a later start logged replaces what an earlier

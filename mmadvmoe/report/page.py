@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Optional, Union
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -57,7 +56,7 @@ class Listing:
     text: str
 
 
-Item = Union[Heading, Table, Picture, Listing]
+Item = Heading | Table | Picture | Listing
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Section:
             self.items += [Heading(name), *items]
 
 
-def as_count(value: Optional[int]) -> str:
+def as_count(value: int | None) -> str:
     """A whole number as text, or that it is not known."""
     return ABSENT if value is None else f'{value:,}'
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,14 +104,14 @@ class ModelResults:
     """
 
     name: str
-    model: Optional[Mapping[str, Any]] = None
-    metrics: Optional[Mapping[str, float]] = None
-    outcomes: Optional[RobustOutcomes] = None
-    run: Optional[Mapping[str, Any]] = None
-    dissection: Optional[Mapping[str, Any]] = None
-    soundness: Optional[Mapping[str, Any]] = None
-    curve: Optional[Mapping[str, Any]] = None
-    examples: Optional[SavedExamples] = None
+    model: Mapping[str, Any] | None = None
+    metrics: Mapping[str, float] | None = None
+    outcomes: RobustOutcomes | None = None
+    run: Mapping[str, Any] | None = None
+    dissection: Mapping[str, Any] | None = None
+    soundness: Mapping[str, Any] | None = None
+    curve: Mapping[str, Any] | None = None
+    examples: SavedExamples | None = None
     scalars: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     damaged: Sequence[str] = ()
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from mmadvmoe.diagnosis.dissection_tables import threat_text
 from mmadvmoe.visualization import Line, draw_lines, draw_training
@@ -143,7 +143,7 @@ def _accuracy(model: ModelResults, of: str, name: str) -> str:
     return ABSENT if value is None else f'{value:.1f}{of}'
 
 
-def _differ(counts: Iterable[Optional[int]]) -> bool:
+def _differ(counts: Iterable[int | None]) -> bool:
     """Whether several numbers of images stand side by side."""
     return len(set(counts) - {None}) > 1
 

@@ -1,8 +1,9 @@
 """Additions to MMEngine: safe loading, whole checkpoints, exact resuming, launching, and checks before long work."""
 
 from .checkpoint_hook import SafeCheckpointHook
+from .config_checks import check_config
 from .console import ConsoleRunner
-from .preflight import PreflightHook, check_config
+from .preflight import PreflightHook
 from .resume_hook import ExactResumeHook
 from .safe_load import CheckpointError, enable_safe_loading
 from .seeding import seed_worker

@@ -7,7 +7,6 @@ import os.path as osp
 import re
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Optional
 
 from mmadvmoe.utils import some
 
@@ -33,16 +32,16 @@ class CheckpointFolder:
         step = re.escape(template).replace(r'\{\}', r'(\d+)')
         self._pattern = re.compile(rf'(best_.+_)?{step}')
 
-    def holds(self, checkpoint: Optional[str]) -> bool:
+    def holds(self, checkpoint: str | None) -> bool:
         """Whether a path is that of a file right in the folder."""
         return checkpoint is not None and osp.realpath(osp.dirname(checkpoint) or '.') == osp.realpath(self.path)
 
-    def find(self, checkpoint: Optional[str]) -> Optional[str]:
+    def find(self, checkpoint: str | None) -> str | None:
         """The file of this folder with the name of ``checkpoint``, wherever that lies; None if there is none."""
         own = osp.join(self.path, osp.basename(checkpoint or ''))
         return own if checkpoint and osp.exists(own) else None
 
-    def choose(self, work_dir: str, warn: Callable[[str], None]) -> Optional[str]:
+    def choose(self, work_dir: str, warn: Callable[[str], None]) -> str | None:
         """Choose the checkpoint to go on from: the newest one that loads.
 
         That is the one that the pointer in ``work_dir`` names, or one that was saved after it by a run that was killed
@@ -106,7 +105,7 @@ class CheckpointFolder:
         for name in names:
             os.rename(osp.join(self.path, name), osp.join(aside, name))
 
-    def _read_pointer(self, work_dir: str) -> tuple[Optional[str], Optional[str]]:
+    def _read_pointer(self, work_dir: str) -> tuple[str | None, str | None]:
         """The file that the pointer names, and what is wrong with it; both None where there is none."""
         path = osp.join(work_dir, POINTER)
         if not osp.exists(path):

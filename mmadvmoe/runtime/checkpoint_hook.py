@@ -3,7 +3,7 @@
 import os
 import os.path as osp
 from glob import escape, glob
-from typing import Any, Optional
+from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
@@ -74,7 +74,7 @@ class SafeCheckpointHook(CheckpointHook):
         ...     save_best='worst/accuracy/top1', rule='greater'))
     """
 
-    def __init__(self, *args, file_client_args: Optional[dict] = None, **kwargs) -> None:
+    def __init__(self, *args, file_client_args: dict | None = None, **kwargs) -> None:
         if file_client_args is not None:
             raise ValueError(
                 f'default_hooks.checkpoint.file_client_args={file_client_args!r}: MMEngine has replaced it by '
@@ -83,7 +83,7 @@ class SafeCheckpointHook(CheckpointHook):
         super().__init__(*args, **kwargs)
         self._saved_after_val = False
         self._training = False
-        self._own: Optional[CheckpointFolder] = None
+        self._own: CheckpointFolder | None = None
         self._locks: list[FolderLock] = []
 
     def before_run(self, runner: Runner) -> None:
@@ -211,6 +211,13 @@ class SafeCheckpointHook(CheckpointHook):
             self._save_checkpoint_with_step(runner, step, meta)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        wanted = self.key_indicators if self.save_best else ()
+        missing = [key for key in wanted if key != 'auto' and key not in metrics]
+        if missing:
+            raise ValueError(
+                f'default_hooks.checkpoint.save_best={missing[0]!r} is no metric of the validation; allowed: '
+                f'{", ".join(metrics)}'
+            )
         super()._save_best_checkpoint(runner, metrics)
         self._remove_outdated()
 

@@ -11,7 +11,11 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmpretrain.registry import MODELS
 
+from mmadvmoe.models import RobustClassifier
+from mmadvmoe.models.backbones import check_widths
+from mmadvmoe.moe import GROUPS
 from mmadvmoe.utils import did_you_mean, type_name
 
 # What MMEngine and the tools read of a config beside the arguments of a Runner.
@@ -19,23 +23,91 @@ _FURTHER_KEYS = (
     'activation_checkpointing compile custom_imports efficient_conv_bn_eval env_cfg find_unused_parameters '
     'model_wrapper_cfg runner_type sync_bn tta_model tta_pipeline'
 ).split()
+# Not imported: training is a layer above this one.
+_TURNS_CONSTRUCTOR = 'AlternatingOptimWrapperConstructor'
 _KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def check_config(cfg: Mapping[str, Any]) -> None:
+    """Check what a whole training config alone can tell, before anything is built.
+
+    Raises:
+        ValueError: A group of a training in turns has no schedule or an unknown name, a schedule begins after training
+            ends, clean and adversarial images go to a classifier that takes only one of them, or a width is no whole
+            number.
+    """
+    constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
+    scheduler = cfg.get('param_scheduler')
+    # One per group, which MMEngine's Runner looks up before any hook runs, to stop with a bare KeyError. A list or a
+    # single scheduler applies to both groups.
+    if type_name(constructor or '') == _TURNS_CONSTRUCTOR and isinstance(scheduler, dict) and 'type' not in scheduler:
+        check_groups('param_scheduler', scheduler)
+    check_schedules(cfg)
+    model = cfg.get('model') or {}
+    check_widths(model)
+    outer = cfg.get('data_preprocessor') or {}
+    preprocessor = model.get('data_preprocessor') or outer
+    if outer and preprocessor != outer:
+        raise ValueError(
+            'data_preprocessor is set in model and at the top level, which MMEngine does not read then: write all to '
+            'model.data_preprocessor, and data_preprocessor=None'
+        )
+    kind = model.get('type')
+    if isinstance(kind, str):
+        kind = MODELS.get(kind)
+    default = 'AdvDataPreprocessor' if kind is RobustClassifier else ''
+    if kind is not None and type_name(preprocessor.get('type', default)) == 'AdvDataPreprocessor':
+        check_mode(kind, preprocessor.get('mode', 'pair'))
+
+
+def check_groups(key: str, cfg: dict) -> None:
+    """Raise unless ``cfg`` has the two groups as its keys, no less and no more."""
+    for name in cfg:
+        if name not in GROUPS:
+            raise ValueError(
+                f'{key}.{name} is no parameter group{did_you_mean(name, GROUPS)}; allowed: {", ".join(GROUPS)}. '
+                f'Settings go inside {key}.experts and {key}.router; replace what a _base_ config says of {key} '
+                'with _delete_=True'
+            )
+    for name in GROUPS:
+        if name not in cfg:
+            raise ValueError(f'{key}.{name} is missing; each of {GROUPS} needs its own')
+
+
+def check_mode(classifier: type, mode: str) -> None:
+    takes_pairs = 'adv_inputs' in inspect.signature(classifier.forward).parameters
+    if mode == 'pair' and not takes_pairs:
+        raise ValueError(
+            f"data_preprocessor.mode='pair' hands adv_inputs to {classifier.__name__}, which ignores them; use "
+            "mode='replace', or model.type='RobustClassifier'"
+        )
+    if mode == 'replace' and takes_pairs:
+        raise ValueError(
+            f"data_preprocessor.mode='replace' takes the clean images away from {classifier.__name__}, which needs "
+            "both; use mode='pair'"
+        )
 
 
 def check_options(options: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
     """Check that ``--cfg-options``, values by dotted key, are about something that is there.
 
     Raises:
-        ValueError: The first part of a key is neither in the config nor read by anything.
+        ValueError: Nothing reads the first part of a key. What a config file hands on to its own settings by a name,
+            as ``train_attack``, was read when the file was.
     """
-    known = sorted({*cfg, *inspect.signature(Runner.__init__).parameters, *_FURTHER_KEYS} - {'self', 'cfg'})
+    known = sorted({*inspect.signature(Runner.__init__).parameters, *_FURTHER_KEYS} - {'self', 'cfg'})
     for key in options:
-        first = key.split('.')[0]
-        if first not in known:
+        first, *rest = key.split('.')
+        if first in known:
+            continue
+        said = f'--cfg-options {key}: nothing reads {first!r}'
+        if first in cfg:
+            used = [path for name in known for path in _places(cfg.get(name), cfg[first], name)]
             raise ValueError(
-                f'--cfg-options {key}: nothing reads {first!r}{did_you_mean(first, known)}; the config has '
-                f'{", ".join(cfg)}'
+                f'{said} any more, of which the config file has made its settings; set '
+                f'{" and ".join(".".join([path, *rest]) for path in used) or "these"} instead'
             )
+        raise ValueError(f'{said}{did_you_mean(first, known)}; the config has {", ".join(cfg)}')
 
 
 @contextmanager
@@ -54,6 +126,13 @@ def keywords_named(cfg: Mapping[str, Any]) -> Iterator[None]:
         if not paths:
             raise
         raise TypeError(f'the config has {" and ".join(paths)}, which nothing takes there. {error}') from error
+
+
+def _places(part: Any, value: Any, path: str) -> Iterator[str]:
+    """Where a value stands in nested dicts."""
+    if isinstance(part, Mapping):
+        for name, inner in part.items():
+            yield from [f'{path}.{name}'] if inner == value else _places(inner, value, f'{path}.{name}')
 
 
 def _paths(part: Any, key: str, path: str = '') -> Iterator[str]:

@@ -10,7 +10,7 @@ import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
@@ -40,13 +40,13 @@ def seal(content: bytes) -> bytes:
     return content + _MARK + hashlib.sha256(content).hexdigest().encode()
 
 
-def is_sealed(path: Union[str, Path]) -> bool:
+def is_sealed(path: str | Path) -> bool:
     """Whether a file ends in a seal, broken or not."""
     with open(path, 'rb') as file:
         return _seal_of(file) is not None
 
 
-def damage_of(path: Union[str, Path]) -> Optional[str]:
+def damage_of(path: str | Path) -> str | None:
     """Say what is damaged of a file; None if nothing is known to be.
 
     A sealed file is compared with its seal, every byte of it. Any other zip file is compared with the CRC-32 of its
@@ -76,7 +76,7 @@ def damage_of(path: Union[str, Path]) -> Optional[str]:
         return None if record is None else f'the bytes of its record {record!r} are not those of their CRC-32'
 
 
-def _seal_of(file) -> Optional[bytes]:
+def _seal_of(file) -> bytes | None:
     """The digest at the end of an open file."""
     file.seek(0, os.SEEK_END)
     file.seek(max(0, file.tell() - _LENGTH))
@@ -84,7 +84,7 @@ def _seal_of(file) -> Optional[bytes]:
     return end[len(_MARK) :] if end.startswith(_MARK) and len(end) == _LENGTH else None
 
 
-def check_writable(path: Union[str, Path], argument: str) -> None:
+def check_writable(path: str | Path, argument: str) -> None:
     """Find out, before long work, whether the file that an argument names can be written; what is there stays as it is.
 
     Missing folders are made.
@@ -107,11 +107,11 @@ def check_writable(path: Union[str, Path], argument: str) -> None:
 class AtomicLocalBackend(LocalBackend):
     """MMEngine's local files, written by :func:`write_atomically`."""
 
-    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
+    def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write a checkpoint, with its SHA-256; the OSError of one that cannot be written says what to do."""
         self._write(seal(obj), os.fspath(filepath))
 
-    def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
         """Write a text file, as it is."""
         self._write(obj.encode(encoding), os.fspath(filepath))
 
@@ -151,10 +151,10 @@ class FolderLock:
     user may do when it is in use, for the message.
     """
 
-    def __init__(self, folder: Union[str, Path], cure: str) -> None:
+    def __init__(self, folder: str | Path, cure: str) -> None:
         self.path = Path(folder) / LOCK
         self._cure = cure
-        self._descriptor: Optional[int] = None
+        self._descriptor: int | None = None
 
     def acquire(self) -> None:
         """Take the lock, at once or not at all.

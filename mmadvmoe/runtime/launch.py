@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -69,7 +69,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(path: Union[str, Path]) -> Config:
+def load_config(path: str | Path) -> Config:
     """Read a config file.
 
     A ``_delete_=True`` that had nothing to delete, which MMEngine would leave for a constructor, is taken out.
@@ -168,7 +168,7 @@ def enable_amp(cfg: Config) -> None:
             wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def _optim_wrappers(optim_wrapper: Optional[Mapping]) -> dict[str, dict]:
+def _optim_wrappers(optim_wrapper: Mapping | None) -> dict[str, dict]:
     """The configs that hold an optimizer each, under their config keys."""
     if not optim_wrapper:
         return {}
@@ -239,8 +239,13 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
     if on_cpu:
         timeout = dist_cfg.get('timeout')
         torch_dist.init_process_group('gloo', timeout=None if timeout is None else timedelta(seconds=timeout))
-    else:
-        _check_gpus()
+        return
+    local_rank, gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+    if torch.cuda.is_available() and local_rank >= gpus:
+        raise ValueError(
+            f'process {local_rank} of this machine has no GPU: {gpus} visible. Start at most one process per GPU, or '
+            'hide the GPUs with CUDA_VISIBLE_DEVICES=-1 to run on the CPU'
+        )
 
 
 def finish_distributed() -> None:
@@ -325,13 +330,3 @@ def _set_wrapper(cfg: Config, on_cpu: bool) -> None:
         # Said outright, as the Runner would fill in the number of a GPU.
         wrapper['device_ids'] = None
     cfg.model_wrapper_cfg = wrapper
-
-
-def _check_gpus() -> None:
-    local_rank = int(os.environ['LOCAL_RANK'])
-    gpus = torch.cuda.device_count()
-    if torch.cuda.is_available() and local_rank >= gpus:
-        raise ValueError(
-            f'process {local_rank} of this machine has no GPU: {gpus} visible. Start at most one process per GPU, or '
-            'hide the GPUs with CUDA_VISIBLE_DEVICES=-1 to run on the CPU'
-        )

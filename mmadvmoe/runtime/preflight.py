@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from mmengine.dataset import InfiniteSampler
@@ -16,68 +14,24 @@ from mmengine.logging import print_log
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import has_batch_norm
-from mmpretrain.registry import HOOKS, MODELS
+from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmadvmoe.attacks import Victim
 from mmadvmoe.attacks.views import ROUTES
-from mmadvmoe.cost import image_must_fit
+from mmadvmoe.cost import count_cost, image_must_fit
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
-from mmadvmoe.models.backbones import check_widths
 from mmadvmoe.models.data_preprocessor import NO_VICTIM, check_images
-from mmadvmoe.moe import GROUPS, placement_of, router_modules
-from mmadvmoe.moe.backbone import check_has_experts
-from mmadvmoe.utils import bare_model, did_you_mean, type_name
+from mmadvmoe.moe import placement_of, router_modules
+from mmadvmoe.moe.backbone import check_has_experts, check_pretrained
+from mmadvmoe.utils import bare_model
 
-from .config_checks import check_schedules, warn_of_ended_schedules
+from .config_checks import check_config, check_mode, warn_of_ended_schedules
 from .seeding import preserve_rng_state
 
 # Images of each data set that are read ahead of training.
 _PROBES = 16
-# Not imported: training is a layer above this one.
-_TURNS_CONSTRUCTOR = 'AlternatingOptimWrapperConstructor'
-
-
-def check_config(cfg: Mapping[str, Any]) -> None:
-    """Check what a whole training config alone can tell, before anything is built.
-
-    Raises:
-        ValueError: A group of a training in turns has no schedule or an unknown name, a schedule begins after training
-            ends, clean and adversarial images go to a classifier that takes only one of them, or a width is no whole
-            number.
-    """
-    constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
-    scheduler = cfg.get('param_scheduler')
-    # One per group, which MMEngine's Runner looks up before any hook runs, to stop with a bare KeyError. A list or a
-    # single scheduler applies to both groups.
-    if type_name(constructor or '') == _TURNS_CONSTRUCTOR and isinstance(scheduler, dict) and 'type' not in scheduler:
-        check_groups('param_scheduler', scheduler)
-    check_schedules(cfg)
-    model = cfg.get('model') or {}
-    check_widths(model)
-    preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    kind = model.get('type')
-    if isinstance(kind, str):
-        kind = MODELS.get(kind)
-    default = 'AdvDataPreprocessor' if kind is RobustClassifier else ''
-    if kind is not None and type_name(preprocessor.get('type', default)) == 'AdvDataPreprocessor':
-        _check_mode(kind, preprocessor.get('mode', 'pair'))
-
-
-def check_groups(key: str, cfg: dict) -> None:
-    """Raise unless ``cfg`` has the two groups as its keys, no less and no more."""
-    for name in cfg:
-        if name not in GROUPS:
-            raise ValueError(
-                f'{key}.{name} is no parameter group{did_you_mean(name, GROUPS)}; allowed: {", ".join(GROUPS)}. '
-                f'Settings go inside {key}.experts and {key}.router; replace what a _base_ config says of {key} '
-                'with _delete_=True'
-            )
-    for name in GROUPS:
-        if name not in cfg:
-            raise ValueError(f'{key}.{name} is missing; each of {GROUPS} needs its own')
 
 
 @HOOKS.register_module()
@@ -101,7 +55,7 @@ class PreflightHook(Hook):
     priority = 'HIGH'
 
     def __init__(self) -> None:
-        self._trained_on: Optional[Sequence[str]] = None
+        self._trained_on: Sequence[str] | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Check all that is built."""
@@ -111,6 +65,8 @@ class PreflightHook(Hook):
         _check_attack(model, preprocessor)
         if isinstance(model, RobustClassifier):
             (_check_turns if isinstance(runner.optim_wrapper, OptimWrapperDict) else _check_joint)(model)
+        else:
+            check_pretrained(model, model)  # which a RobustClassifier does itself
         check_batches(runner)
         if runner.iter:
             warn_of_ended_schedules(runner)
@@ -123,6 +79,10 @@ class PreflightHook(Hook):
             with preserve_rng_state():
                 shapes[key] = _check_dataset(getattr(runner, key).dataset, key, model)
         _check_class_names(classes)
+        attacks = (getattr(each, 'attack', None) for each in getattr(preprocessor, '_attacks', {}).values())
+        for part in (*model.modules(), *attacks):
+            if names := getattr(getattr(part, 'groups', None), 'classes', None):
+                _check_class_names({f'groups of {type(part).__name__}': names, **classes})
         if runner.val_loop is not None:
             check_topk(runner.val_evaluator.metrics, 'val_evaluator', _classes_of(model))
         if placement_of(model).reads_tokens:
@@ -152,23 +112,9 @@ class PreflightHook(Hook):
         )
 
 
-def _check_mode(classifier: type, mode: str) -> None:
-    takes_pairs = 'adv_inputs' in inspect.signature(classifier.forward).parameters
-    if mode == 'pair' and not takes_pairs:
-        raise ValueError(
-            f"data_preprocessor.mode='pair' hands adv_inputs to {classifier.__name__}, which ignores them; use "
-            "mode='replace', or model.type='RobustClassifier'"
-        )
-    if mode == 'replace' and takes_pairs:
-        raise ValueError(
-            f"data_preprocessor.mode='replace' takes the clean images away from {classifier.__name__}, which needs "
-            "both; use mode='pair'"
-        )
-
-
 def _check_attack(model: Any, preprocessor: Any) -> None:
     if isinstance(preprocessor, AdvDataPreprocessor):
-        _check_mode(type(model), preprocessor.mode)
+        check_mode(type(model), preprocessor.mode)
         if preprocessor.attack_cfg is not None and not preprocessor.has_victim:
             raise ValueError(NO_VICTIM)
     if isinstance(model, RobustClassifier) and getattr(preprocessor, 'attack_cfg', None) is None:
@@ -199,6 +145,7 @@ def _check_joint(model: RobustClassifier) -> None:
     taught = model.route == ROUTES[0] or any(objective.needs_routers for objective in model.robust_loss)
     # The gates of tokens have a gradient of their own, but for the constant one.
     routers = [each for each in router_modules(model) if getattr(each, 'softmax', 'after') == 'after']
+    routers = [each for each in routers if any(p.requires_grad for p in each.parameters())]
     if not taught and any(getattr(each, 'top_k', 1) == 1 for each in routers):
         raise ValueError(
             f'model.route={model.route!r} cuts the gradient of the gate, and nothing in model.robust_loss trains '
@@ -241,9 +188,9 @@ def check_batches(runner: Runner) -> None:
 def check_data(
     dataset: Dataset,
     key: str,
-    num_classes: Optional[int],
+    num_classes: int | None,
     samples: Sequence[dict] = (),
-    of_preprocessor: Optional[int] = None,
+    of_preprocessor: int | None = None,
 ) -> None:
     """Check a data set, of the loader ``key``, against K and against the classes that the data preprocessor counts.
 
@@ -257,7 +204,7 @@ def check_data(
         _check_labels(dataset, samples, key, num_classes)
 
 
-def _check_dataset(dataset: Dataset, key: str, model: nn.Module) -> Optional[tuple[int, ...]]:
+def _check_dataset(dataset: Dataset, key: str, model: nn.Module) -> tuple[int, ...] | None:
     """Check a data set; the shape of its images, where they were looked at."""
     # Spread over the data set.
     count = min(_PROBES, len(dataset)) if isinstance(model.data_preprocessor, AdvDataPreprocessor) else 0
@@ -274,27 +221,22 @@ def _check_size(image: Tensor, key: str, model: nn.Module) -> None:
     """Let the network run on one image of the data set, (C, H, W)."""
     advice = f'enlarge them, with a Resize in {key}.dataset.pipeline'
     device = next(model.parameters()).device
-    victim, counter = Victim(model), FlopCounterMode(display=False)
-    # Counting takes longer than the pass itself.
-    counted = victim.num_routers > 0 and key == 'train_dataloader'
-    with victim.frozen(), torch.no_grad(), image_must_fit(image.shape, advice), counter if counted else nullcontext():
+    victim = Victim(model)
+    with victim.frozen(), torch.no_grad(), image_must_fit(image.shape, advice):
         victim(image[None].to(device) / 255)
-    if counted:
-        names = {id(module): f'.{name}' for name, module in victim.named_modules()}
-        own = [names[id(router)] for router in router_modules(model)]
-        counts = {name: sum(count.values()) // 2 for name, count in counter.get_flop_counts().items()}
-        routing = sum(count for name, count in counts.items() if any(name.endswith(each) for each in own))
-        pathway = counts['Global'] - routing
+    if victim.num_routers and key == 'train_dataloader':
+        cost = count_cost(model, image.shape)
+        costly = cost.router_gflops > cost.pathway_gflops
         print_log(
-            f'Of one image, {victim.num_routers} router(s) take {routing / 1e6:.4f} million multiply-adds beside the '
-            f'{pathway / 1e6:.4f} million of a pathway'
-            + (': routing costs more than it can save. Take a smaller backbone.router' * (routing > pathway)),
+            f'Of one image, {victim.num_routers} router(s) take {cost.router_gflops * 1e3:.4f} million multiply-adds '
+            f'beside the {cost.pathway_gflops * 1e3:.4f} million of a pathway'
+            + (': routing costs more than it can save. Take a smaller backbone.router' * costly),
             logger='current',
-            level=logging.WARNING if routing > pathway else logging.INFO,
+            level=logging.WARNING if costly else logging.INFO,
         )
 
 
-def _check_lengths(shapes: Mapping[str, Optional[tuple[int, ...]]]) -> None:
+def _check_lengths(shapes: Mapping[str, tuple[int, ...] | None]) -> None:
     """Refuse to choose the best checkpoint at a sequence length that token routers never met in training."""
     if len(set(shapes.values())) > 1:
         found = ', '.join(f'{key}.dataset.pipeline gives images of {shape}' for key, shape in shapes.items())
@@ -304,11 +246,11 @@ def _check_lengths(shapes: Mapping[str, Optional[tuple[int, ...]]]) -> None:
         )
 
 
-def _classes_of(model: nn.Module) -> Optional[int]:
+def _classes_of(model: nn.Module) -> int | None:
     return getattr(getattr(model, 'head', None), 'num_classes', None)
 
 
-def check_topk(metrics: Sequence[Any], key: str, num_classes: Optional[int]) -> None:
+def check_topk(metrics: Sequence[Any], key: str, num_classes: int | None) -> None:
     """Check that metrics look for the label among no more classes than there are; ``key`` is that of the evaluator.
 
     Raises:
@@ -323,11 +265,11 @@ def check_topk(metrics: Sequence[Any], key: str, num_classes: Optional[int]) -> 
             )
 
 
-def _class_names(dataset: Dataset) -> Optional[Sequence[str]]:
+def _class_names(dataset: Dataset) -> Sequence[str] | None:
     return (getattr(dataset, 'metainfo', None) or {}).get('classes')
 
 
-def _check_class_names(found: Mapping[str, Optional[Sequence[str]]]) -> None:
+def _check_class_names(found: Mapping[str, Sequence[str] | None]) -> None:
     """Refuse data sets, by their keys, whose labels mean something else; those that name no classes are left out."""
     known = {key: list(names) for key, names in found.items() if names is not None}
     for (first, ours), (second, theirs) in pairwise(known.items()):
@@ -341,7 +283,7 @@ def _check_class_names(found: Mapping[str, Optional[Sequence[str]]]) -> None:
         )
 
 
-def _labels(dataset: Dataset, rows: Optional[Sequence[int]] = None) -> Optional[set[int]]:
+def _labels(dataset: Dataset, rows: Sequence[int] | None = None) -> set[int] | None:
     """The labels of a data set, or of its ``rows``; None where one inside cannot tell them without its images."""
     rows = range(len(dataset)) if rows is None else rows
     if hasattr(dataset, 'get_cat_ids'):
@@ -356,7 +298,7 @@ def _labels(dataset: Dataset, rows: Optional[Sequence[int]] = None) -> Optional[
     return _labels(dataset.dataset) if known and hasattr(dataset, 'dataset') else None
 
 
-def _check_classes(dataset: Dataset, key: str, num_classes: int, of_preprocessor: Optional[int]) -> None:
+def _check_classes(dataset: Dataset, key: str, num_classes: int, of_preprocessor: int | None) -> None:
     if of_preprocessor not in (None, num_classes):
         raise ValueError(
             f'model.head.num_classes={num_classes} differs from data_preprocessor.num_classes={of_preprocessor}'

@@ -1,7 +1,6 @@
 """Resuming such that nobody can tell it from a run that was never interrupted."""
 
 from collections.abc import Iterator
-from typing import Optional, Union
 
 import torch
 from mmengine.dataset import worker_init_fn as mmengine_worker_init_fn
@@ -41,8 +40,8 @@ class ExactResumeHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self) -> None:
-        self._collected: Optional[list[dict]] = None
-        self._loaded: Optional[dict] = None
+        self._collected: list[dict] | None = None
+        self._loaded: dict | None = None
         self._training = False
 
     def before_run(self, runner: Runner) -> None:
@@ -155,7 +154,7 @@ def _skipping(loop: IterBasedTrainLoop, batches: Iterator, rng_state: dict) -> I
     yield next(batches)
 
 
-def validation_steps(loop: Union[EpochBasedTrainLoop, IterBasedTrainLoop]) -> list[int]:
+def validation_steps(loop: EpochBasedTrainLoop | IterBasedTrainLoop) -> list[int]:
     """The epochs or iterations after which a training loop validates."""
     end = loop.max_iters if isinstance(loop, IterBasedTrainLoop) else loop.max_epochs
     return [step for step in range(loop.val_begin, end + 1) if step % loop.val_interval == 0 or step == end]

@@ -17,7 +17,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, Union
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -36,7 +36,7 @@ try:
 except ImportError:  # NumPy 1.25
     from numpy.core import multiarray as numpy_core
 
-MapLocation = Union[str, torch.device, Callable, None]
+MapLocation = str | torch.device | Callable | None
 
 _STATISTICS = ('min', 'max', 'current', 'mean')
 _NUMBER_KINDS = 'biufc'
@@ -102,7 +102,8 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
 def load_from_http(url: str, map_location: MapLocation = None) -> dict:
     """Download a checkpoint into PyTorch's cache, unless it is there, and load it as :func:`load_from_local` does."""
     name = osp.basename(urlparse(url).path)
-    if not re.search(r'-[0-9a-f]{8,}\.\w+$', name):  # the name does not tell the content, which other addresses have
+    # A name that ends in a date or in no hash does not tell the content, which that at another address can differ in.
+    if not re.search(r'-(?!20\d{6}\.)[0-9a-f]{8,}\.\w+$', name):
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}'
     filename = osp.join(torch.hub.get_dir(), 'checkpoints', name)
 

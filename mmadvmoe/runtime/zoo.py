@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Optional
 
 import yaml
 
@@ -32,8 +31,8 @@ class ZooModel:
 
     name: str
     config: Path
-    weights: Optional[str]
-    sha256: Optional[str]
+    weights: str | None
+    sha256: str | None
     metadata: Mapping
     metrics: Mapping[str, float]
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from mmengine.hooks import Hook
@@ -221,14 +221,15 @@ class AlternatingOptimHook(Hook):
         self.schedule = TurnSchedule(
             k_experts, k_router, warmup_iters, reuse_batch, reuse_attack, router_first_iters=router_first_iters
         )
-        self._batch: Optional[dict] = None
+        self._batch: dict | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Check that the runner can train in turns, and hand the schedule to its optimizers.
 
         Raises:
             TypeError: ``optim_wrapper`` is not built for turns.
-            ValueError: The router never gets a turn, or the model wrapper cannot leave parameters out.
+            ValueError: The router never gets a turn, an attack never runs, or the model wrapper cannot leave parameters
+                out.
         """
         optim_wrapper = runner.optim_wrapper
         if not isinstance(optim_wrapper, OptimWrapper):
@@ -245,6 +246,13 @@ class AlternatingOptimHook(Hook):
             raise ValueError(
                 'find_unused_parameters=False: distributed training in turns leaves one group out of each step; set '
                 "model_wrapper_cfg=dict(type='TurnsDistributedDataParallel') or find_unused_parameters=True"
+            )
+        preprocessor = bare_model(model).data_preprocessor
+        attack, of_router = (getattr(preprocessor, key, None) for key in ('attack_cfg', 'router_attack_cfg'))
+        if self.schedule.reuse_attack and of_router not in (None, attack) and not self.schedule.router_first_iters:
+            raise ValueError(
+                'AlternatingOptimHook: with reuse_attack=True the router steps on the images of '
+                'model.data_preprocessor.attack, so that router_attack beside it never runs: set it to None'
             )
         self.schedule = replace(self.schedule, accumulative_counts=optim_wrapper.accumulative_counts)
         if not self.schedule.count_before('experts', runner.max_iters):
@@ -269,11 +277,12 @@ class AlternatingOptimHook(Hook):
         with keeping, train_only(model, turn, self.fixed_in_eval):
             yield
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Give the step to the group that this iteration belongs to."""
         if self.schedule.repeats_batch(runner.iter) and not self.schedule.reuse_attack:
             # Batch augmentations write mixed labels into the samples: the router gets them as they came.
-            self._batch = copy.deepcopy(data_batch)
+            augments = getattr(bare_model(runner.model).data_preprocessor, 'batch_augments', 'unknown')
+            self._batch = dict(data_batch) if augments is None else copy.deepcopy(data_batch)
         turn = self.schedule.turn_at(runner.iter)
         data_batch['turn'] = turn
         runner.optim_wrapper.activate(turn)
@@ -287,7 +296,7 @@ class AlternatingOptimHook(Hook):
         self._batch = batch
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         """Name the outputs by turn, and let the router step too if it shares the batch."""
         log_vars = _named_by_turn(outputs, data_batch['turn'])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce
@@ -54,7 +54,7 @@ class AWPOptimWrapper(OptimWrapper):
         super().__init__(**kwargs)
         self.gamma = gamma
         self.warmup_iters = warmup_iters
-        self._call: Optional[tuple[nn.Module, tuple, dict]] = None
+        self._call: tuple[nn.Module, tuple, dict] | None = None
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -108,9 +108,11 @@ class AWPOptimWrapper(OptimWrapper):
             super().backward(self.scale_loss(parse_losses(losses)[0]), **kwargs)
         records.update(records_at_w)
 
-    def _perturbation(self, weight: Tensor, gradient: Optional[Tensor]) -> Tensor:
+    def _perturbation(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         gradient = torch.zeros_like(weight) if gradient is None else gradient
-        # Every process perturbs by the gradient of the global batch, so that their weights stay equal.
+        # Every process perturbs by the gradient of the global batch, so that their weights stay equal. Gradients are
+        # exchanged as they lie in memory, in an order that depends on which experts got images.
+        gradient = gradient.contiguous()
         all_reduce(gradient, op='mean')
         norm = gradient.norm()
         return gradient * torch.where(norm > 0, self.gamma * weight.norm() / norm, torch.zeros_like(norm))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
@@ -35,7 +35,7 @@ class TurnsDistributedDataParallel(MMDistributedDataParallel):
     """
 
     def __init__(
-        self, module: nn.Module, device_ids: Optional[list] = None, broadcast_buffers: bool = False, **kwargs: Any
+        self, module: nn.Module, device_ids: list | None = None, broadcast_buffers: bool = False, **kwargs: Any
     ) -> None:
         if next(module.parameters()).device.type == 'cpu':
             device_ids = None

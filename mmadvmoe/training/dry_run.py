@@ -11,20 +11,18 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Optional
 from uuid import uuid4
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 
 from mmadvmoe.runtime.launch import build_runner
 from mmadvmoe.runtime.preflight import check_batches
 from mmadvmoe.runtime.resume_hook import validation_steps
 from mmadvmoe.runtime.safe_load import check_state_dict, load_from_local
-from mmadvmoe.utils import bare_model
+from mmadvmoe.utils import bare_model, single_wrappers
 
 from .alternation import AlternatingOptimHook, TurnSchedule
 from .awp import AWPOptimWrapper
@@ -56,7 +54,7 @@ class DryRun:
     iterations: dict[str, int] = field(default_factory=dict)
     val_seconds: float = 0.0
     validations: int = 0
-    memory: Optional[int] = None
+    memory: int | None = None
     checkpoint: int = 0
     device: str = 'cpu'
 
@@ -91,7 +89,10 @@ def dry_run(cfg: Config) -> DryRun:
     """
     cfg = Config(deepcopy(cfg.to_dict()))
     found = DryRun(device='cuda' if torch.cuda.is_available() else 'cpu')
-    _shorten(cfg)
+    if cfg.get('visualizer') is not None:
+        cfg.visualizer.vis_backends = []
+    if cfg.get('val_cfg') and 'attacks' in cfg.val_cfg:
+        cfg.val_cfg.chunk_size = VAL_IMAGES
     with TemporaryDirectory() as folder:
         cfg.work_dir, cfg.experiment_name = folder, f'dry_run_{uuid4().hex}'
         runner = build_runner(cfg)
@@ -126,7 +127,7 @@ class _Watch(Hook):
 
     def __init__(self, found: DryRun, cycles: int) -> None:
         self.found, self.cycles, self.iterations = found, cycles, cycles
-        self.schedule: Optional[TurnSchedule] = None
+        self.schedule: TurnSchedule | None = None
         self.val_images = 1
 
     def before_train(self, runner: Runner) -> None:
@@ -141,16 +142,15 @@ class _Watch(Hook):
                 self.iterations = cycles + first if self.schedule.reuse_batch else 2 * cycles
                 for member in runner.optim_wrapper.values():
                     member._accumulative_counts = 1
-        wrapper = runner.optim_wrapper
-        for member in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper,):
+        for member in single_wrappers(runner.optim_wrapper):
             if isinstance(member, AWPOptimWrapper):
                 member.warmup_iters = 0
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         self._start = _now()
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         # The latest of a turn counts: the first ones are slow.
         self.found.seconds[(data_batch or {}).get('turn', 'joint')] = _now() - self._start
@@ -158,18 +158,10 @@ class _Watch(Hook):
             raise _Enough
 
     def after_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[list] = None
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: list | None = None
     ) -> None:
         self.val_images = len(outputs)
         raise _Enough
-
-
-def _shorten(cfg: Config) -> None:
-    """Draw nothing, and make a validation batch small."""
-    if cfg.get('visualizer') is not None:
-        cfg.visualizer.vis_backends = []
-    if cfg.get('val_cfg') and 'attacks' in cfg.val_cfg:
-        cfg.val_cfg.chunk_size = VAL_IMAGES
 
 
 def _now() -> float:
@@ -178,7 +170,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _peak_memory() -> Optional[int]:
+def _peak_memory() -> int | None:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapperDict
+from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmpretrain.registry import HOOKS
 from torch import Tensor
 
 from mmadvmoe.models import NonFiniteError
 from mmadvmoe.moe import Routing, router_modules, split_parameters
-from mmadvmoe.utils import bare_model
+from mmadvmoe.utils import bare_model, single_wrappers
 
 SIDES = ('clean', 'adversarial')
 
@@ -56,15 +56,16 @@ class RouterHealthHook(Hook):
         >>> custom_hooks = [dict(type='RouterHealthHook')]
     """
 
-    def __init__(self, interval: Optional[int] = None, starve_below: float = 0.1) -> None:
+    def __init__(self, interval: int | None = None, starve_below: float = 0.1) -> None:
         if interval is not None and interval < 1:
             raise ValueError(f'RouterHealthHook: interval={interval}; allowed: None or 1 and more')
         if not 0 <= starve_below <= 1:
             raise ValueError(f'RouterHealthHook: starve_below={starve_below}; allowed: [0, 1]')
         self.interval = interval
         self.starve_below = starve_below
+        self._every = interval  # of this run
         self._watches = False
-        self._tally: Optional[_Tally] = None
+        self._tally: _Tally | None = None
         self._handles: list[Any] = []
 
     def before_train(self, runner: Runner) -> None:
@@ -75,8 +76,8 @@ class RouterHealthHook(Hook):
         """
         self.after_train(runner)  # of a training that failed
         self._tally = None
-        if self.interval is None and isinstance(runner.train_loop, IterBasedTrainLoop):
-            self.interval = runner.train_loop.val_interval
+        by_iterations = isinstance(runner.train_loop, IterBasedTrainLoop)
+        self._every = self.interval or (runner.train_loop.val_interval if by_iterations else None)
         model = bare_model(runner.model)
         self._watches = bool(router_modules(model))
         if self._watches and not hasattr(model, 'routing_records'):
@@ -85,14 +86,13 @@ class RouterHealthHook(Hook):
                 "model.type='RobustClassifier' or remove the hook"
             )
         names = {id(p): (name, group) for group, own in split_parameters(model).items() for name, p in own}
-        wrapper = runner.optim_wrapper
-        for member in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper,):
+        for member in single_wrappers(runner.optim_wrapper):
             # A loss scaler produces such gradients on purpose, and skips the step itself.
             if not isinstance(member, (AmpOptimWrapper, ApexOptimWrapper)):
                 self._handles.append(member.optimizer.register_step_pre_hook(partial(_check_gradients, names)))
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[dict] = None
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Add the routes of the iteration to the tally."""
         if self._watches:
@@ -102,12 +102,12 @@ class RouterHealthHook(Hook):
                     self._tally = _Tally(record.clean or record.adversarial)
                 self._tally.add(record.clean, record.adversarial)
             records.clear()
-        if self.interval is not None and self.every_n_train_iters(runner, self.interval):
+        if self._every is not None and self.every_n_train_iters(runner, self._every):
             self._report(runner, runner.iter + 1)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Report on the epoch."""
-        if self.interval is None or isinstance(runner.train_loop, IterBasedTrainLoop):
+        if self._every is None or isinstance(runner.train_loop, IterBasedTrainLoop):
             self._report(runner, runner.iter)
 
     def after_train(self, runner: Runner) -> None:

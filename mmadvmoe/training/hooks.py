@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, is_main_process
@@ -119,7 +119,7 @@ class CatastrophicOverfittingHook(Hook):
     priority = 'LOW'
 
     def __init__(
-        self, attack: Optional[Mapping] = None, drop: float = 0.2, num_images: int = 128, stop: bool = True
+        self, attack: Mapping | None = None, drop: float = 0.2, num_images: int = 128, stop: bool = True
     ) -> None:
         if not 0 < drop < 1:
             raise ValueError(f'CatastrophicOverfittingHook: drop={drop!r}; allowed: above 0 and below 1')
@@ -129,7 +129,7 @@ class CatastrophicOverfittingHook(Hook):
         self.drop = drop
         self.num_images = num_images
         self.stop = stop
-        self._batch: Optional[tuple[Tensor, Tensor]] = None
+        self._batch: tuple[Tensor, Tensor] | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Build the attack, so that a wrong config is refused before training."""
@@ -138,7 +138,7 @@ class CatastrophicOverfittingHook(Hook):
         self._attack = build_attack(self.attack, self._victim)
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[dict] = None
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Keep the last batch of an epoch."""
         if self.is_last_train_iter(runner) or self.end_of_epoch(runner.train_dataloader, batch_idx):

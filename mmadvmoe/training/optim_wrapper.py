@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Optional
+from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
@@ -13,7 +13,7 @@ from mmpretrain.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from mmadvmoe.moe import GROUPS, split_parameters
-from mmadvmoe.runtime.preflight import check_groups
+from mmadvmoe.runtime.config_checks import check_groups
 from mmadvmoe.utils import bare_model, choose
 
 
@@ -39,7 +39,7 @@ class AlternatingOptimWrapper(OptimWrapperDict):
 
     def __init__(self, *, experts: OptimWrapper, router: OptimWrapper) -> None:
         super().__init__(experts=experts, router=router)
-        self.count_before: Optional[Callable[[str, int], int]] = None
+        self.count_before: Callable[[str, int], int] | None = None
         self.fixing: Callable[[str], AbstractContextManager] = nullcontext
         self.active_name = 'experts'
         for name, optim_wrapper in self.items():
@@ -71,9 +71,11 @@ class AlternatingOptimWrapper(OptimWrapperDict):
             if optim_wrapper.inner_count % optim_wrapper._accumulative_counts == 0:
                 optim_wrapper.zero_grad()
 
-    def update_params(
-        self, loss: Tensor, step_kwargs: Optional[dict] = None, zero_kwargs: Optional[dict] = None
-    ) -> None:
+    def zero_grad(self, **kwargs: Any) -> None:
+        """Clear the gradients of the active group; the other may be in the midst of an update."""
+        self.active.zero_grad(**kwargs)
+
+    def update_params(self, loss: Tensor, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:
         """Update the active group, see :meth:`mmengine.optim.OptimWrapper.update_params`."""
         with self.fixing(self.active_name):  # as backward passes may run parts of the model again
             self.active.update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
@@ -136,7 +138,7 @@ class AlternatingOptimWrapperConstructor:
         ...     router=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9), clip_grad=dict(max_norm=1.)))
     """
 
-    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: Optional[dict] = None) -> None:
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         if paramwise_cfg is not None:
             raise ValueError(
                 'optim_wrapper.paramwise_cfg is not served by AlternatingOptimWrapperConstructor; set '

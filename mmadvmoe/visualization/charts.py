@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -47,10 +46,10 @@ def draw_lines(
     title: str,
     xlabel: str,
     ylabel: str,
-    limits: Optional[tuple[float, float]] = None,
+    limits: tuple[float, float] | None = None,
     log: bool = False,
     log_x: bool = False,
-    mark: Optional[tuple[float, str]] = None,
+    mark: tuple[float, str] | None = None,
 ) -> Figure:
     """Draw a chart of lines, in the order of the legend below it, where it hides no point.
 
@@ -137,7 +136,7 @@ def draw_loads(
     row_kind: str = 'class',
     counted: str = 'images',
     columns: str = 'expert',
-    column_names: Optional[Sequence[str]] = None,
+    column_names: Sequence[str] | None = None,
 ) -> Figure:
     """Draw heat maps of the share of what is ``counted`` that each expert gets, side by side for several situations.
 
@@ -225,7 +224,7 @@ _RATE = re.compile(r'^(?:(?P<group>[^/]+)\.)?lr$')
 _SHARE = re.compile(r'^router/share_(?P<view>clean|adversarial)_(?P<expert>\d+)$')
 
 
-def draw_training(scalars: Mapping[str, Points], selected: Optional[int] = None) -> dict[str, Figure]:
+def draw_training(scalars: Mapping[str, Points], selected: int | None = None) -> dict[str, Figure]:
     """Draw all charts that the scalars of a run allow.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
 
 import numpy as np
 from matplotlib import colormaps
@@ -25,7 +24,7 @@ _EXTRA_TOKENS = range(4)
 
 
 def draw_image_grid(
-    examples: Examples, class_names: Optional[Sequence[str]] = None, attack_name: str = 'attacked'
+    examples: Examples, class_names: Sequence[str] | None = None, attack_name: str = 'attacked'
 ) -> Figure:
     """Draw a column for each image: clean, attacked, and the difference, each with its prediction and route.
 
@@ -78,7 +77,7 @@ def draw_image_grid(
     return figure
 
 
-def _route(experts: Tensor, before: Optional[Tensor] = None) -> str:
+def _route(experts: Tensor, before: Tensor | None = None) -> str:
     """The route of one image in a few words: the expert itself, or how many of several decisions changed."""
     if not len(experts):
         return ''
@@ -145,7 +144,7 @@ def _expert_colors(num_experts: int) -> list[tuple[float, float, float]]:
     return [tuple(color[:3]) for color in colormaps[COLORMAP](np.linspace(0, 1, num_experts))]
 
 
-def _draw_layer(axes: Axes, image: np.ndarray, choice: np.ndarray, old: Optional[np.ndarray], colors: list) -> None:
+def _draw_layer(axes: Axes, image: np.ndarray, choice: np.ndarray, old: np.ndarray | None, colors: list) -> None:
     height, width = image.shape[:2]
     extra, rows, columns = patch_grid(len(choice), height, width)
     axes.imshow(image, extent=(0, columns, rows, 0), interpolation='nearest')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Union
 
 import matplotlib.style
 import numpy as np
@@ -74,7 +73,7 @@ def png_bytes(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def save_png(figure: Figure, path: Union[str, Path]) -> np.ndarray:
+def save_png(figure: Figure, path: str | Path) -> np.ndarray:
     """Write a figure to a file, making its folder, and give the pixels of the file, (H, W, 3) uint8."""
     content = png_bytes(figure)
     write_atomically(path, content)

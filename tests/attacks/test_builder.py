@@ -385,3 +385,13 @@ def test_zero_eps_gives_the_clean_images(make_tiny):
     for name in ('PGD', 'RoutePGD', 'TRADESAttack', 'APGD', 'Square', 'FAB'):
         attack = build_attack(quick(name, eps=0.0), victim)
         torch.testing.assert_close(attack(images, labels), images, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(('alpha', 'said'), [(0.05, True), (0.11, False)])
+def test_steps_that_do_not_reach_the_radius_are_warned_of(make_tiny, monkeypatch, alpha, said):
+    lines = []
+    monkeypatch.setattr('mmadvmoe.attacks.settings.print_log', lambda text, **_: lines.append(text))
+    build_attack(dict(type='RoutePGD', eps=1.1, alpha=alpha, steps=10, norm='L2'), make_tiny()[0])
+    assert bool(lines) == said
+    if said:
+        assert "type='RoutePGD': steps=10 of alpha=0.05 do not reach eps=1.1 (L2)" in lines[0]

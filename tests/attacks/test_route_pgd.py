@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmadvmoe.attacks import Victim, build_attack
+from mmadvmoe.attacks import ForcedRoutePGD, Victim, build_attack
 from mmadvmoe.moe import Routing
 
 
@@ -156,3 +156,29 @@ def test_needs_a_victim():
 
     with pytest.raises(TypeError, match='got Linear'):
         RoutePGD(nn.Linear(2, 2))
+
+
+def test_goes_on_after_it_fools(make_tiny):
+    """Without routers that is PGD, on images that are wrong already as on others."""
+    victim, images, labels = make_tiny(batch=24)
+    common = dict(eps=0.03, alpha=0.008, steps=10)
+    labels[:4] = (labels[:4] + 1) % 5
+    adversarial = build_attack(dict(type='RoutePGD', stop_at_first=False, **common), victim)(images, labels, seed=1)
+    expected = build_attack(dict(type='PGD', **common), victim)(images, labels, seed=1)
+    torch.testing.assert_close(adversarial, expected)
+
+
+def test_gives_the_most_wrong_of_its_runs(make_moe):
+    victim = Victim(make_moe('image', 2).eval())
+    images, labels = torch.rand(16, 3, 8, 8), torch.arange(16) % 4
+    common = dict(eps=0.3, alpha=0.1, steps=4, random_start=False)
+
+    def margins(kind, **more):
+        logits = victim(build_attack(dict(type=kind, **common, **more), victim)(images, labels))
+        own = logits.gather(1, labels[:, None])
+        return (logits.scatter(1, labels[:, None], -torch.inf) - own).amax(1).detach()
+
+    forced = [margins(ForcedRoutePGD, expert=n, stop_at_first=False) for n in range(2)]
+    runs = torch.stack([margins('PGD', route='held'), *forced])
+    torch.testing.assert_close(margins('RoutePGD', stop_at_first=False), runs.amax(0))
+    assert len(set(runs.argmax(0).tolist())) > 1

@@ -11,6 +11,7 @@ from token_oracle import SlowMoE
 
 from mmadvmoe.attacks import Pathway, Victim
 from mmadvmoe.moe import PLACEMENTS, router_modules
+from mmadvmoe.moe.token_routing import GroupSizes, grouped_linear
 
 
 def images(device, batch=8, seed=1):
@@ -107,6 +108,26 @@ def test_tokens_in_half_precision_are_near_those_in_full(device):
         with torch.autocast(device.type, dtype=torch.bfloat16):
             half, _ = model.forward_routed(images(device), routings)
     assert_close(half[0], features[0], 5e-2)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_gradients_of_the_products_of_experts_in_half_precision(device, bias):
+    """On a GPU of capability 9.0 those of the grouped kernel; of an expert without tokens they are zero."""
+    load, generator = torch.tensor([5, 0, 3, 8]), torch.Generator().manual_seed(0)
+    shapes = [(16, 8), (4 * 24, 8), (4 * 24,)][: 2 + bias]
+    exact = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    ours = [each.detach().to(device, torch.bfloat16).requires_grad_() for each in exact]
+    out = grouped_linear(*ours, *[None] * (not bias), GroupSizes(load.to(device)))
+    biases = exact[2].chunk(4) if bias else [None] * 4
+    parts = zip(exact[0].split(load.tolist()), exact[1].chunk(4), biases)
+    expected = torch.cat([torch.nn.functional.linear(*part) for part in parts])
+    seed = torch.randn(out.shape, generator=generator)
+    out.backward(seed.to(out))
+    expected.backward(seed)
+    assert_close(out.float().cpu(), expected, 5e-2)
+    for mine, reference in zip(ours, exact):
+        assert_close(mine.grad.float().cpu(), reference.grad, 5e-2)
+    assert not ours[1].grad[24:48].any()
 
 
 @pytest.mark.parametrize('routing', PLACEMENTS)

@@ -84,6 +84,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale_of_its_group(device, tm
     cfg.train_cfg.max_epochs = 1
     runner = build_runner(cfg)
     runner.register_hook(Overflow())
+    runner.model.init_weights()
     before = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
     runner.register_hook(recorder)
     runner.train()
@@ -134,13 +135,15 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(device, tmp_pa
 
 
 def test_training_is_that_of_the_cpu_at_first(device, tmp_path, monkeypatch):
-    """One update of each group, from the same weights on the same batch."""
+    """Two updates of each group, from the same weights on the same batches."""
     runner = build_runner(run_cfg(tmp_path / 'there', epochs=1))
+    runner.model.init_weights()  # which a training would do now, in the order of the device's random numbers
     start_weights = weights_of(runner)
     runner.train()
     here = weights_of(runner)
     monkeypatch.setattr('mmengine.device.utils.DEVICE', 'cpu')
     plain = build_runner(run_cfg(tmp_path / 'cpu', epochs=1))
+    plain.model.init_weights()
     plain.model.load_state_dict(start_weights)
     plain.train()
     moved = [name for name, value in weights_of(plain).items() if not torch.equal(value, start_weights[name])]
@@ -160,7 +163,7 @@ def test_processes_train_the_same_weights(device, tmp_path, processes):
     process = start([*torchrun, __file__], tmp_path, **variables)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    ranks = [torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in range(processes)]
+    ranks = [torch.load(tmp_path / f'{rank}.pth', map_location='cpu', weights_only=True) for rank in range(processes)]
     assert {rank['backend'] for rank in ranks} == {'nccl' if device.type == 'cuda' else 'gloo'}
     for name, value in ranks[0]['weights'].items():
         assert torch.equal(value, ranks[-1]['weights'][name]), name

@@ -6,7 +6,7 @@ from mmpretrain.models.heads import ConformerHead  # noqa: F401  (fills MMPretra
 from mmpretrain.registry import MODELS
 from tiny_models import CLASSES, classifier_cfg, make_data, moe_backbone
 
-from mmadvmoe.models import NonFiniteError, RoutingRecord
+from mmadvmoe.models import NonFiniteError, RoutingRecord, TRADESLoss
 from mmadvmoe.moe import ExpertLayer, forward_routed, split_parameters
 
 FGSM = dict(attack=dict(type='FGSM', eps=0.1))
@@ -251,3 +251,14 @@ def test_dense_and_mixture_learn_a_batch():
             optimizer.step()
             history.append(loss.item())
         assert sum(history[-3:]) < 0.5 * sum(history[:3]), history
+
+
+@MODELS.register_module()
+class OwnTerm(TRADESLoss):
+    def forward(self, batch):
+        return dict(super().forward(batch), pairing=batch.clean.logits.square().mean(), norm=torch.zeros(()))
+
+
+def test_a_term_that_nothing_would_train_is_refused():
+    with pytest.raises(ValueError, match="OwnTerm has a term 'pairing', which MMEngine would log and not train"):
+        losses_of(build(robust_loss=dict(type='OwnTerm')))

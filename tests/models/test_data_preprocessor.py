@@ -174,6 +174,12 @@ def test_wrong_images_are_named(data, message):
         model.data_preprocessor(data, training=True)
 
 
+def test_one_channel_is_not_made_three_by_the_mean():
+    preprocessor = AdvDataPreprocessor(mean=[9.0] * 3, std=[9.0] * 3)
+    with pytest.raises(ValueError, match=r'mean has 3 numbers and images have 1 channel\(s\)'):
+        preprocessor(dict(make_data(), inputs=torch.full((4, 1, 8, 8), 9.0)))
+
+
 def test_float_pixels_and_a_lone_image_in_evaluation_are_fine():
     preprocessor = make_classifier(attack=PGD).data_preprocessor
     assert len(preprocessor(make_data(1))['inputs']) == 1

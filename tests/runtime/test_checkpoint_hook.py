@@ -215,6 +215,12 @@ def finished(tmp_path):
     return tmp_path
 
 
+def test_a_metric_that_the_validation_lacks_is_named(tmp_path):
+    ScoreOfEpoch.epoch = 0
+    with pytest.raises(ValueError, match=r"save_best='single' is no metric of .*allowed: worst/accuracy/top1, loss"):
+        Runner.from_cfg(cfg_of(tmp_path, epochs=1, save_best='single', rule='greater')).train()
+
+
 def resumed(folder, epochs=3, **changes):
     cfg = cfg_of(folder, epochs=epochs)
     ScoreOfEpoch.epoch = 2

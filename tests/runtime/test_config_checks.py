@@ -28,7 +28,15 @@ def test_options_about_nothing_are_refused(key, message):
 
 def test_options_about_what_is_there_or_read_pass():
     cfg = Config.fromfile(CONFIGS / 'advmoe_resnet18_digits.py')
-    check_options({'model.anything': 1, 'auto_scale_lr.enable': True, 'train_attack.eps': 0.1, 'sync_bn': 'torch'}, cfg)
+    check_options({'model.anything': 1, 'auto_scale_lr.enable': True, 'sync_bn': 'torch'}, cfg)
+
+
+def test_a_name_that_the_config_file_has_read_already_is_refused():
+    cfg = Config.fromfile(CONFIGS / 'advmoe_resnet18_digits.py')
+    with pytest.raises(
+        ValueError, match=r"reads 'train_attack' any more, .* set model\.data_preprocessor\.attack\.eps"
+    ):
+        check_options({'train_attack.eps': 0.1}, cfg)
 
 
 def test_a_keyword_that_nothing_takes_is_named_by_its_place():

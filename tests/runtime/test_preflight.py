@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 import mmadvmoe  # noqa: F401
 from mmadvmoe.cost import count_cost
 from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
+from mmadvmoe.moe import router_modules
 from mmadvmoe.runtime import PreflightHook, check_config
 from mmadvmoe.runtime.preflight import check_data
 
@@ -292,6 +293,7 @@ def full_cfg(**overrides):
         # The type of a RobustClassifier's preprocessor goes without saying.
         (dict(model=model_cfg(data_preprocessor=dict(mode='replace'))), r"mode='replace' takes the clean images away"),
         (dict(model=classifier(PAIR)), r'hands adv_inputs to ImageClassifier'),
+        (dict(data_preprocessor=REPLACE), r'set in model and at the top level, which MMEngine does not read then'),
         (dict(model=dict(type='ImageClassifier'), data_preprocessor=PAIR), r'hands adv_inputs to ImageClassifier'),
         (
             dict(model=dict(type=ImageClassifier, data_preprocessor=dict(PAIR, type=AdvDataPreprocessor))),
@@ -419,17 +421,33 @@ def test_a_wrapper_of_somebody_else_may_give_other_labels():
     assert warnings_of(Halved(build_dataset(TEN)), 2) == []
 
 
+@pytest.mark.parametrize('at', ['loss', 'attack'])
+def test_groups_by_names_must_be_of_the_classes_of_the_data(tmp_path, at):
+    loss = dict(type='ClassGroupLoss', groups=[[0], [1, 2]])
+    attack = dict(type='ClassGroupAttack', groups=[[0], [1, 2]], eps=0.1, alpha=0.1, steps=1)
+    # Of a data set that numbers its classes otherwise.
+    (loss if at == 'loss' else attack).update(groups=['c', 'ba'], classes=['c', 'b', 'a'])
+    model = model_cfg(router_loss=loss, data_preprocessor=dict(PAIR, router_attack=attack))
+    hooks = [dict(type='AlternatingOptimHook'), dict(type='PreflightHook')]
+    message = stopped(run_cfg(tmp_path, model=model, optim_wrapper=turns_cfg(), custom_hooks=hooks))
+    assert re.search(r"label 0 is 'c' in groups of ClassGroup\w+ and 'a' in train_dataloader", message)
+
+
 def test_topk_beyond_the_classes_is_named(tmp_path):
     cfg = joint_cfg(tmp_path, **with_validation(type='RandomImages'))
     cfg.val_evaluator = [dict(type='Accuracy', topk=(1, 5))]
     assert re.search(r'val_evaluator: Accuracy with topk=\(1, 5\) .* best 5 of 3 classes', stopped(cfg))
 
 
-def test_a_dense_checkpoint_is_not_loaded_into_a_mixture_as_if_it_were_one(tmp_path):
+@pytest.mark.parametrize('how', ['load_from', 'pretrained'])
+def test_a_dense_checkpoint_is_not_loaded_into_a_mixture_as_if_it_were_one(tmp_path, how):
     dense = classifier(REPLACE)
     dense['backbone'] = dense['backbone']['backbone']
     torch.save(dict(state_dict=MODELS.build(dense).state_dict()), tmp_path / 'dense.pth')
-    message = stopped(joint_cfg(tmp_path, load_from=str(tmp_path / 'dense.pth')))
+    file = str(tmp_path / 'dense.pth')
+    model = dict(classifier(REPLACE), pretrained=file)
+    cfg = dict(load_from=dict(load_from=file), pretrained=dict(model=model, hooks=[dict(type='BindVictimHook')]))[how]
+    message = stopped(joint_cfg(tmp_path, **cfg))
     assert re.search(r"dense\.pth' has no expert layer of this mixture \(backbone\.network.*init_cfg=dict", message)
 
 
@@ -460,6 +478,14 @@ def test_a_dense_checkpoint_is_no_start_of_a_mixture_by_whatever_name(tmp_path, 
 )
 def test_what_joint_training_would_pass_over_is_refused(tmp_path, model, message):
     assert message in stopped(joint_cfg(tmp_path, model_cfg(**model)))
+
+
+def test_routers_that_are_not_to_learn_may_be_held_in_joint_training(tmp_path):
+    held = dict(route='held', data_preprocessor=dict(PAIR, attack=dict(PAIR['attack'], route='held')))
+    runner = build_runner(joint_cfg(tmp_path, model_cfg(**held)))
+    for module in router_modules(runner.model):
+        module.requires_grad_(False)
+    runner.train()
 
 
 def test_a_router_that_would_learn_from_images_that_do_not_attack_it_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """What the script for a GPU machine leaves to do, and the table that it ends in."""
 
 import argparse
+import hashlib
 import json
 import os
 import runpy
@@ -21,9 +22,13 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path):
     for name, seed, value in (('at_dense', 0, 50.0), ('advmoe', 0, 40.0), ('advmoe', 1, 44.0)):
         metrics = {f'{attack}/accuracy/top1': value for attack in ('clean', 'pgd50', 'ra', 'worst')}
-        (tmp_path / f'{name}_{seed}.json').write_text(json.dumps(metrics))
+        outcomes, content = tmp_path / f'outcomes_{name}_{seed}', json.dumps(metrics).encode()
+        outcomes.mkdir()
+        (outcomes / 'metrics.json').write_bytes(content)
+        (outcomes / 'SHA256SUMS').write_text(f'{hashlib.sha256(content).hexdigest()}  metrics.json\n')
         (tmp_path / f'train_{name}_{seed}.done').write_text('log\n120 s\n')
     (tmp_path / 'benchmark_moe.json').write_text('[]')
+    (tmp_path / 'settings').write_text('DEVICE=cpu SHORT=1 EPOCHS=2 DATA=data/cifar10_images\n')
     return tmp_path
 
 
@@ -87,5 +92,8 @@ def test_parts_made_with_other_settings_are_not_taken_for_these(tmp_path):
     assert script(tmp_path, 'table', PYTHON='echo', ROWS='advmoe').returncode == 0
     again = script(tmp_path, 'table', PYTHON='echo', ROWS='advmoe', SHORT='0', DEVICE='cpu')
     assert again.returncode == 2 and 'holds parts made with DEVICE=cpu SHORT=1' in again.stderr
+    (tmp_path / 'settings').unlink()
+    again = script(tmp_path, 'table', PYTHON='echo', ROWS='advmoe')
+    assert again.returncode == 2 and 'settings that nobody wrote down' in again.stderr
     spaced = script(tmp_path / 'other', 'table', PYTHON='echo', DATA='my images')
     assert spaced.returncode == 2 and 'without white space' in spaced.stderr

@@ -243,6 +243,14 @@ def test_a_training_that_fails_leaves_a_whole_model(tmp_path, schedule):
     assert not runner.model.data_preprocessor._forward_hooks
 
 
+def test_an_attack_of_the_router_that_would_never_run_is_refused(tmp_path):
+    model = model_cfg()
+    model['data_preprocessor']['router_attack'] = dict(model['data_preprocessor']['attack'], eps=0.1)
+    runner = build_runner(run_cfg(tmp_path, dict(reuse_batch=True, reuse_attack=True), model=model))
+    with pytest.raises(ValueError, match='so that router_attack beside it never runs'):
+        runner.train()
+
+
 def test_what_was_frozen_before_stays_frozen(tmp_path):
     runner = build_runner(run_cfg(tmp_path, epochs=1))
     runner.model.head.requires_grad_(False)

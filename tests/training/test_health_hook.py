@@ -122,6 +122,8 @@ def test_training_by_iterations_is_reported_as_often_as_it_validates(tmp_path):
     runner = build_runner(cfg)
     runner.train()
     assert len(reported(runner)['max_logit']) == 3
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, RouterHealthHook))
+    assert hook.interval is None  # a training by epochs that it watches next is reported by epochs
 
 
 def test_the_routes_of_both_turns_count_where_they_share_a_batch(tmp_path):

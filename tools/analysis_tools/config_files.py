@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Optional, Union
 
 from mmengine.config import Config
 
@@ -61,7 +60,7 @@ def cost_of(cfg: Config) -> Cost:
     return _counted[key]
 
 
-def find_dense_config(path: Union[str, Path]) -> Optional[Path]:
+def find_dense_config(path: str | Path) -> Path | None:
     """The config of the dense network that belongs to a config, by their names.
 
     ``advmoe_<network>_<dataset>_<variant>.py``, ``baselines/at_moe_<network>_<dataset>.py`` and the like belong to

@@ -12,7 +12,6 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 from mmadvmoe.diagnosis.class_groups import (
     MOST_FLIPS,
@@ -103,11 +102,11 @@ def main() -> None:
         print(f'\nheat map: {args.figure}')
 
 
-def _failure(trial: Optional[RouterTrial]) -> tuple[bool, float]:
+def _failure(trial: RouterTrial | None) -> tuple[bool, float]:
     return (False, 0.0) if trial is None else (not trial.pays, trial.flips)
 
 
-def _rows(found: Sequence[tuple[str, Partition]], trials: Sequence[Optional[RouterTrial]]) -> list[list[str]]:
+def _rows(found: Sequence[tuple[str, Partition]], trials: Sequence[RouterTrial | None]) -> list[list[str]]:
     rows = []
     for (place, partition), trial in zip(found, trials):
         tried = ['', '', ''] if trial is None else [f'{each:.1f}' for each in (trial.sa, trial.ra, trial.flips)]
@@ -123,7 +122,7 @@ def _words(partition: Partition, names: Sequence[str]) -> str:
     )
 
 
-def _verdict(trial: Optional[RouterTrial]) -> str:
+def _verdict(trial: RouterTrial | None) -> str:
     if trial is None:
         return 'No router was tried: whether its routes hold is not known.'
     routes = f'{trial.flips:.1f} % of its routes flip, {trial.ra:.1f} % of the images go where they should under attack'

@@ -54,6 +54,8 @@ CONFIG = ROOT / 'configs/advmoe_resnet18_cifar10.py'
 WHAT = ('parts', 'masked', 'experts', 'processes', 'throughput')
 PRECISIONS = ('fp32', 'tf32', 'bf16')
 MASKED_ROUNDS = 5
+# Passes after which the norms of a router know its images.
+SETTLE = 50
 
 
 @DATASETS.register_module()
@@ -96,6 +98,10 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'{each!r} is unknown; allowed: {", ".join(WHAT)}')
     if args.device == 'cpu' and 'throughput' in args.what:
         parser.error('throughput needs --device cuda')
+    if args.device == 'cpu' and torch.cuda.is_available():
+        parser.error(
+            'MMEngine trains on the GPU that it sees: use --device cuda, or hide it by CUDA_VISIBLE_DEVICES=-1'
+        )
     if args.rounds < 1 or min(args.num_experts) < 2:
         parser.error('--rounds must be at least 1 and --num-experts at least 2')
     return args
@@ -135,6 +141,7 @@ class Training:
         cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
         cfg.train_cfg = dict(by_epoch=True, max_epochs=10**6)
         cfg.param_scheduler = None
+        cfg.optim_wrapper.router.optimizer.update(lr=0.0)  # steps that leave the routes where they are
         cfg.default_hooks.checkpoint = None
         cfg.visualizer = dict(type='Visualizer', vis_backends=[])
         cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type not in ('PreflightHook', 'ExactResumeHook')]
@@ -149,17 +156,30 @@ class Training:
         images = self.runner.train_dataloader.dataset.images[: args.batch_size].float().to(self.device) / 255
         self.images = images
         self.labels = torch.arange(args.batch_size, device=self.device) % cfg.model.head.num_classes
+        self.model.init_weights()  # as the training would, after which nothing is drawn anew
+        router = self.model.backbone.router
+        with torch.no_grad():
+            for _ in range(SETTLE):
+                router.train()(images)  # so that attacks, in eval mode, and losses have the same routes
         self.model.eval()
-        spread_images(self.model.backbone.router, images)
+        spread_images(router, images)
 
     def run(self, rounds: int, between: Callable[[float], None]) -> None:
         """Train ``rounds`` pairs of iterations after a warm-up; ``between(seconds)`` is called after each pair."""
         hook = _Pairs(rounds, timing.WARM_UP[self.device], between, self.device)
         self.runner.register_hook(hook, priority='LOWEST')
+        self._check_routes()
         try:
             self.runner.train()
         except _Done:
-            pass
+            self._check_routes()
+
+    def _check_routes(self) -> None:
+        """Raise RuntimeError where an expert gets nearly all images, with whose routes nothing is to be measured."""
+        with Victim(self.model).frozen() as victim, torch.no_grad():
+            counts = victim.decide_routes(self.images)[0].counts
+        if sum(counts) >= 8 * len(counts) and max(counts) > 0.8 * sum(counts):  # of fewer, chance may do that
+            raise RuntimeError(f'the router sends {list(counts)} of {sum(counts)} images to the experts')
 
     def seconds(self, rounds: int) -> list[float]:
         found: list[float] = []
@@ -405,9 +425,11 @@ def measure_throughput(args: argparse.Namespace) -> list[dict]:
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as recorded:
             profiled = sum(training.seconds(4))
-        busy = sum(event.self_device_time_total for event in recorded.key_averages()) / 1e6
-        # The profile has the warm-up as well.
-        share = busy / (profiled * (4 + timing.WARM_UP['cuda'] + 1) / 4)
+        # The operations that launched the kernels have their time as well.
+        kernels = (each for each in recorded.events() if each.device_type == torch.autograd.DeviceType.CUDA)
+        busy = sum(each.self_device_time_total for each in kernels if not each.is_user_annotation) / 1e6
+        # The profile has the pairs of the warm-up as well.
+        share = busy / (profiled * (4 + timing.WARM_UP['cuda']) / 4)
         row = dict(precision=precision, images_per_second=2 * args.batch_size / seconds, kernels=share)
         print(
             f'  {precision}: {row["images_per_second"]:,.0f} images/s, kernels run {share:.0%} of the time', flush=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 from mmpretrain.models.backbones import DenseNet
 from mmpretrain.registry import MODELS
@@ -41,10 +41,10 @@ class DenseNet_CIFAR(DenseNet):
         self,
         arch: dict,
         in_channels: int = 3,
-        out_indices: Union[int, Sequence[int]] = -1,
+        out_indices: int | Sequence[int] = -1,
         frozen_stages: int = 0,
         norm_eval: bool = False,
-        init_cfg: Union[None, dict, list] = None,
+        init_cfg: None | dict | list = None,
         **kwargs: Any,
     ) -> None:
         check_width('backbone.arch.growth_rate', arch['growth_rate'], 'each dense layer (conv2)')
@@ -74,7 +74,7 @@ class DenseNet_CIFAR(DenseNet):
             self.stem.eval().requires_grad_(False)
         super()._freeze_stages()
 
-    def train(self, mode: bool = True) -> Optional[nn.Module]:
+    def train(self, mode: bool = True) -> nn.Module | None:
         """As any module; frozen blocks, and with ``norm_eval`` all norm layers, stay in eval mode."""
         super().train(mode)
         if mode and self.norm_eval:

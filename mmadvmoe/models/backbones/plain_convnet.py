@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +37,8 @@ class PlainConvNet(BaseModule):
         strides: Sequence[int],
         in_channels: int = 3,
         pool: int = 1,
-        norm_cfg: Optional[dict] = None,
-        init_cfg: Optional[dict] = None,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg or dict(type='Kaiming', layer='Conv2d'))
         if len(strides) != len(widths):
@@ -80,7 +79,7 @@ class SideBranch(BaseModule):
         in_channels: int = 3,
         hidden: int = 16,
         pool: int = 1,
-        init_cfg: Optional[dict] = None,
+        init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
         self.network = MODELS.build(backbone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
@@ -42,7 +42,7 @@ class ScaledVGG(VGG):
         depth: int,
         base_channels: int = 64,
         num_stages: int = 5,
-        norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
+        norm_cfg: dict | None = dict(type='BN'),  # noqa: B006
         act_cfg: dict = dict(type='ReLU'),  # noqa: B006
         with_last_pool: bool = True,
         **kwargs: Any,
@@ -90,7 +90,7 @@ class AdaptiveAveragePooling(nn.Module):
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(output_size)
 
-    def forward(self, inputs: Union[Tensor, Sequence[Tensor]]) -> Union[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
         """(B, C, H, W), or several, -> (B, C * output_size ** 2)."""
         if isinstance(inputs, Tensor):
             return self.pool(inputs).flatten(1)

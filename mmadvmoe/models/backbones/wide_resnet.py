@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 from mmcv.cnn import build_norm_layer
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
@@ -76,7 +75,7 @@ class WideResNet(BaseBackbone):
         norm_cfg: dict = dict(type='BN'),  # noqa: B006
         norm_eval: bool = False,
         activate_transitions: bool = True,
-        init_cfg: Union[None, dict, list] = None,
+        init_cfg: None | dict | list = None,
     ) -> None:
         super().__init__(
             init_cfg
