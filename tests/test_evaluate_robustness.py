@@ -429,3 +429,27 @@ def test_a_module_that_holds_more_than_its_weights_is_not_taken_for_another(tmp_
     with pytest.raises(ValueError, match='holds outcomes of another model, whose weights are the same'):
         evaluate(Scaled(0.3), DIGITS, WEAK, num_classes=10, out_dir=tmp_path)
     evaluate(Scaled(1.0), DIGITS, WEAK, num_classes=10, out_dir=tmp_path)
+
+
+def test_a_folder_of_an_own_attack_is_not_taken_for_that_of_a_mended_one(tmp_path: Path, monkeypatch) -> None:
+    source = """
+from torchattacks.attack import Attack
+
+
+class Own(Attack):
+    def __init__(self, model):
+        super().__init__('Own', model)
+
+    def forward(self, images, labels):
+        return images
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / 'own_attack.py'
+    file.write_text(source)
+    import own_attack
+
+    run = partial(evaluate, _dense(), DIGITS, dict(own=dict(type=own_attack.Own)), out_dir=tmp_path / 'out')
+    assert run().metrics == run().metrics
+    file.write_text(source.replace('return images', 'return 1 - images'))
+    with pytest.raises(ValueError, match='settings.own_attacks is'):
+        run()

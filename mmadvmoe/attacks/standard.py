@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +12,9 @@ from torch import nn
 from mmadvmoe.registry import ATTACKS
 from mmadvmoe.utils import type_name
 
+from . import settings
 from .autoattack import PARTS
 from .builder import attack_class, build_attack
-from .settings import L2_ATTACKS
 from .steps import check_norm
 from .views import Victim
 
@@ -64,10 +65,16 @@ def standard_attack(name: str, eps: float, norm: str = 'Linf') -> dict:
     return dict(type=kind, alpha=eps * _STEP, steps=int(re.sub(r'\D', '', name))) | in_ball
 
 
+def values_of(cfg: Mapping) -> dict:
+    """The arguments that a config gives an attack: its own, else the defaults of the class."""
+    return settings.with_defaults(inspect.signature(attack_class(cfg['type'])).parameters, cfg)
+
+
 def attack_norm(cfg: Mapping) -> str:
-    """The norm of the ball that the config of an attack speaks of."""
-    cfg = parts_of(cfg)[0]
-    return cfg.get('norm') or ('L2' if type_name(cfg['type']) in L2_ATTACKS else 'Linf')
+    """The norm of the ball that the config of an attack speaks of; of several attacks, of the first with a radius."""
+    parts = [values_of(part) for part in parts_of(cfg)]
+    first = next((part for part in parts if settings.radius_key(part)), parts[0])
+    return settings.checked_norm(type_name(first['type']), first)
 
 
 @ATTACKS.register_module()

@@ -39,10 +39,7 @@ class Victim:
     """
 
     def __init__(
-        self,
-        model: nn.Module | Victim,
-        preprocessor: nn.Module | None = None,
-        num_classes: int | None = None,
+        self, model: nn.Module | Victim, preprocessor: nn.Module | None = None, num_classes: int | None = None
     ) -> None:
         model = model if isinstance(model, Victim) else bare_model(model)
         if not isinstance(model, (NormalizedClassifier, Victim)):

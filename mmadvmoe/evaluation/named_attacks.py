@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +20,8 @@ from mmadvmoe.attacks import (
     parts_of,
     standard_attack,
 )
-from mmadvmoe.attacks.settings import radius_key, with_defaults
+from mmadvmoe.attacks.settings import radius_key
+from mmadvmoe.attacks.standard import values_of
 from mmadvmoe.moe import placement_of
 from mmadvmoe.utils import choose
 
@@ -193,7 +193,7 @@ def held_name(name: str) -> str:
 def _with_radius(cfg: dict, eps: float) -> dict:
     if parts_of(cfg) != [cfg]:
         return cfg | {'attacks': [_with_radius(dict(each), eps) for each in cfg['attacks']]}
-    values = _values(cfg)
+    values = values_of(cfg)
     key = radius_key(values)
     if key is None:
         return cfg
@@ -201,15 +201,11 @@ def _with_radius(cfg: dict, eps: float) -> dict:
     return cfg | {key: eps} | scaled
 
 
-def _values(cfg: Mapping) -> dict:
-    return with_defaults(inspect.signature(attack_class(cfg['type'])).parameters, cfg)
-
-
 def _common_ball(name: str, known: Mapping[str, dict], eps: float | None, norm: str | None) -> tuple[float, str]:
     """Radius and norm of a standard attack."""
     balls = set()
     for cfg in known.values():
-        values = _values(cfg)
+        values = values_of(cfg)
         radius = values.get(radius_key(values))
         if radius is not None:
             balls.add((radius, attack_norm(cfg)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +23,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
 from torch import nn
 
-from mmadvmoe.attacks import Victim
+from mmadvmoe.attacks import Victim, attack_class, parts_of
 from mmadvmoe.datasets import ChunkSampler
 from mmadvmoe.runtime.files import in_first_process
 from mmadvmoe.version import __version__
@@ -153,6 +155,8 @@ class RobustEvaluation:
             chunk_size=self._chunk_size,
             seed=self._seed,
         )
+        if code := _digest_of_own(self._configs):
+            settings['own_attacks'] = code
         versions = dict(
             python=platform.python_version(),
             torch=torch.__version__,
@@ -167,6 +171,17 @@ class RobustEvaluation:
         tf32 = device.type == 'cuda' and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
         machine = dict(device=device.type, threads=torch.get_num_threads(), tf32=tf32)
         return dict(format=FORMAT, settings=settings, versions=versions, machine=machine)
+
+
+def _digest_of_own(configs: Mapping[str, Mapping]) -> str | None:
+    """SHA-256 of the source of the user's own attacks, as far as Python finds it; None where there are none."""
+    kinds = {attack_class(part['type']) for cfg in configs.values() for part in parts_of(cfg)}
+    own = [kind for kind in kinds if not kind.__module__.startswith(('mmadvmoe.', 'torchattacks.'))]
+    digest = hashlib.sha256()
+    for kind in sorted(own, key=str):
+        with suppress(OSError, TypeError):
+            digest.update(inspect.getsource(kind).encode())
+    return digest.hexdigest() if own else None
 
 
 def model_digest(model: nn.Module) -> str:

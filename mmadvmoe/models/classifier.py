@@ -170,11 +170,7 @@ class RobustClassifier(ImageClassifier):
         return super().forward(inputs, data_samples, mode)
 
     def loss(
-        self,
-        inputs: Tensor,
-        data_samples: list[DataSample],
-        adv_inputs: Tensor | None = None,
-        turn: str | None = None,
+        self, inputs: Tensor, data_samples: list[DataSample], adv_inputs: Tensor | None = None, turn: str | None = None
     ) -> dict[str, Tensor]:
         """Loss terms by name: of ``router_loss`` in the router's turn, if it is set, else of ``robust_loss``.
 

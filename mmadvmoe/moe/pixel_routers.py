@@ -18,12 +18,7 @@ class _PixelRouter(BaseRouter):
     reads_images = True
 
     def __init__(
-        self,
-        num_experts: int,
-        image_size: int | Sequence[int],
-        in_channels: int,
-        pool: int,
-        init_cfg: dict | None,
+        self, num_experts: int, image_size: int | Sequence[int], in_channels: int, pool: int, init_cfg: dict | None
     ) -> None:
         super().__init__(num_experts, init_cfg)
         self.in_channels = in_channels

@@ -241,11 +241,7 @@ class TokenRouter(BaseRouter):
             return F.linear(x.to(precise), self.weight.to(precise))
 
     def route(
-        self,
-        x: Tensor,
-        given: None | Tensor | TokenRouting = None,
-        training: bool = False,
-        gated: bool = True,
+        self, x: Tensor, given: None | Tensor | TokenRouting = None, training: bool = False, gated: bool = True
     ) -> TokenRouting:
         """Choose experts for tokens, or take the given ones.
 

@@ -85,12 +85,7 @@ def read_zoo() -> dict[str, ZooModel]:
             if weights is not None and '://' not in weights:
                 weights = str(root / weights)
             metrics = entry['Results'][0]['Metrics'] or {}
-            models[entry['Name']] = ZooModel(
-                entry['Name'],
-                root / entry['Config'],
-                weights,
-                entry['Metadata'].get('SHA-256'),
-                entry['Metadata'],
-                metrics,
-            )
+            name, metadata = entry['Name'], entry['Metadata']
+            digest = metadata.get('SHA-256')
+            models[name] = ZooModel(name, root / entry['Config'], weights, digest, metadata, metrics)
     return models

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from mmadvmoe.attacks import STANDARD_ATTACKS, Victim, build_attack, is_standard_attack, standard_attack
+from mmadvmoe.attacks import (
+    PGD,
+    STANDARD_ATTACKS,
+    Victim,
+    attack_norm,
+    build_attack,
+    is_standard_attack,
+    standard_attack,
+)
 from mmadvmoe.evaluation.named_attacks import choose_attacks, with_route_attack
 from mmadvmoe.moe import PLACEMENTS
 
@@ -144,3 +152,18 @@ def test_each_attack_on_images_with_one_route_is_made_with_the_route_held_as_wel
     assert list(completed) == ['a', 'a-held', 'gate', 'routers', 'mine']
     assert completed['a-held'] == dict(type='PGD', eps=0.1, route='held')
     assert list(with_route_attack(dict(a=attacks['a']), _Mixture('image'))) == ['a', 'routepgd10', 'a-held']
+
+
+class InL2(PGD):
+    """An attack of a user, whose norm the config need not name."""
+
+    def __init__(self, model, eps: float = 0.5, norm: str = 'L2') -> None:
+        super().__init__(model, eps, norm=norm)
+
+
+def test_the_norm_is_that_of_the_class_and_of_the_first_part_with_a_radius() -> None:
+    own = dict(type=InL2, eps=1.5)
+    assert attack_norm(own) == 'L2'
+    assert attack_norm(dict(own, norm='L1')) == 'L1'
+    assert attack_norm(dict(type='MultiAttack', attacks=[dict(type='OnePixel'), own])) == 'L2'
+    assert attack_norm(dict(type='PGDL2')) == 'L2' and attack_norm(dict(type='FGSM', eps=0.1)) == 'Linf'
