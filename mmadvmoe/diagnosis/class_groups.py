@@ -113,10 +113,13 @@ def find_class_groups(
         kept = (same * confusion).sum((1, 2))
         load = (np.arange(num_groups)[:, None, None] == group_of) @ share
         kept[load.max(0) > max_load + 1e-9] = -1
-        for row in np.argsort(-kept, kind='stable')[:count]:
-            if kept[row] >= 0:
-                found = Partition.of(group_of[row], confusion)
-                best[found.groups] = found
+        of_batch: dict[tuple, Partition] = {}  # clusterings may find one partition several times
+        for row in np.argsort(-kept, kind='stable'):
+            if kept[row] < 0 or len(of_batch) == count:
+                break
+            found = Partition.of(group_of[row], confusion)
+            of_batch[found.groups] = found
+        best |= of_batch
     if not best:
         raise ValueError(
             f'max_load={max_load:.3g}: no partition into {num_groups} groups keeps to it; the largest class has '

@@ -57,6 +57,14 @@ def test_blocks_of_many_classes_are_found(sizes, seed):
     assert best.kept > modulo_partition(confusion, len(sizes)).kept
 
 
+@pytest.mark.parametrize('seed', range(4))
+def test_partitions_found_twice_leave_room_for_others(seed):
+    confusion = np.random.RandomState(seed).rand(20, 20)
+    found = {partition.groups for partition in find_class_groups(confusion, 4, count=3)}
+    several = {partition.groups for partition in find_class_groups(confusion, 4, count=30)}
+    assert len(found) == min(3, len(several)) > 1
+
+
 def test_the_load_is_kept_to():
     confusion, _ = in_blocks((60, 10, 10, 10), inside=40)
     for partition in find_class_groups(confusion, 4, max_load=0.3):
