@@ -60,11 +60,12 @@ SETTLE = 50
 
 @DATASETS.register_module()
 class RandomBatches(Dataset):
-    """Batches of random 8-bit images, enough for a few iterations, given whole."""
+    """Batches of 8-bit images, enough for a few iterations, given whole: smooth ones, which a router can tell apart."""
 
     def __init__(self, size: int, image_size: int, num_classes: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, (size, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
+        coarse = 255 * torch.rand(size, 3, 3, 3, generator=generator)
+        self.images = F.interpolate(coarse, (image_size, image_size), mode='bicubic').clamp(0, 255).byte()
         self.num_classes = num_classes
 
     def __len__(self) -> int:
@@ -153,14 +154,17 @@ class Training:
         cfg.work_dir, cfg.experiment_name = self.folder.name, f'benchmark_{time.time_ns()}'
         self.runner = build_runner(cfg)
         self.model = bare_model(self.runner.model)
-        images = self.runner.train_dataloader.dataset.images[: args.batch_size].float().to(self.device) / 255
-        self.images = images
+        images = self.runner.train_dataloader.dataset.images.float().to(self.device) / 255
+        self.images = images[: args.batch_size]
         self.labels = torch.arange(args.batch_size, device=self.device) % cfg.model.head.num_classes
         self.model.init_weights()  # as the training would, after which nothing is drawn anew
         router = self.model.backbone.router
         with torch.no_grad():
             for _ in range(SETTLE):
                 router.train()(images)  # so that attacks, in eval mode, and losses have the same routes
+        for module in router.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0  # counts on, and moves nothing
         self.model.eval()
         spread_images(router, images)
 
