@@ -33,7 +33,7 @@ LAYERS = (
     'utils',
     'version',
 )
-MAX_FILES, MAX_LINES, MAX_LINES_OF_A_FILE = 99, 17_411, 400
+MAX_FILES, MAX_LINES, MAX_LINES_OF_A_FILE = 99, 17_412, 400
 FILES = sorted(PACKAGE.rglob('*.py'))
 TOOLS = sorted((ROOT / 'tools').rglob('*.py'))
 

@@ -31,7 +31,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
 case $DATA in *[[:space:]]*) echo "DATA=$DATA: a path without white space, please; make a link" >&2 && exit 2 ;; esac
 # What is there must not pass for the same with other settings.
-settings="DEVICE=$DEVICE SHORT=$SHORT EPOCHS=$EPOCHS DATA=$DATA"
+settings="FORMAT=2 DEVICE=$DEVICE SHORT=$SHORT EPOCHS=$EPOCHS DATA=$DATA"
 before=$(cat "$OUT/settings" 2>/dev/null || echo 'settings that nobody wrote down')
 if compgen -G "$OUT/*.done" >/dev/null && [ "$before" != "$settings" ]; then
     echo "$OUT holds parts made with $before, not with $settings: choose another OUT" >&2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
@@ -231,6 +233,17 @@ class BoundAttack:
                 f'attack {name or f"type={self.name!r}"}: eps={self.eps:g} in {self.norm} is above {most:.4g}, the '
                 f'largest distance of two images of {num_values} numbers in [0, 1]; if it is in units of 0..255, write '
                 f'eps={self.eps:g} / 255'
+            )
+
+    def warn_if_short(self, key: str) -> None:
+        """Warn where all steps together do not reach the radius; ``key`` is that of the attack in the config."""
+        alpha, steps = (getattr(self.attack, name, None) for name in ('alpha', 'steps'))
+        if self.eps and alpha is not None and steps and self.eps > alpha * steps * (1 + 1e-6):
+            print_log(
+                f'{key} ({self.name}): steps={steps} of alpha={alpha:.4g} do not reach the radius of {self.eps:.4g} '
+                f'({self.norm}), so that the attack is weaker than it says; take alpha={self.eps / min(steps, 4):.4g}',
+                logger='current',
+                level=logging.WARNING,
             )
 
     def _run(self, images: Tensor, labels: Tensor | None, seed: int | None) -> Tensor:

@@ -6,14 +6,12 @@ And what must be known about torchattacks' classes, which are put into the regis
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torchattacks
-from mmengine.logging import print_log
 from torch import Tensor
 from torchattacks.attack import Attack
 
@@ -129,14 +127,6 @@ def check_values(name: str, values: Mapping, norm: str) -> None:
     for key in _COUNTS:
         if key in values and not (_is_count(values[key]) and values[key] >= 1):
             raise ValueError(f'{where}: {key}={values[key]!r} must be a whole number of at least 1')
-    radius = values.get(radius_key(values))
-    if {'alpha', 'steps'} <= values.keys() and (radius or 0) > values['alpha'] * values['steps'] * (1 + 1e-6):
-        print_log(
-            f'{where}: steps={values["steps"]} of alpha={values["alpha"]:.4g} do not reach {radius_key(values)}='
-            f'{radius:.4g} ({norm}), so what withstands them may not withstand much; alpha={radius / 4:.4g} is usual',
-            logger='current',
-            level=logging.WARNING,
-        )
 
 
 def check_enough_classes(name: str, cls: type, values: Mapping, victim: Victim) -> None:

@@ -118,8 +118,10 @@ class ImageFolders(BaseDataset):
         images = _read_cache(path, origin)
         if images is None:
             images = self._decode(root, names)
+            content = io.BytesIO()
+            np.savez(content, images=images, origin=np.array([origin, hashlib.sha256(images).hexdigest()]))
             try:
-                write_atomically(path, _as_cache(images, origin))
+                write_atomically(path, content.getvalue())
             except OSError as error:
                 print_log(f'{path} could not be written ({error.strerror}); images are decoded at each start.')
         return images
@@ -170,12 +172,6 @@ def _digest_of_files(root: str, names: list[str], size: tuple[int, int] | None) 
         found = os.stat(osp.join(root, name))
         digest.update(f'{name}/{found.st_size}/{found.st_mtime_ns}\n'.encode())
     return digest.hexdigest()
-
-
-def _as_cache(images: np.ndarray, origin: str) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, images=images, origin=np.array([origin, hashlib.sha256(images).hexdigest()]))
-    return file.getvalue()
 
 
 def _read_cache(path: str, origin: str) -> np.ndarray | None:

@@ -43,6 +43,7 @@ def build_attacks(attacks: Mapping[str, dict], victim: Victim, key: str) -> dict
     _check_configs(attacks, key)
     built = {name: build_attack(cfg, victim) for name, cfg in attacks.items()}
     for name, attack in built.items():
+        attack.warn_if_short(f'{key}.{name}')
         if attack.aims_at_labels:
             raise ValueError(
                 f"{key}.{name}: targeted='label' takes the labels for targets, and those of an evaluation are the true "

@@ -168,20 +168,22 @@ class RobustEvaluation:
             mmadvmoe=__version__,
         )
         device = next(iter(victim.parameters()), torch.empty(0)).device
-        tf32 = device.type == 'cuda' and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
-        machine = dict(device=device.type, threads=torch.get_num_threads(), tf32=tf32)
+        machine = dict(device=device.type, threads=torch.get_num_threads())
+        if device.type == 'cuda':
+            with suppress(RuntimeError):  # where somebody has used the newer settings of PyTorch
+                machine['tf32'] = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         return dict(format=FORMAT, settings=settings, versions=versions, machine=machine)
 
 
 def _digest_of_own(configs: Mapping[str, Mapping]) -> str | None:
-    """SHA-256 of the source of the user's own attacks, as far as Python finds it; None where there are none."""
-    kinds = {attack_class(part['type']) for cfg in configs.values() for part in parts_of(cfg)}
-    own = [kind for kind in kinds if not kind.__module__.startswith(('mmadvmoe.', 'torchattacks.'))]
-    digest = hashlib.sha256()
-    for kind in sorted(own, key=str):
-        with suppress(OSError, TypeError):
-            digest.update(inspect.getsource(kind).encode())
-    return digest.hexdigest() if own else None
+    """SHA-256 of the source of the user's own classes of attacks; None where there are none, or none in a file."""
+    kinds = {kind for cfg in configs.values() for part in parts_of(cfg) for kind in attack_class(part['type']).__mro__}
+    sources = []
+    for kind in sorted(kinds, key=str):
+        if kind.__module__.split('.')[0] not in ('mmadvmoe', 'torchattacks', 'builtins'):
+            with suppress(OSError, TypeError):
+                sources.append(inspect.getsource(kind))
+    return hashlib.sha256(''.join(sources).encode()).hexdigest() if sources else None
 
 
 def model_digest(model: nn.Module) -> str:

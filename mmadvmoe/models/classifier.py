@@ -204,7 +204,7 @@ class RobustClassifier(ImageClassifier):
                 if 'loss' not in term and value.requires_grad:
                     raise ValueError(
                         f'{type(objective).__name__} has a term {term!r}, which MMEngine would log and not train: it '
-                        "sums the terms that have 'loss' in their names"
+                        "sums the terms that have 'loss' in their names; what is for the log alone is to be detached"
                     )
                 losses[term] = losses[term] + value if term in losses else value
         check_finite(losses, (*batch.clean.routings, *batch.adversarial.routings), turn)

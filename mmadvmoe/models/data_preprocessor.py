@@ -82,6 +82,8 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             self._attacks = dict.fromkeys((None, *GROUPS), build_attack(self.attack_cfg, victim))
         if self.router_attack_cfg is not None:
             self._attacks['router'] = build_attack(self.router_attack_cfg, victim)
+        for attack in {*self._attacks.values()}:
+            attack.warn_if_short('model.data_preprocessor')
         if any(attack.aims_at_labels for attack in self._attacks.values()):
             raise ValueError(
                 "data_preprocessor.attack: targeted='label' takes labels for targets, and those of training are the "
@@ -98,7 +100,13 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
         return self._attacks.get(turn)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Bring images in [0, 1], (B, C, H, W), to what the network expects."""
+        """Bring images in [0, 1], (B, C, H, W), to what the network expects; ValueError where ``mean`` is not of C."""
+        count = max(self.mean.numel(), self.std.numel())
+        if count not in (1, images.shape[1]):
+            raise ValueError(
+                f'model.data_preprocessor: mean and std have {count} numbers and images have {images.shape[1]} '
+                'channel(s): give one number for each, or load images as the network takes them (color_type)'
+            )
         return (images * _MAX_PIXEL - self.mean) / self.std
 
     def to_unit(self, inputs: Tensor) -> Tensor:
@@ -122,8 +130,7 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             ``turn``, if there is one.
 
         Raises:
-            ValueError: Images differ in size, are not in 0..255 or not of the channels of ``mean``, or a training batch
-                holds a single one.
+            ValueError: Images differ in size, are not in 0..255, or a training batch holds a single one.
             RuntimeError: There is an attack but no victim.
             NonFiniteError: The attack met logits or gradients that are not finite.
         """
@@ -136,11 +143,6 @@ class AdvDataPreprocessor(ClsDataPreprocessor):
             inputs = self.augment(inputs if isinstance(inputs, Tensor) else torch.stack(inputs))
         batch = super().forward(dict(data, inputs=inputs), training)
         images = batch['inputs'] / _MAX_PIXEL
-        if self.mean.numel() not in (1, images.shape[1]):
-            raise ValueError(
-                f'model.data_preprocessor.mean has {self.mean.numel()} numbers and images have {images.shape[1]} '
-                'channel(s): give one number for each, or load images as the network takes them (color_type)'
-            )
         if not training or self.attack_cfg is None:
             batch['inputs'] = self.normalize(images)
             return batch

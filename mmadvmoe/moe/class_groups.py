@@ -33,13 +33,15 @@ class ClassGroups:
     """
 
     def __init__(self, groups: Groups = MODULO, classes: None | str | Sequence[str] = None) -> None:
-        self.classes = _names(classes)
+        self.classes: list[str] = []  # all classes in order, where groups have their names
         self.num_groups: int | None = None
         self._expert_of: Tensor | None = None
         if isinstance(groups, str):
             choose(groups, (MODULO,), 'groups')
             return
-        names, experts = self.classes, {}
+        names, experts = _names(classes), {}
+        if any(isinstance(each, str) for group in groups for each in group):
+            self.classes = names
         for expert, group in enumerate(groups):
             if not len(group):
                 raise ValueError(f'groups={groups}: group {expert} is empty, so its expert would never be used')

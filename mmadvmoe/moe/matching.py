@@ -66,7 +66,7 @@ def match_layers(
             f'backbone.include takes in the stem {convertible[0]!r}, which every pathway shares; narrow the pattern, '
             'name the layer in backbone.exclude, or set backbone.share_stem=False'
         )
-    return _unshared(network, [name for name in convertible if name in chosen])
+    return [name for name in convertible if name in chosen]
 
 
 def match_ffns(
@@ -102,19 +102,7 @@ def match_ffns(
                 f'{name!r} of {type(network).__name__} cannot hold token experts: they need linear_pw_conv=True, and '
                 'use_grn=False because that norm is over all tokens of an image'
             )
-    return _unshared(network, [name for name in holders if name in chosen])
-
-
-def _unshared(network: nn.Module, names: list[str]) -> list[str]:
-    """Give the names back unless a module stands under another one as well, where it would stay as it was."""
-    found = {network.get_submodule(name): name for name in names}
-    for name, module in network.named_modules(remove_duplicate=False):
-        if found.get(module, name) != name:
-            raise ValueError(
-                f'{found[module]!r} and {name!r} of {type(network).__name__} are one module, which cannot get experts '
-                'under one name alone; name it in backbone.exclude'
-            )
-    return names
+    return [name for name in holders if name in chosen]
 
 
 def _matches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,13 @@ _MOST_CLASSES = 20
 _MOST_PAIRS = 16
 
 
+def _norm(cfg: Mapping) -> str:
+    try:
+        return attack_norm(cfg)
+    except ValueError:  # an attack of the user, which is not known here
+        return cfg.get('norm', 'Linf')
+
+
 def facts(models: Sequence[ModelResults]) -> Section:
     """Threat model, data and checkpoint: what every number below is about."""
     section = Section(
@@ -32,7 +39,7 @@ def facts(models: Sequence[ModelResults]) -> Section:
     for model in models:
         settings = model.run['settings'] if model.run else {}
         data, attacks = settings.get('data', {}), settings.get('attacks', {})
-        balls = (f'{attack_norm(cfg)}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
+        balls = (f'{_norm(cfg)}, eps {cfg["eps"]:.4g}' for cfg in attacks.values() if 'eps' in cfg)
         steps = (f'{name} ({cfg["steps"]} steps)' if 'steps' in cfg else name for name, cfg in attacks.items())
         rows[model.name] = {
             'threat model': '; '.join(dict.fromkeys(balls)) or ABSENT,

@@ -33,8 +33,8 @@ def check_config(cfg: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: A group of a training in turns has no schedule or an unknown name, a schedule begins after training
-            ends, clean and adversarial images go to a classifier that takes only one of them, or a width is no whole
-            number.
+            ends, clean and adversarial images go to a classifier that takes only one of them, there are two data
+            preprocessors, or a width is no whole number.
     """
     constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
     scheduler = cfg.get('param_scheduler')
@@ -47,7 +47,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     check_widths(model)
     outer = cfg.get('data_preprocessor') or {}
     preprocessor = model.get('data_preprocessor') or outer
-    if outer and preprocessor != outer:
+    if outer and model.get('data_preprocessor', outer) != outer:
         raise ValueError(
             'data_preprocessor is set in model and at the top level, which MMEngine does not read then: write all to '
             'model.data_preprocessor, and data_preprocessor=None'
@@ -92,22 +92,25 @@ def check_options(options: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
     """Check that ``--cfg-options``, values by dotted key, are about something that is there.
 
     Raises:
-        ValueError: Nothing reads the first part of a key. What a config file hands on to its own settings by a name,
-            as ``train_attack``, was read when the file was.
+        ValueError: The first part of a key is not in the config and read by nothing; or the config file has handed it
+            on to its settings, as it does ``train_attack``, so that a change comes too late.
     """
     known = sorted({*inspect.signature(Runner.__init__).parameters, *_FURTHER_KEYS} - {'self', 'cfg'})
+    read = {name: value for name, value in cfg.items() if name in known}
     for key in options:
         first, *rest = key.split('.')
-        if first in known:
-            continue
-        said = f'--cfg-options {key}: nothing reads {first!r}'
-        if first in cfg:
-            used = [path for name in known for path in _places(cfg.get(name), cfg[first], name)]
+        if first not in (*known, *cfg):
             raise ValueError(
-                f'{said} any more, of which the config file has made its settings; set '
-                f'{" and ".join(".".join([path, *rest]) for path in used) or "these"} instead'
+                f'--cfg-options {key}: nothing reads {first!r}{did_you_mean(first, [*known, *cfg])}; the config has '
+                f'{", ".join(cfg)}'
             )
-        raise ValueError(f'{said}{did_you_mean(first, known)}; the config has {", ".join(cfg)}')
+        if first in known or not cfg[first]:
+            continue
+        plain = not isinstance(cfg[first], (Mapping, list, tuple))  # the same number may be there for another reason
+        used = [path for path, name, value in _walk(read) if value == cfg[first] and (name == first or not plain)]
+        if used:
+            places = ' and '.join('.'.join([re.sub(r'\[(\d+)\]', r'.\1', path), *rest]) for path in used)
+            raise ValueError(f'--cfg-options {key}: the config file has read {first!r} already; set {places} instead')
 
 
 @contextmanager
@@ -122,27 +125,19 @@ def keywords_named(cfg: Mapping[str, Any]) -> Iterator[None]:
     except TypeError as error:
         found = _KEYWORD.search(str(error))
         # A Config is no Mapping.
-        paths = list(_paths(dict(cfg.items()), found[1])) if found else []
+        paths = [path for path, name, _ in _walk(dict(cfg.items())) if found and name == found[1]]
         if not paths:
             raise
         raise TypeError(f'the config has {" and ".join(paths)}, which nothing takes there. {error}') from error
 
 
-def _places(part: Any, value: Any, path: str) -> Iterator[str]:
-    """Where a value stands in nested dicts."""
-    if isinstance(part, Mapping):
-        for name, inner in part.items():
-            yield from [f'{path}.{name}'] if inner == value else _places(inner, value, f'{path}.{name}')
-
-
-def _paths(part: Any, key: str, path: str = '') -> Iterator[str]:
-    """Where ``key`` stands in nested dicts and lists."""
+def _walk(part: Any, path: str = '') -> Iterator[tuple[str, Any, Any]]:
+    """Path, key and value of all that stands in nested dicts and lists."""
     inner = enumerate(part) if isinstance(part, (list, tuple)) else part.items() if isinstance(part, Mapping) else ()
     for name, value in inner:
         here = f'{path}[{name}]' if isinstance(name, int) else f'{path}.{name}' if path else str(name)
-        if name == key:
-            yield here
-        yield from _paths(value, key, here)
+        yield here, name, value
+        yield from _walk(value, here)
 
 
 def schedules(param_scheduler: Any) -> dict[str, Sequence[Any]]:

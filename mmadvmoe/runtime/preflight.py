@@ -25,7 +25,7 @@ from mmadvmoe.models import AdvDataPreprocessor, RobustClassifier
 from mmadvmoe.models.data_preprocessor import NO_VICTIM, check_images
 from mmadvmoe.moe import placement_of, router_modules
 from mmadvmoe.moe.backbone import check_has_experts, check_pretrained
-from mmadvmoe.utils import bare_model
+from mmadvmoe.utils import bare_model, some
 
 from .config_checks import check_config, check_mode, warn_of_ended_schedules
 from .seeding import preserve_rng_state
@@ -81,8 +81,13 @@ class PreflightHook(Hook):
         _check_class_names(classes)
         attacks = (getattr(each, 'attack', None) for each in getattr(preprocessor, '_attacks', {}).values())
         for part in (*model.modules(), *attacks):
-            if names := getattr(getattr(part, 'groups', None), 'classes', None):
-                _check_class_names({f'groups of {type(part).__name__}': names, **classes})
+            names = getattr(getattr(part, 'groups', None), 'classes', None)
+            theirs = classes['train_dataloader']
+            if names and theirs and names != list(theirs):
+                raise ValueError(
+                    f'{type(part).__name__}: groups go by classes={some(names, 20)}, and the data set of training has '
+                    f'{some(theirs, 20)}: give classes as it numbers them'
+                )
         if runner.val_loop is not None:
             check_topk(runner.val_evaluator.metrics, 'val_evaluator', _classes_of(model))
         if placement_of(model).reads_tokens:

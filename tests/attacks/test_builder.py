@@ -13,6 +13,7 @@ from torchattacks.attack import Attack
 
 from mmadvmoe.attacks import NonFiniteImagesError, Victim, build_attack
 from mmadvmoe.attacks.settings import SOFT_LABEL_ATTACKS
+from mmadvmoe.evaluation.named_attacks import build_attacks
 from mmadvmoe.registry import ATTACKS
 
 ATTACKS.get('PGD')  # fills the registry
@@ -387,11 +388,17 @@ def test_zero_eps_gives_the_clean_images(make_tiny):
         torch.testing.assert_close(attack(images, labels), images, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(('alpha', 'said'), [(0.05, True), (0.11, False)])
-def test_steps_that_do_not_reach_the_radius_are_warned_of(make_tiny, monkeypatch, alpha, said):
+@pytest.mark.parametrize(
+    ('steps', 'alpha', 'advice'), [(10, 0.05, '0.275'), (2, 0.4, '0.55'), (1, 0.4, '1.1'), (10, 0.11, None)]
+)
+def test_steps_that_do_not_reach_the_radius_are_warned_of(make_tiny, monkeypatch, steps, alpha, advice):
     lines = []
-    monkeypatch.setattr('mmadvmoe.attacks.settings.print_log', lambda text, **_: lines.append(text))
-    build_attack(dict(type='RoutePGD', eps=1.1, alpha=alpha, steps=10, norm='L2'), make_tiny()[0])
-    assert bool(lines) == said
-    if said:
-        assert "type='RoutePGD': steps=10 of alpha=0.05 do not reach eps=1.1 (L2)" in lines[0]
+    monkeypatch.setattr('mmadvmoe.attacks.builder.print_log', lambda text, **_: lines.append(text))
+    cfg = dict(type='RoutePGD', eps=1.1, alpha=alpha, steps=steps, norm='L2')
+    build_attack(cfg, make_tiny()[0])
+    assert not lines  # curves take fewer steps on purpose
+    build_attacks(dict(strong=cfg), make_tiny()[0], 'test_cfg.attacks')
+    assert len(lines) == (advice is not None)
+    if advice:
+        assert f'test_cfg.attacks.strong (RoutePGD): steps={steps} of alpha={alpha:.4g} do not reach' in lines[0]
+        assert lines[0].endswith(f'take alpha={advice}')

@@ -174,9 +174,9 @@ def test_wrong_images_are_named(data, message):
         model.data_preprocessor(data, training=True)
 
 
-def test_one_channel_is_not_made_three_by_the_mean():
+def test_one_channel_is_not_made_three_by_the_scale():
     preprocessor = AdvDataPreprocessor(mean=[9.0] * 3, std=[9.0] * 3)
-    with pytest.raises(ValueError, match=r'mean has 3 numbers and images have 1 channel\(s\)'):
+    with pytest.raises(ValueError, match=r'mean and std have 3 numbers and images have 1 channel\(s\)'):
         preprocessor(dict(make_data(), inputs=torch.full((4, 1, 8, 8), 9.0)))
 
 

@@ -33,10 +33,12 @@ def test_options_about_what_is_there_or_read_pass():
 
 def test_a_name_that_the_config_file_has_read_already_is_refused():
     cfg = Config.fromfile(CONFIGS / 'advmoe_resnet18_digits.py')
-    with pytest.raises(
-        ValueError, match=r"reads 'train_attack' any more, .* set model\.data_preprocessor\.attack\.eps"
-    ):
+    with pytest.raises(ValueError, match=r"has read 'train_attack' already; set model\.data_preprocessor\.attack\.eps"):
         check_options({'train_attack.eps': 0.1}, cfg)
+    cfg = Config(dict(mine=3, part=dict(a=1), model=dict(depth=3, heads=[dict(a=1)]), mean=[1.0], optim_wrapper=dict()))
+    check_options({'mine': 4, 'mean': [2.0]}, cfg)  # read by a hook of the user, perhaps
+    with pytest.raises(ValueError, match=r'has read .part. already; set model\.heads\.0\.a instead'):
+        check_options({'part.a': 2}, cfg)
 
 
 def test_a_keyword_that_nothing_takes_is_named_by_its_place():

@@ -430,7 +430,7 @@ def test_groups_by_names_must_be_of_the_classes_of_the_data(tmp_path, at):
     model = model_cfg(router_loss=loss, data_preprocessor=dict(PAIR, router_attack=attack))
     hooks = [dict(type='AlternatingOptimHook'), dict(type='PreflightHook')]
     message = stopped(run_cfg(tmp_path, model=model, optim_wrapper=turns_cfg(), custom_hooks=hooks))
-    assert re.search(r"label 0 is 'c' in groups of ClassGroup\w+ and 'a' in train_dataloader", message)
+    assert re.search(r'ClassGroup\w+: groups go by classes=c, b, a, and the data set of training has a, b, c:', message)
 
 
 def test_topk_beyond_the_classes_is_named(tmp_path):

@@ -28,7 +28,7 @@ def folder(tmp_path):
         (outcomes / 'SHA256SUMS').write_text(f'{hashlib.sha256(content).hexdigest()}  metrics.json\n')
         (tmp_path / f'train_{name}_{seed}.done').write_text('log\n120 s\n')
     (tmp_path / 'benchmark_moe.json').write_text('[]')
-    (tmp_path / 'settings').write_text('DEVICE=cpu SHORT=1 EPOCHS=2 DATA=data/cifar10_images\n')
+    (tmp_path / 'settings').write_text('FORMAT=2 DEVICE=cpu SHORT=1 EPOCHS=2 DATA=data/cifar10_images\n')
     return tmp_path
 
 
@@ -91,7 +91,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(folder):
 def test_parts_made_with_other_settings_are_not_taken_for_these(tmp_path):
     assert script(tmp_path, 'table', PYTHON='echo', ROWS='advmoe').returncode == 0
     again = script(tmp_path, 'table', PYTHON='echo', ROWS='advmoe', SHORT='0', DEVICE='cpu')
-    assert again.returncode == 2 and 'holds parts made with DEVICE=cpu SHORT=1' in again.stderr
+    assert again.returncode == 2 and 'holds parts made with FORMAT=2 DEVICE=cpu SHORT=1' in again.stderr
     (tmp_path / 'settings').unlink()
     again = script(tmp_path, 'table', PYTHON='echo', ROWS='advmoe')
     assert again.returncode == 2 and 'settings that nobody wrote down' in again.stderr
