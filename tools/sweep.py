@@ -23,12 +23,15 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ('torch', 'mmengine', 'mmpretrain', 'torchattacks', 'pyautoattack', 'numpy', 'scikit-learn')
 BEST = 'best_worst_accuracy_top1_*.pth'
 #: For what runs must not do at the same time.
 LOCK = Lock()
+#: The commands that are at work, which end with this one.
+RUNNING: set[subprocess.Popen] = set()
 
 
 class RunError(RuntimeError):
@@ -217,7 +220,9 @@ def call(command: Sequence, output: Path, threads: int) -> float:
             stdout=file,
             stderr=subprocess.STDOUT,
         )
+        RUNNING.add(process)
         _, status, usage = os.wait4(process.pid, 0)
+        RUNNING.discard(process)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode < 0:
         # Nothing is recorded of a run that was stopped from outside, so that the next call goes on with it.
@@ -227,6 +232,13 @@ def call(command: Sequence, output: Path, threads: int) -> float:
         lines = [line for line in output.read_text(errors='replace').splitlines() if line.strip()]
         raise RunError(lines[-1] if lines else f'exit status {process.returncode}')
     return usage.ru_utime + usage.ru_stime
+
+
+def end(number: int, *_: Any) -> None:
+    """Stop what is at work, and this process: left alone, a run would go on writing beside the one that replaces it."""
+    for process in RUNNING:
+        process.send_signal(number)
+    os._exit(128 + number)
 
 
 def revision() -> str:
@@ -321,4 +333,5 @@ def brief(record: Mapping) -> str:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, end)
     sys.exit(0 if run_all(parse_args()) else 1)

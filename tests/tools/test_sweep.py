@@ -3,6 +3,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
@@ -314,3 +315,35 @@ def test_rows_without_the_metric_are_left_out(compare: ModuleType) -> None:
     old, new = (dict(mixture[seed], config_sha256=sha) for seed, sha in enumerate(('old', 'new')))
     with pytest.raises(ValueError, match="'M' names runs of .* as it was and as it is"):
         compare.rows_of([old, new])
+
+
+def test_what_is_at_work_ends_with_a_sweep_that_is_killed(tmp_path):
+    work = f"""
+import signal, sys, time
+from pathlib import Path
+
+def end(*_):
+    Path({str(tmp_path / 'ended')!r}).touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+Path({str(tmp_path / 'begun')!r}).touch()
+time.sleep(60)
+"""
+    (tmp_path / 'work.py').write_text(work)
+    sweeping = f"""
+import signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / 'tools')!r})
+import sweep
+signal.signal(signal.SIGTERM, sweep.end)
+sweep.call([{str(tmp_path / 'work.py')!r}], Path({str(tmp_path / 'out')!r}), 1)
+"""
+    process = subprocess.Popen([sys.executable, '-c', sweeping])
+    for name in ('begun', 'ended'):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / name).is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
