@@ -236,7 +236,7 @@ def call(command: Sequence, output: Path, threads: int) -> float:
 
 def end(number: int, *_: Any) -> None:
     """Stop what is at work, and this process: left alone, a run would go on writing beside the one that replaces it."""
-    for process in RUNNING:
+    for process in tuple(RUNNING):  # which other threads may change
         process.send_signal(number)
     os._exit(128 + number)
 

@@ -80,9 +80,9 @@ class PreflightHook(Hook):
                 shapes[key] = _check_dataset(getattr(runner, key).dataset, key, model)
         _check_class_names(classes)
         attacks = (getattr(each, 'attack', None) for each in getattr(preprocessor, '_attacks', {}).values())
+        theirs = classes['train_dataloader']
         for part in (*model.modules(), *attacks):
             names = getattr(getattr(part, 'groups', None), 'classes', None)
-            theirs = classes['train_dataloader']
             if names and theirs and names != list(theirs):
                 raise ValueError(
                     f'{type(part).__name__}: groups go by classes={some(names, 20)}, and the data set of training has '
